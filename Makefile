@@ -1,0 +1,36 @@
+# Two commands for a fresh machine: `make quickstart` and `make test`. Both do their own set-up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The repository root stays off sys.path, so that the folder kernels/ is never importable as "kernels".
+export PYTHONSAFEPATH := 1
+# One mount point under which mypy sees both packages by their import names.
+TYPES := build/types
+
+.PHONY: help venv quickstart test check clean
+help:
+	@echo "make venv        create $(VENV) with the project and everything it needs"
+	@echo "make quickstart  fine-tune the embedded model on 2 CPU ranks under ZeRO-3, dense and sparse, and compare"
+	@echo "make test        run the test suite"
+	@echo "make check       lint (ruff) and type-check (mypy)"
+
+venv: $(VENV)/.ready
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (about two minutes the first time)..."
+	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	@touch $@
+
+quickstart: venv
+	@$(BIN)/python benchmarks/quickstart.py
+
+test: venv
+	@$(BIN)/pytest
+
+check: venv
+	@$(BIN)/ruff check .
+	@mkdir -p $(TYPES) && ln -sfn $(CURDIR)/kernels $(TYPES)/sparselora_kernels && ln -sfn $(CURDIR)/sparselora_dist $(TYPES)/sparselora_dist
+	@MYPYPATH=$(TYPES) $(BIN)/mypy --no-error-summary -p sparselora_dist -p sparselora_kernels && echo "mypy: no issues"
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info

@@ -1,0 +1,45 @@
+"""Fine-tune by one config file.
+
+    python launch/train.py --config configs/single_sparse.json
+    torchrun --nproc-per-node 8 launch/train.py --config configs/fsdp2_sparse.json
+    deepspeed launch/train.py --config configs/zero3_sparse.json
+    mpirun -n 8 python launch/train.py --config configs/zero3_sparse.json
+
+Every key of the file can be set from here: ``--train.max_steps 100 --sparse_lora.enabled false``.
+"""
+
+import argparse
+import os
+import sys
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="the run, as JSON or YAML")
+    # Given by the deepspeed launcher, ahead of the other arguments; the ranks come from the environment.
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
+    arguments, overrides = parser.parse_known_args()
+
+    from sparselora_dist.config.run import RunConfig
+
+    try:
+        config = RunConfig.from_file(arguments.config, overrides)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+    from sparselora_dist.train import run
+
+    run(config)
+    return 0
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # Everything is saved and the process group is closed. gloo's threads abort the interpreter's own exit in about
+        # one FSDP2 run of ten, which would report a finished job as failed.
+        os._exit(status)
+    sys.exit(status)

@@ -1,0 +1,40 @@
+"""SparseLoRA: compute-efficient LoRA fine-tuning under DeepSpeed ZeRO-3 and PyTorch FSDP2.
+
+    config = SparseLoRAConfig.from_dict({"layers": {"ffn": {"3-30": 0.99}}, "start_step": 0.05})
+    apply_sparselora(peft_model, config)
+    Trainer(model=peft_model, callbacks=[SparseLoRACallback()], ...)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .apply import apply_sparselora, remove_sparselora, selection, set_step
+    from .callback import SparseLoRACallback
+    from .config.sparse import SparseLoRAConfig
+
+_HOMES = {
+    "SparseLoRACallback": "callback",
+    "SparseLoRAConfig": "config.sparse",
+    "apply_sparselora": "apply",
+    "remove_sparselora": "apply",
+    "selection": "apply",
+    "set_step": "apply",
+}
+
+__all__ = [
+    "SparseLoRACallback",
+    "SparseLoRAConfig",
+    "apply_sparselora",
+    "remove_sparselora",
+    "selection",
+    "set_step",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use: importing the package starts neither torch nor transformers.
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

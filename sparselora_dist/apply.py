@@ -1,0 +1,334 @@
+"""The plugin's face: make a PEFT model sparse in place, undo it, and see what it chose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from sparselora_kernels import kept_count
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .config.sparse import SparseLoRAConfig
+from .engines.shards import full_tensor, is_dtensor, is_zero3, shard_like
+from .families import ATTENTION, FFN, DecoderLayer, causal_lm, decoder_layers, geometry
+from .io.factors import FactorSet, Matrix, load_or_build
+from .io.weights import ModelWeights, WeightSource
+from .layers.context import SparseContext
+from .layers.estimator import AttentionEstimator, FFNEstimator
+from .layers.ffn import SparseFFN
+from .layers.linear import AttentionChannels, FrozenLinear, SparseProjection
+from .layers.lora import base_linear, set_base_linear
+from .sync.masks import MaskSync
+
+# Matrices whose factors a group's scores need.
+SCORED = {"ffn": ("gate_proj", "up_proj"), "qk": ("q_proj", "k_proj"), "vo": ("v_proj",)}
+_STATE = "_sparselora"
+_ESTIMATOR = "sparse_estimator"
+_ARCHITECTURE_KEYS = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+
+
+@dataclass(slots=True)
+class SparseState:
+    """What :func:`apply_sparselora` did to a model; kept on the model, undone by :func:`remove_sparselora`."""
+
+    config: SparseLoRAConfig
+    context: SparseContext
+    sparsity: dict[str, dict[int, float]]
+    """Resolved: group -> layer -> sparsity."""
+    handles: list[RemovableHandle] = field(default_factory=list)
+    linears: list[tuple[nn.Module, str, nn.Linear]] = field(default_factory=list)
+    """(parent, name, original) of every frozen linear that was replaced."""
+    mlps: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)
+    """(decoder layer, original MLP)."""
+    attentions: list[nn.Module] = field(default_factory=list)
+    """Attention modules that were given an estimator."""
+
+
+def apply_sparselora(
+    model: nn.Module,
+    config: SparseLoRAConfig,
+    *,
+    weights: WeightSource | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    timeout: float = 1800.0,
+) -> nn.Module:
+    """Make the frozen layers of ``model`` sparse, in place and for this instance only.
+
+    Call it after PEFT and before FSDP2's ``fully_shard`` or ``deepspeed.initialize``; a model that was loaded under
+    ``deepspeed.zero.Init`` is fine. Every rank must call it.
+
+    Args:
+        model: a PEFT model, or a causal LM, of a supported family, with its base weights frozen.
+        config: what is sparse, and when.
+        weights: where the estimator factors are built from; by default the model itself.
+        process_group: the data-parallel ranks whose tokens choose the channels; by default all ranks.
+        timeout: seconds that a rank waits for the others in mask synchronisation.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        UnsupportedModelError: unknown family or layout.
+        ValueError: already applied, trainable base weights, DoRA, a layer range that does not fit, factors that do
+            not match.
+    """
+    if find_state(model) is not None:
+        raise ValueError("apply_sparselora was already called on this model; call remove_sparselora first")
+    layers = decoder_layers(model)
+    sparsity = config.sparsity(len(layers))
+    if not config.enabled:
+        sparsity = {}
+    active = {group: by_layer for group, by_layer in sparsity.items() if by_layer}
+    for layer in layers:
+        _check_frozen(layer, active)
+    heads = geometry(model)
+    width = layers[0].matrix("gate_proj").out_features
+    context = SparseContext(
+        MaskSync(config.mask_sync, max(width, 4 * heads.qk_channels), process_group, timeout),
+        config.start_step,
+        config.end_step,
+        config.interval,
+    )
+    context.enabled = bool(active)
+    state = SparseState(config=config, context=context, sparsity=active)
+    if active:
+        factors = _factors(model, active, config, weights or ModelWeights(model), process_group)
+        for layer in layers:
+            _replace_ffn(layer, state, factors)
+            _replace_attention(layer, state, factors, heads)
+            if any(layer.index in by_layer for by_layer in active.values()):
+                state.handles.append(layer.input_norm.register_forward_pre_hook(_LayerHook(context, layer.index)))
+    # PEFT's wrapper hands on to the inner model; whichever of the two is called first opens the micro-batch.
+    for entry in {id(m): m for m in (model, causal_lm(model))}.values():
+        state.handles.append(entry.register_forward_pre_hook(_BeginHook(context), with_kwargs=True))
+        state.handles.append(entry.register_forward_hook(_FinishHook(context), always_call=True))
+        setattr(entry, _STATE, state)
+    return model
+
+
+def remove_sparselora(model: nn.Module) -> nn.Module:
+    """Undo :func:`apply_sparselora` in place: outputs are bit-identical to those before it. Returns ``model``.
+
+    Raises:
+        ValueError: nothing was applied, or an engine has sharded the weights meanwhile.
+    """
+    state = _state(model)
+    for parent, name, _ in state.linears:
+        stored = base_linear(getattr(parent, name)).stored  # type: ignore[operator,union-attr]
+        if is_zero3(stored) or is_dtensor(stored):
+            raise ValueError(
+                "remove_sparselora needs whole weights, but an engine has sharded them: save the adapter and load it on "
+                "the plain base model instead"
+            )
+    for parent, name, original in state.linears:
+        stored = base_linear(getattr(parent, name))
+        assert isinstance(stored, FrozenLinear)
+        if stored.transposed:
+            original.weight = nn.Parameter(stored.stored.detach().t().contiguous(), requires_grad=False)
+        else:
+            original.weight = stored.stored
+        set_base_linear(parent, name, original)
+    for module, mlp in state.mlps:
+        mlp.train(module.training)
+        module.mlp = mlp
+    for attention in state.attentions:
+        delattr(attention, _ESTIMATOR)
+    for handle in state.handles:
+        handle.remove()
+    for entry in (model, causal_lm(model)):
+        entry.__dict__.pop(_STATE, None)
+    return model
+
+
+def selection(model: nn.Module) -> dict[int, dict[str, Tensor]]:
+    """Kept channels of the last training forward: ``{layer: {group: (k,) sorted int64}}``; empty if it was dense.
+
+    ``ffn``: neuron ``j``; ``qk``: ``h * (D/2) + pair``; ``vo``: ``h * D + d``; ``h`` a key/value head.
+    """
+    batch = _state(model).context.last
+    chosen: dict[int, dict[str, Tensor]] = {}
+    for (layer, group), channels in sorted(batch.masks.items()) if batch else ():
+        chosen.setdefault(layer, {})[group] = channels.clone()
+    return chosen
+
+
+def set_step(model: nn.Module, step: int, total_steps: int) -> None:
+    """Drive the schedule from a training loop of your own: optimizer step ``step`` (from 0) of ``total_steps``."""
+    _state(model).context.set_step(step, total_steps)
+
+
+def find_state(model: nn.Module) -> SparseState | None:
+    """The state that :func:`apply_sparselora` left on the model or on what it wraps, if any."""
+    for module in model.modules():
+        if _STATE in module.__dict__:
+            return module.__dict__[_STATE]
+    return None
+
+
+def _state(model: nn.Module) -> SparseState:
+    state = find_state(model)
+    if state is None:
+        raise ValueError("this model is not sparse: call apply_sparselora(model, config) first")
+    return state
+
+
+def _check_frozen(layer: DecoderLayer, active: dict[str, dict[int, float]]) -> None:
+    names: list[str] = []
+    if layer.index in active.get("ffn", {}):
+        names += FFN
+    if any(layer.index in active.get(group, {}) for group in ("qk", "vo")):
+        names += ATTENTION
+    for name in names:
+        linear = layer.matrix(name)
+        parent = getattr(layer.attention if name in ATTENTION else layer.mlp, name)
+        where = f"layers.{layer.index}.{name}"
+        if is_dtensor(linear.weight):  # type: ignore[arg-type]
+            raise ValueError(
+                f"{where} is already sharded by FSDP2: call apply_sparselora before fully_shard, so that the factors and "
+                "the transposed weights are sharded with the rest"
+            )
+        if any(p.requires_grad for p in linear.parameters()):
+            raise ValueError(f"{where} is trainable: sparse layers need frozen base weights (use PEFT's LoRA)")
+        if any(getattr(parent, "use_dora", {}).values()) or getattr(parent, "lora_variant", None):
+            raise ValueError(f"{where} uses a LoRA variant (DoRA or another): plain LoRA is supported in sparse layers")
+
+
+def _factors(
+    model: nn.Module,
+    active: dict[str, dict[int, float]],
+    config: SparseLoRAConfig,
+    weights: WeightSource,
+    group: dist.ProcessGroup | None,
+) -> FactorSet:
+    matrices: list[Matrix] = sorted(
+        (layer, name) for group_name, by_layer in active.items() for layer in by_layer for name in SCORED[group_name]
+    )
+    base_config: Any = causal_lm(model).config
+    return load_or_build(
+        weights,
+        matrices,
+        rank=config.rank,
+        model_id=getattr(base_config, "_name_or_path", "") or base_config.model_type,
+        model_config={key: getattr(base_config, key, None) for key in _ARCHITECTURE_KEYS},
+        path=config.factors,
+        group=group,
+    )
+
+
+def _on_device(factors: FactorSet, layer: DecoderLayer, name: str) -> tuple[Tensor, Tensor]:
+    weight = layer.matrix(name).weight
+    a, b = factors[layer.index, name]
+    return a.to(weight.device), b.to(weight.device)  # type: ignore[arg-type]
+
+
+def _store(linear: nn.Linear, *, transposed: bool) -> nn.Parameter:
+    """The parameter that holds a linear's weight with the channel as dim 0; the linear gives it up."""
+    weight = linear.weight
+    if transposed:
+        stored = nn.Parameter(full_tensor(weight).t().contiguous(), requires_grad=False)
+        shard_like([stored], weight)
+    else:
+        stored = weight
+    linear._parameters["weight"] = None
+    return stored
+
+
+def _replace_ffn(layer: DecoderLayer, state: SparseState, factors: FactorSet) -> None:
+    sparsity = state.sparsity.get("ffn", {}).get(layer.index)
+    if sparsity is None:
+        return
+    mlp = layer.mlp
+    original: nn.Linear = layer.matrix("down_proj")  # type: ignore[assignment]
+    width, weight = original.in_features, original.weight
+    estimator = FFNEstimator(
+        _on_device(factors, layer, "gate_proj"), _on_device(factors, layer, "up_proj"), mlp.act_fn  # type: ignore[arg-type]
+    )
+    shard_like(estimator.parameters(), weight)
+    sparse = SparseFFN(
+        mlp,
+        estimator=estimator,
+        context=state.context,
+        layer=layer.index,
+        keep=kept_count(width, sparsity),
+        lora_branch=state.config.lora_branch,
+    )
+    set_base_linear(sparse, "down_proj", FrozenLinear(_store(original, transposed=True), original.bias, transposed=True))
+    state.linears.append((sparse, "down_proj", original))
+    state.mlps.append((layer.module, mlp))
+    layer.module.mlp = sparse
+
+
+def _replace_attention(layer: DecoderLayer, state: SparseState, factors: FactorSet, heads: Any) -> None:
+    sparsity = {
+        group: state.sparsity[group][layer.index] for group in ("qk", "vo") if layer.index in state.sparsity.get(group, {})
+    }
+    if not sparsity:
+        return
+    counts = {"qk": heads.qk_channels, "vo": heads.vo_channels}
+    scored = [name for group in sparsity for name in SCORED[group]]
+    estimator = AttentionEstimator({name: _on_device(factors, layer, name) for name in scored}, heads)
+    shard_like(estimator.parameters(), layer.matrix("q_proj").weight)  # type: ignore[arg-type]
+    layer.attention.add_module(_ESTIMATOR, estimator)
+    state.attentions.append(layer.attention)
+    keep = {group: kept_count(counts[group], s) for group, s in sparsity.items()}
+    channels = AttentionChannels(state.context, layer.index, estimator, keep)
+    roles: Iterable[Any] = ("q", "k") * ("qk" in sparsity) + ("v", "o") * ("vo" in sparsity)
+    for role in roles:
+        name = f"{role}_proj"
+        original: nn.Linear = layer.matrix(name)  # type: ignore[assignment]
+        stored = _store(original, transposed=role == "o")
+        sparse = SparseProjection(stored, original.bias, role=role, channels=channels)
+        set_base_linear(layer.attention, name, sparse)
+        state.linears.append((layer.attention, name, original))
+
+
+class _BeginHook:
+    """Forward pre-hook of the model: labels become the token partition."""
+
+    def __init__(self, context: SparseContext) -> None:
+        self.context = context
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self.context.in_forward:
+            return
+        labels, shifted = kwargs.get("labels"), False
+        if labels is None and kwargs.get("shift_labels") is not None:
+            labels, shifted = kwargs["shift_labels"], True
+        self.context.sync.check()
+        self.context.begin(labels, kwargs.get("attention_mask"), module.training, shifted, opened_by=module)
+
+
+class _FinishHook:
+    """Forward hook of the module that opened the micro-batch."""
+
+    def __init__(self, context: SparseContext) -> None:
+        self.context = context
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.context.finish(module)
+
+
+class _LayerHook:
+    """Forward pre-hook of a decoder layer's first norm: remembers, or recognises, the layer's input."""
+
+    def __init__(self, context: SparseContext, layer: int) -> None:
+        self.context, self.layer = context, layer
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if torch.is_grad_enabled() or self.context.in_forward:
+            self.context.enter_layer(self.layer, args[0])
+
+
+__all__ = ["SparseState", "apply_sparselora", "find_state", "remove_sparselora", "selection", "set_step"]

@@ -1,0 +1,51 @@
+"""The schedule in the Hugging Face Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .apply import find_state
+
+
+class SparseLoRACallback(TrainerCallback):
+    """``Trainer(..., callbacks=[SparseLoRACallback()])``: drives ``start_step``/``end_step`` and checks each step.
+
+    Logs ``sparsity/active`` and ``sparsity/context_share`` with the Trainer's own metrics.
+    """
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._context(kwargs["model"]).set_step(state.global_step, state.max_steps)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # No step is taken on masks that the ranks did not agree on.
+        self._context(kwargs["model"]).sync.check()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        context = self._context(kwargs["model"])
+        counts = context.counts
+        total = counts.dense + counts.context
+        logs["sparsity/active"] = float(context.is_sparse)
+        logs["sparsity/context_share"] = counts.context / total if total else 0.0
+
+    @staticmethod
+    def _context(model: nn.Module) -> Any:
+        found = find_state(model)
+        if found is None:
+            raise ValueError("SparseLoRACallback needs a model that apply_sparselora was called on")
+        return found.context

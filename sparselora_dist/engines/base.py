@@ -1,0 +1,206 @@
+"""What the training loop asks of an engine."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import socket
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from ..config.run import RunConfig
+
+# Suffixes of AdamW's state in a checkpoint: ``<parameter>.exp_avg`` and so on.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_LAUNCHED = ("PMI_SIZE", "PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Where this process stands in the job."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+
+
+def discover_ranks() -> Ranks:
+    """Ranks from the launcher: torchrun's and DeepSpeed's variables, or MPI (mpirun, through mpi4py).
+
+    Under MPI the variables that PyTorch reads are set from the communicator.
+    """
+    env = os.environ
+    if "RANK" not in env and any(name in env for name in _LAUNCHED):
+        try:
+            from mpi4py import MPI
+        except ImportError as error:
+            raise RuntimeError("started by mpirun, but mpi4py is not installed: pip install mpi4py") from error
+        world = MPI.COMM_WORLD
+        local = world.Split_type(MPI.COMM_TYPE_SHARED)
+        address = (socket.gethostname(), _free_port()) if world.rank == 0 else None
+        host, port = world.bcast(address)
+        env.update(
+            RANK=str(world.rank),
+            WORLD_SIZE=str(world.size),
+            LOCAL_RANK=str(local.rank),
+            LOCAL_WORLD_SIZE=str(local.size),
+        )
+        env.setdefault("MASTER_ADDR", "127.0.0.1" if local.size == world.size else host)
+        env.setdefault("MASTER_PORT", str(port))
+    size = int(env.get("WORLD_SIZE", 1))
+    return Ranks(
+        rank=int(env.get("RANK", 0)),
+        local_rank=int(env.get("LOCAL_RANK", 0)),
+        world_size=size,
+        local_world_size=int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", size))),
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+class Engine(ABC):
+    """One way to hold the shards. Made once per run; :meth:`prepare` is called once, after the model was made sparse.
+
+    Args:
+        config: the run.
+        ranks: where this process stands.
+    """
+
+    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+        self.config = config
+        self.ranks = ranks
+        if torch.cuda.is_available():
+            torch.cuda.set_device(ranks.local_rank)
+            self.device = torch.device("cuda", ranks.local_rank)
+        else:
+            self.device = torch.device("cpu")
+            if "OMP_NUM_THREADS" not in os.environ:
+                cores = len(os.sched_getaffinity(0))
+                torch.set_num_threads(max(1, cores // ranks.local_world_size))
+        self.model: nn.Module
+        self.optimizer: Optimizer
+
+    # --- building ---------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def loading(self) -> Iterator[None]:
+        """Active while the base model is loaded."""
+        yield
+
+    @abstractmethod
+    def prepare(self, model: nn.Module) -> None:
+        """Shard the model and make the optimizer; sets ``self.model`` (what forwards go through) and ``self.optimizer``."""
+
+    # --- a step -------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Backward of one micro-batch; ``last`` of the optimizer step. Gradients are *averaged* over ranks."""
+
+    @abstractmethod
+    def step(self) -> float:
+        """Clip, step, clear the gradients; the gradient norm before clipping."""
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Around every forward."""
+        return contextlib.nullcontext()
+
+    # --- state: whole tensors on the CPU, on every rank, in fp32 ------------------------------------------------
+
+    @abstractmethod
+    def full_parameters(self) -> dict[str, Tensor]:
+        """Master values of the trainable parameters by name. A collective."""
+
+    @abstractmethod
+    def full_moments(self) -> tuple[dict[str, Tensor], int]:
+        """``<name>.exp_avg``, ``<name>.exp_avg_sq``, and the number of optimizer steps taken. A collective."""
+
+    @abstractmethod
+    def load_state(self, parameters: dict[str, Tensor], moments: dict[str, Tensor], steps: int) -> None:
+        """Put back what the two methods above gave, at this engine's sharding."""
+
+    # --- ranks --------------------------------------------------------------------------------------------------
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters by the names that the unwrapped model gives them."""
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    @property
+    def module(self) -> nn.Module:
+        """The PEFT model itself."""
+        return self.model
+
+    @property
+    def is_main(self) -> bool:
+        return self.ranks.rank == 0
+
+    def all_sum(self, *values: float) -> list[float]:
+        """Sums over the ranks, in fp64."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def barrier(self) -> None:
+        if dist.is_initialized():
+            dist.barrier()
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start_distributed(ranks: Ranks, timeout: float) -> None:
+    """Start the default process group from the launcher's variables; alone, a group of one."""
+    if dist.is_initialized():
+        return
+    env = os.environ
+    if "RANK" not in env:
+        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    env.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in env:
+        if ranks.world_size > 1:
+            raise RuntimeError("MASTER_PORT is not set: start with torchrun, deepspeed or mpirun")
+        env["MASTER_PORT"] = str(_free_port())
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+
+
+def adamw(model: nn.Module, config: RunConfig) -> AdamW:
+    """AdamW over the trainable parameters, by the ``train`` section."""
+    train = config.train
+    return AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=train.learning_rate,
+        betas=(train.adam_beta1, train.adam_beta2),
+        eps=train.adam_epsilon,
+        weight_decay=train.weight_decay,
+    )
+
+
+def make_engine(config: RunConfig) -> Engine:
+    """The engine that ``engine.name`` asks for, with its process group started."""
+    ranks = discover_ranks()
+    if config.engine.name == "single":
+        from .single import SingleEngine
+
+        return SingleEngine(config, ranks)
+    if config.engine.name == "zero3":
+        from .zero3 import Zero3Engine
+
+        return Zero3Engine(config, ranks)
+    from .fsdp2 import FSDP2Engine
+
+    return FSDP2Engine(config, ranks)

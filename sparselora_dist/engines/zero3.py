@@ -1,0 +1,197 @@
+"""DeepSpeed ZeRO-3: the only file that knows DeepSpeed."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..config.run import RunConfig
+from ..layers.ffn import SparseFFN
+from .base import MOMENTS, Engine, Ranks, adamw, start_distributed
+
+AUTO = "auto"
+
+
+def gather(parameter: Tensor) -> Tensor:
+    """A whole copy of a partitioned parameter. A collective."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
+def partition_like(new: list[nn.Parameter], old: Tensor) -> None:
+    """Partition new parameters as ``old`` is. A collective."""
+    old.convert_to_zero_parameters(param_list=new)  # type: ignore[attr-defined]
+
+
+def resolve_auto(ds: dict[str, Any], config: RunConfig, world_size: int, hidden_size: int, steps: int) -> dict[str, Any]:
+    """DeepSpeed's JSON with its ``"auto"`` values filled in, by the same rules as Transformers' integration.
+
+    Raises:
+        ValueError: an ``"auto"`` at a key that has no rule, named; a batch setting that contradicts ``train``.
+    """
+    train = config.train
+    warmup = train.warmup_steps or int(train.warmup_ratio * steps)
+    values: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": train.per_device_train_batch_size,
+        "gradient_accumulation_steps": train.gradient_accumulation_steps,
+        "train_batch_size": train.per_device_train_batch_size * train.gradient_accumulation_steps * world_size,
+        "gradient_clipping": train.max_grad_norm,
+        "bf16.enabled": config.model.dtype == "bfloat16",
+        "fp16.enabled": False,
+        "optimizer.params.lr": train.learning_rate,
+        "optimizer.params.betas": [train.adam_beta1, train.adam_beta2],
+        "optimizer.params.eps": train.adam_epsilon,
+        "optimizer.params.weight_decay": train.weight_decay,
+        "scheduler.params.warmup_min_lr": 0,
+        "scheduler.params.warmup_max_lr": train.learning_rate,
+        "scheduler.params.warmup_num_steps": warmup,
+        "scheduler.params.total_num_steps": steps,
+        "zero_optimization.reduce_bucket_size": hidden_size * hidden_size,
+        "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+
+    def fill(node: Any, path: str) -> Any:
+        if isinstance(node, dict):
+            return {key: fill(value, f"{path}.{key}" if path else key) for key, value in node.items()}
+        if node != AUTO:
+            return node
+        if path not in values:
+            raise ValueError(
+                f"'engine.deepspeed.{path}' is \"auto\", which has no rule: give a value. Keys with a rule: "
+                f"{', '.join(sorted(values))}"
+            )
+        return values[path]
+
+    filled = fill(ds, "")
+    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"):
+        if key in filled and filled[key] != values[key]:
+            raise ValueError(
+                f"'engine.deepspeed.{key}' is {filled[key]}, but the train section and {world_size} ranks make it "
+                f'{values[key]}: use "auto"'
+            )
+        filled[key] = values[key]
+    filled.setdefault("gradient_clipping", values["gradient_clipping"])
+    zero = filled.setdefault("zero_optimization", {})
+    zero.setdefault("stage", 3)
+    if config.model.dtype == "bfloat16":
+        filled.setdefault("bf16", {"enabled": True})
+    enabled = bool(filled.get("bf16", {}).get("enabled"))
+    if enabled != (config.model.dtype == "bfloat16") or filled.get("fp16", {}).get("enabled"):
+        raise ValueError(
+            f"'engine.deepspeed' asks for another precision than model.dtype {config.model.dtype!r}: set bf16.enabled "
+            'to "auto" and remove fp16'
+        )
+    filled.setdefault("steps_per_print", 10**9)
+    return filled
+
+
+class Zero3Engine(Engine):
+    """``deepspeed.initialize`` at stage 3. Each sparse FFN is a leaf: its weights are gathered together, once."""
+
+    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        super().__init__(config, ranks)
+        start_distributed(ranks, config.train.ddp_timeout)
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        import deepspeed
+
+        self._deepspeed = deepspeed
+        deepspeed.init_distributed()
+        self._json = config.engine.deepspeed_config()
+        self._hf_config: Any = None
+        self.total_steps = 1
+        """Set by the run before :meth:`prepare`; only a DeepSpeed scheduler reads it."""
+
+    def _resolved(self, hidden_size: int) -> dict[str, Any]:
+        return resolve_auto(self._json, self.config, self.ranks.world_size, hidden_size, self.total_steps)
+
+    @contextlib.contextmanager
+    def loading(self) -> Iterator[None]:
+        # While this object lives, from_pretrained partitions every weight as it is loaded.
+        from transformers import AutoConfig
+        from transformers.integrations import HfDeepSpeedConfig
+
+        base = AutoConfig.from_pretrained(self.config.model.name_or_path)
+        self._hf_config = HfDeepSpeedConfig(self._resolved(base.hidden_size))
+        try:
+            yield
+        finally:
+            self._hf_config = None
+
+    def prepare(self, model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, SparseFFN):
+                self._deepspeed.utils.set_z3_leaf_module(module, True)
+        ds = self._resolved(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = None if "optimizer" in ds else adamw(model, self.config)
+        self.model, _, _, self.scheduler = self._deepspeed.initialize(
+            model=model, model_parameters=parameters, optimizer=optimizer, config=ds
+        )
+        self.optimizer: Optimizer = self.model.optimizer.optimizer
+
+    @property
+    def module(self) -> nn.Module:
+        return self.model.module  # type: ignore[return-value]
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        # The loss is already a share of the global batch's: DeepSpeed must not divide it again.
+        self.model.backward(loss, scale_wrt_gas=False)  # type: ignore[operator]
+        if not last:
+            self.model.step()  # type: ignore[operator]
+
+    def step(self) -> float:
+        self.model.step()  # type: ignore[operator]
+        return float(self.model.get_global_grad_norm() or 0.0)  # type: ignore[operator]
+
+    # --- state ----------------------------------------------------------------------------------------------------
+
+    def full_parameters(self) -> dict[str, Tensor]:
+        get = self._deepspeed.utils.safe_get_full_fp32_param
+        return {name: get(p).float().cpu().clone() for name, p in self.trainable().items()}
+
+    def full_moments(self) -> tuple[dict[str, Tensor], int]:
+        get = self._deepspeed.utils.safe_get_full_optimizer_state
+        states = list(self.optimizer.state.values())
+        if not states:
+            return {}, 0
+        moments = {
+            f"{name}.{moment}": get(p, moment).float().cpu().clone()
+            for name, p in self.trainable().items()
+            for moment in MOMENTS
+        }
+        return moments, int(states[0].get("step", 0))
+
+    @torch.no_grad()
+    def load_state(self, parameters: dict[str, Tensor], moments: dict[str, Tensor], steps: int) -> None:
+        utils = self._deepspeed.utils
+        if moments:
+            for flat in self.model.optimizer.fp32_partitioned_groups_flat:  # type: ignore[union-attr]
+                state = self.optimizer.state[flat]
+                state["step"] = torch.tensor(float(steps))
+                for moment in MOMENTS:
+                    state.setdefault(moment, torch.zeros_like(flat))
+        for name, p in self.trainable().items():
+            with self._deepspeed.zero.GatheredParameters([p], modifier_rank=0):
+                p.copy_(parameters[name].to(p.device, p.dtype))
+            utils.safe_set_local_fp32_param(p, self._slice(parameters[name], p))
+            for moment in MOMENTS if moments else ():
+                utils.safe_set_local_optimizer_state(p, self._slice(moments[f"{name}.{moment}"], p), moment)
+
+    def _slice(self, value: Tensor, parameter: Any) -> Tensor:
+        """This rank's flat partition of a whole tensor, padded as DeepSpeed pads."""
+        size = parameter.ds_tensor.ds_numel
+        padded = torch.zeros(size * self.ranks.world_size, device=parameter.ds_tensor.device)
+        padded[: value.numel()] = value.flatten()
+        return padded[size * self.ranks.rank :][:size]

@@ -1,0 +1,45 @@
+"""The adapter in PEFT's format, verified after every save."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+
+from .manifest import CorruptFileError, read_safetensors
+
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+def save_adapter(model: Any, parameters: dict[str, Tensor], folder: Path) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``, then read them back and compare.
+
+    Args:
+        model: the PEFT model; its own (sharded) values are not read.
+        parameters: whole values of the trainable parameters by name.
+        folder: made if it does not exist.
+
+    Raises:
+        CorruptFileError: what is on disk is not what was to be saved (empty, missing or different tensors).
+    """
+    model.save_pretrained(str(folder), state_dict=parameters, save_embedding_layers=False)
+    # PEFT adds a model card that describes nothing yet.
+    (folder / "README.md").unlink(missing_ok=True)
+    expected = get_peft_model_state_dict(model, state_dict=parameters, save_embedding_layers=False)
+    saved, _ = read_safetensors(folder / ADAPTER_FILE)
+    for name in {*expected, *saved}:
+        if name not in saved or name not in expected or not torch.equal(saved[name], expected[name]):
+            raise CorruptFileError(f"{folder / ADAPTER_FILE} was not saved whole: {name} is missing or differs")
+    if not saved or any(tensor.numel() == 0 for tensor in saved.values()):
+        raise CorruptFileError(f"{folder / ADAPTER_FILE} is empty: no adapter weights were given")
+
+
+def load_adapter(model: Any, folder: Path) -> None:
+    """Put an adapter's values into a PEFT model whose parameters are whole (before an engine shards them)."""
+    saved, _ = read_safetensors(folder / ADAPTER_FILE)
+    result = set_peft_model_state_dict(model, saved)
+    if result.unexpected_keys:
+        raise CorruptFileError(f"{folder / ADAPTER_FILE} does not fit the model: {result.unexpected_keys[:3]}")

@@ -1,0 +1,191 @@
+"""Estimator factors: built once per base model and rank, spread over ranks, cached, and verified when read.
+
+A factor file is safetensors: ``<matrix>.a`` (r, in) and ``<matrix>.b`` (out, r) with the matrix named as in
+:func:`sparselora_dist.families.matrix_name`. Its metadata holds the model it was built from, the rank, the dtype, a
+fingerprint of every matrix and a SHA-256 over the tensors. A file that does not match the model is refused by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..families import matrix_name
+from ..method.estimator import low_rank_factors
+from .manifest import CorruptFileError, publish, read_safetensors, tensors_sha256
+from .weights import WeightSource
+
+FORMAT = "sparselora-factors/1"
+CACHE_VARIABLE = "SPARSELORA_CACHE"
+_FINGERPRINT_VALUES = 4096
+
+Matrix = tuple[int, str]
+FactorSet = dict[Matrix, tuple[Tensor, Tensor]]
+
+
+class FactorMismatchError(ValueError):
+    """A factor file belongs to another model, rank or dtype, or lacks matrices that are needed."""
+
+
+def fingerprint(weight: Tensor) -> str:
+    """Short hash of a strided sample of a matrix, the same on every device and for every shard layout."""
+    flat = weight.detach().reshape(-1)
+    step = max(1, flat.numel() // _FINGERPRINT_VALUES)
+    sample = flat[::step].float().cpu().contiguous()
+    return hashlib.sha256(f"{tuple(weight.shape)}".encode() + sample.numpy().tobytes()).hexdigest()[:32]
+
+
+def cache_path(model_id: str, identity: str, rank: int, dtype: torch.dtype) -> Path:
+    """Where the factors of a model are cached: ``$SPARSELORA_CACHE``, or ``~/.cache/sparselora_dist``."""
+    root = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "sparselora_dist")
+    stem = Path(model_id).name or "model"
+    return root / "factors" / f"{stem}-{identity[:16]}-r{rank}-{_name(dtype)}.safetensors"
+
+
+def load_or_build(
+    weights: WeightSource,
+    matrices: Sequence[Matrix],
+    *,
+    rank: int,
+    model_id: str,
+    model_config: Mapping[str, Any],
+    path: str | Path | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> FactorSet:
+    """Factors of ``matrices``: from ``path`` if given, else from the cache, the missing ones built and cached.
+
+    Every rank must call this with the same arguments. Each matrix is decomposed by one rank; all get all factors.
+
+    Args:
+        weights: gives the frozen matrices.
+        matrices: ``(layer, name)`` pairs.
+        rank: of the factors.
+        model_id: name or path of the base model, for messages and the file name.
+        model_config: shape keys that identify the architecture.
+        path: a factor file that must hold everything; ``None`` uses the cache.
+        group: ranks to spread the work over; the default group if there is one.
+
+    Raises:
+        FactorMismatchError, CorruptFileError, FileNotFoundError: the file is named.
+    """
+    ranks = dist.get_process_group_ranks(group or dist.group.WORLD) if dist.is_initialized() else [0]
+    me = dist.get_rank() if dist.is_initialized() else 0
+    marks, dtype = {}, torch.float32
+    for matrix in matrices:
+        weight = weights.get(*matrix)
+        marks[matrix], dtype = fingerprint(weight), weight.dtype
+    identity = hashlib.sha256(
+        json.dumps([dict(model_config), sorted((*m, v) for m, v in marks.items())], sort_keys=True).encode()
+    ).hexdigest()
+    target = Path(path) if path else cache_path(model_id, identity, rank, dtype)
+
+    found: FactorSet = {}
+    error: Exception | None = None
+    if me == ranks[0] and (path or target.is_file()):
+        try:
+            found = read_factors(target, matrices, marks, rank=rank, dtype=dtype, model_id=model_id)
+        except (ValueError, FileNotFoundError) as problem:
+            error = problem
+    state: list[Any] = [error, list(found)]
+    if len(ranks) > 1:
+        dist.broadcast_object_list(state, src=ranks[0], group=group)
+    if state[0] is not None:
+        raise state[0]
+    owners = dict.fromkeys(state[1], ranks[0])
+    missing = [matrix for matrix in matrices if matrix not in owners]
+    for number, matrix in enumerate(missing):
+        owner = owners[matrix] = ranks[number % len(ranks)]
+        if owner == me or weights.collective:
+            weight = weights.get(*matrix)
+            if owner == me:
+                found[matrix] = low_rank_factors(weight, rank, seed=number)
+    if len(ranks) > 1:
+        found = {matrix: _share(found.get(matrix), owners[matrix], group) for matrix in matrices}
+    if missing and me == ranks[0]:
+        write_factors(target, found, marks, rank=rank, model_id=model_id)
+    return found
+
+
+def _share(
+    factors: tuple[Tensor, Tensor] | None, owner: int, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """Give one matrix's factors to all ranks."""
+    box = [None if factors is None else tuple(t.cpu() for t in factors)]
+    dist.broadcast_object_list(box, src=owner, group=group)
+    return box[0]  # type: ignore[return-value]
+
+
+def write_factors(
+    path: Path, factors: FactorSet, fingerprints: Mapping[Matrix, str], *, rank: int, model_id: str
+) -> None:
+    """Write a factor file atomically."""
+    tensors: dict[str, Tensor] = {}
+    for matrix, (a, b) in factors.items():
+        name = matrix_name(*matrix)
+        tensors[f"{name}.a"], tensors[f"{name}.b"] = a.detach().cpu().contiguous(), b.detach().cpu().contiguous()
+    metadata = {
+        "format": FORMAT,
+        "model": model_id,
+        "rank": str(rank),
+        "dtype": _name(next(iter(tensors.values())).dtype),
+        "fingerprints": json.dumps({matrix_name(*matrix): fingerprints[matrix] for matrix in factors}),
+        "sha256": tensors_sha256(tensors),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_file(tensors, temporary, metadata)
+    publish(temporary, path)
+
+
+def read_factors(
+    path: Path,
+    matrices: Sequence[Matrix],
+    fingerprints: Mapping[Matrix, str],
+    *,
+    rank: int,
+    dtype: torch.dtype,
+    model_id: str,
+) -> FactorSet:
+    """Read and verify a factor file; see :func:`load_or_build` for the errors."""
+    tensors, metadata = read_safetensors(path)
+    if metadata.get("format") != FORMAT:
+        raise CorruptFileError(f"{path} is not a factor file: its format is {metadata.get('format')!r}, not {FORMAT!r}")
+    actual = tensors_sha256(tensors)
+    if actual != metadata.get("sha256"):
+        raise CorruptFileError(
+            f"{path} is damaged: SHA-256 of its tensors is {actual}, expected {metadata.get('sha256')}. Delete it; it "
+            "will be built again"
+        )
+    origin = metadata.get("model")
+    for key, have, want in (("rank", metadata.get("rank"), str(rank)), ("dtype", metadata.get("dtype"), _name(dtype))):
+        if have != want:
+            raise FactorMismatchError(
+                f"{path} holds factors of {key} {have} (built from {origin!r}), but this run needs {key} {want}: remove "
+                "sparse_lora.factors to build matching ones"
+            )
+    built_from = json.loads(metadata["fingerprints"])
+    found: FactorSet = {}
+    for matrix in matrices:
+        name = matrix_name(*matrix)
+        if name not in built_from or f"{name}.a" not in tensors or f"{name}.b" not in tensors:
+            raise FactorMismatchError(f"{path} has no factors of {name}: remove sparse_lora.factors to build them")
+        if built_from[name] != fingerprints[matrix]:
+            raise FactorMismatchError(
+                f"{path} was built from another model ({origin!r}): {name} differs from that of {model_id!r}. Remove "
+                "sparse_lora.factors to build matching ones"
+            )
+        found[matrix] = tensors[f"{name}.a"], tensors[f"{name}.b"]
+    return found
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

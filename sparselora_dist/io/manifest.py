@@ -1,0 +1,78 @@
+"""Hashes and atomic publishing: the one place that knows how a file is guarded."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+_CHUNK = 1 << 24
+
+
+class CorruptFileError(ValueError):
+    """A file is truncated, altered, or not what it says it is."""
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes: a swapped, missing or altered tensor changes it."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file. Never unpickles.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CorruptFileError: truncated, or not safetensors; the file is named.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except SafetensorError as error:
+        raise CorruptFileError(
+            f"{path} is truncated or not a safetensors file ({error}). Pickle files are never loaded"
+        ) from error
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Make ``temporary`` (a file or a folder, already written) appear as ``final``, whole or not at all."""
+    for path in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
+        _fsync(path)
+    os.replace(temporary, final)
+    _fsync(final.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file atomically."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    publish(temporary, path)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,191 @@
+"""What the sparse modules of one model share during a step: the token partition, the schedule, the chosen masks.
+
+A forward of the model opens a :class:`MicroBatch`; the layers ask for it and leave their masks in it. When activation
+checkpointing runs a layer again during backward, the layer finds the micro-batch of its first run and reuses its masks:
+nothing is selected and nothing is communicated twice. The micro-batch is recognised by the memory of the layer's
+input, which checkpointing keeps alive until then, so that several forwards may be pending before their backwards.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..method.schedule import is_sparse_step
+from ..method.tokens import TokenPartition, partition_tokens
+from ..sync.masks import MaskSync, Site
+
+# Forwards whose backward may still be to come.
+_PENDING_FORWARDS = 64
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """One forward of the model."""
+
+    partition: TokenPartition | None
+    """``None``: everything is computed densely."""
+    masks: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    """Kept channels, (k,) int64 ascending, by (layer, group)."""
+    inputs: dict[int, int] = field(default_factory=dict)
+    """Address of each layer's input."""
+
+
+@dataclass(slots=True)
+class TokenCounts:
+    """Tokens of sparse training forwards."""
+
+    dense: int = 0
+    context: int = 0
+    """Computed sparsely."""
+
+
+class SparseContext:
+    """State shared by the sparse modules of one model.
+
+    Args:
+        sync: adds the score sums over ranks.
+        start_step, end_step: of the schedule, see :func:`sparselora_dist.method.schedule.is_sparse_step`.
+        interval: optimizer steps for which a mask is kept.
+    """
+
+    def __init__(
+        self, sync: MaskSync, start_step: float | int = 0.0, end_step: float | int | None = None, interval: int = 1
+    ) -> None:
+        self.sync = sync
+        self.start_step, self.end_step, self.interval = start_step, end_step, interval
+        self.step: int | None = None
+        self.total_steps: int | None = None
+        self.counts = TokenCounts()
+        self.enabled = True
+        self._current: MicroBatch | None = None
+        self._opened_by: object = None
+        self._replayed: MicroBatch | None = None
+        self._forwards: deque[MicroBatch] = deque(maxlen=_PENDING_FORWARDS)
+        self._training_forwards = 0
+        self._held: dict[tuple[int, str], tuple[int, Tensor]] = {}
+        self._warned = False
+
+    # --- schedule ---------------------------------------------------------------------------------------------
+
+    def set_step(self, step: int, total_steps: int) -> None:
+        """Tell the schedule that optimizer step ``step`` (from 0) of ``total_steps`` begins."""
+        self.step, self.total_steps = step, total_steps
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether training forwards are sparse now."""
+        if not self.enabled:
+            return False
+        if self.step is None or self.total_steps is None:
+            whole_run = self.start_step in (0, 0.0) and self.end_step in (None, 1.0)
+            if not whole_run and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"start_step={self.start_step}, end_step={self.end_step} have no effect: nothing drives the "
+                    "schedule. Add SparseLoRACallback to the Trainer, or call set_step(model, step, total_steps)",
+                    stacklevel=2,
+                )
+            return True
+        return is_sparse_step(self.step, self.total_steps, self.start_step, self.end_step)
+
+    # --- a forward of the model ---------------------------------------------------------------------------------
+
+    def begin(
+        self,
+        labels: Tensor | None,
+        attention_mask: Tensor | None,
+        training: bool,
+        shifted: bool = False,
+        opened_by: object = None,
+    ) -> None:
+        """Open the micro-batch of a forward. Without labels, or in evaluation, everything is dense."""
+        partition = None
+        if training and labels is not None and self.is_sparse:
+            partition = partition_tokens(labels, attention_mask, shifted=shifted)
+            self.counts.dense += partition.dense.numel()
+            self.counts.context += partition.context.numel()
+        self._current, self._opened_by = MicroBatch(partition), opened_by
+        if training:
+            self._training_forwards += 1
+            self._forwards.append(self._current)
+
+    def finish(self, opened_by: object = None) -> None:
+        """Close the micro-batch that ``opened_by`` opened: from here on, a layer that runs is being recomputed."""
+        if self._opened_by is opened_by:
+            self._current = self._opened_by = None
+
+    @property
+    def in_forward(self) -> bool:
+        return self._current is not None
+
+    @property
+    def last(self) -> MicroBatch | None:
+        """The newest training forward."""
+        return self._forwards[-1] if self._forwards else None
+
+    # --- a layer --------------------------------------------------------------------------------------------------
+
+    def enter_layer(self, layer: int, hidden: Tensor) -> None:
+        """Called with each layer's input, in the forward and again in recomputation."""
+        address = hidden.data_ptr()
+        if self._current is not None:
+            self._current.inputs[layer] = address
+        elif _in_backward():
+            # The newest one with this address: the memory of a finished forward may have been given out again.
+            found = (batch for batch in reversed(self._forwards) if batch.inputs.get(layer) == address)
+            self._replayed = next(found, None)
+            if self._replayed is None:
+                raise RuntimeError(
+                    f"layer {layer} is recomputed for a forward that is not known: more than {_PENDING_FORWARDS} "
+                    "forwards were waiting for their backward, or the checkpointing moves its inputs (offloading)"
+                )
+
+    def active(self) -> MicroBatch | None:
+        """The micro-batch that the running layer belongs to, or ``None`` where everything is dense."""
+        batch = self._current or (self._replayed if _in_backward() else None)
+        return batch if batch is not None and batch.partition is not None else None
+
+    def choose(
+        self,
+        batch: MicroBatch,
+        site: Site,
+        groups: tuple[str, ...],
+        select: Callable[[], dict[str, Tensor]],
+    ) -> None:
+        """Fill the masks of ``groups`` at ``site`` unless they are there: from the interval before, or selected anew."""
+        if all((site.layer, group) in batch.masks for group in groups):
+            return
+        if self._current is not batch:
+            raise RuntimeError(f"{site} has no mask of its first forward; a mask is never chosen in recomputation")
+        now = self._training_forwards if self.step is None else self.step
+        held = [self._held.get((site.layer, group)) for group in groups]
+        if self.interval > 1 and all(entry is not None and 0 <= now - entry[0] < self.interval for entry in held):
+            chosen = {group: entry[1] for group, entry in zip(groups, held) if entry is not None}
+        else:
+            with torch.no_grad():
+                chosen = select()
+            if self.interval > 1:
+                self._held.update({(site.layer, group): (now, mask) for group, mask in chosen.items()})
+        batch.masks.update({(site.layer, group): mask for group, mask in chosen.items()})
+
+    # --- state of a run ---------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Masks that are being kept (``interval`` > 1): ``{"layer.group.step": mask}``."""
+        return {f"{layer}.{group}.{step}": mask for (layer, group), (step, mask) in self._held.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._held.clear()
+        for key, mask in state.items():
+            layer, group, step = key.split(".")
+            self._held[int(layer), group] = (int(step), mask)
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1

@@ -1,0 +1,83 @@
+"""The estimator factors of a layer as modules: frozen parameters, sharded with the weights that they belong to.
+
+Parameters and not buffers, because neither ZeRO nor FSDP shards a buffer; modules of their own, so that an engine's
+forward hooks gather them when, and only when, a mask is chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from sparselora_kernels import gated_ffn_score, projection_score
+from torch import Tensor, nn
+
+from ..method.channels import HeadGeometry
+
+Factors = tuple[Tensor, Tensor]
+
+
+def _register(module: nn.Module, name: str, factors: Factors) -> None:
+    for suffix, tensor in zip("ab", factors):
+        module.register_parameter(f"{name}_{suffix}", nn.Parameter(tensor, requires_grad=False))
+
+
+class FFNEstimator(nn.Module):
+    """Σ_t [act((B_g A_g x_t)_j) · (B_u A_u x_t)_j]² over the given rows: ``forward(x (T, H), rows) -> (I,) fp32``."""
+
+    gate_a: nn.Parameter
+    gate_b: nn.Parameter
+    up_a: nn.Parameter
+    up_b: nn.Parameter
+
+    def __init__(self, gate: Factors, up: Factors, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        _register(self, "gate", gate)
+        _register(self, "up", up)
+        self.activation = activation
+
+    def forward(self, x: Tensor, rows: Tensor) -> Tensor:
+        return gated_ffn_score(x, rows, (self.gate_a, self.gate_b), (self.up_a, self.up_b), self.activation)
+
+
+class AttentionEstimator(nn.Module):
+    """Additive score sums of q, k and v: ``forward(x (T, H), rows) -> (n,) fp32``, see :meth:`scores`.
+
+    The product of the qk score is taken after the sums were added over tokens *and* ranks, so what is returned here
+    is the list of its factors: ``[Σ‖q̂‖² (pairs), Σ‖k̂‖² (pairs), Σ v̂² (vo channels)]``, for the groups asked for.
+    """
+
+    def __init__(self, factors: Mapping[str, Factors], geometry: HeadGeometry) -> None:
+        super().__init__()
+        self.geometry = geometry
+        self.qk = "q_proj" in factors
+        self.vo = "v_proj" in factors
+        for name, pair in factors.items():
+            _register(self, name.removesuffix("_proj"), pair)
+
+    @property
+    def size(self) -> int:
+        """Number of sums."""
+        return 2 * self.geometry.qk_channels * self.qk + self.geometry.vo_channels * self.vo
+
+    def _sums(self, x: Tensor, rows: Tensor, name: str) -> Tensor:
+        return projection_score(x, rows, getattr(self, f"{name}_a"), getattr(self, f"{name}_b"))
+
+    def forward(self, x: Tensor, rows: Tensor) -> Tensor:
+        sums = []
+        if self.qk:
+            sums.append(self.geometry.q_pair_sums(self._sums(x, rows, "q")))
+            sums.append(self.geometry.k_pair_sums(self._sums(x, rows, "k")))
+        if self.vo:
+            sums.append(self._sums(x, rows, "v"))
+        return torch.cat(sums)
+
+    def scores(self, sums: Tensor) -> dict[str, Tensor]:
+        """Scores by group from (reduced) sums: ``qk`` (kv_heads * D/2,), ``vo`` (kv_heads * D,)."""
+        scores: dict[str, Tensor] = {}
+        if self.qk:
+            q, k, sums = sums.tensor_split([self.geometry.qk_channels, 2 * self.geometry.qk_channels])
+            scores["qk"] = q * k
+        if self.vo:
+            scores["vo"] = sums
+        return scores

@@ -1,0 +1,3 @@
+from .masks import MaskSync, MaskSyncError, Site
+
+__all__ = ["MaskSync", "MaskSyncError", "Site"]

@@ -1,0 +1,190 @@
+"""Mask synchronisation: the score sums of all ranks are added before the channels are chosen.
+
+A rank that skips one all-reduce is the worst fault there is: the backend silently pairs its next one, of another layer
+or another purpose. So the mask collectives
+
+- have a process group of their own, and never pair with (or queue behind) a gather of weights or gradients;
+- all have the same size, so that a mismatch can neither abort the backend nor corrupt memory;
+- carry one slot per rank with its site, call number and a non-finite flag. The sum over ranks therefore shows every
+  rank where every other rank is, and an error names both.
+
+On CPU the slots are compared at once. On a GPU that would wait for the device in every layer, so they are kept and
+compared by :meth:`MaskSync.check`, which the model calls once per forward and the training loop before each step.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
+
+SyncMode = Literal["global", "node", "local"]
+
+# Slot of a rank in the payload: site + 1 (0 means that the rank took no part), call number, non-finite flag.
+_SLOT = 3
+# Integers up to here are exact in fp32.
+_CALL_MODULUS = 1 << 20
+# How long a failing rank waits for the others to say where they are.
+_POST_MORTEM_SECONDS = 3.0
+
+
+class MaskSyncError(RuntimeError):
+    """The ranks disagree about which mask they are choosing, a rank is missing, or its scores are not finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where a mask is chosen."""
+
+    layer: int
+    kind: Literal["attention", "ffn"]
+
+    @property
+    def number(self) -> int:
+        return 2 * self.layer + (self.kind == "ffn")
+
+    @staticmethod
+    def name_of(number: int) -> str:
+        return f"layer {number // 2} {'ffn' if number % 2 else 'attention'}"
+
+    def __str__(self) -> str:
+        return Site.name_of(self.number)
+
+
+class MaskSync:
+    """Adds score sums over the ranks whose tokens choose the channels together.
+
+    Args:
+        mode: ``global`` (the data-parallel group), ``node`` (its ranks on this node) or ``local`` (this rank alone).
+        capacity: the largest number of sums that a site reduces; every collective has this size plus the slots.
+        process_group: the data-parallel group; ``None`` is the default group, if there is one.
+        timeout: seconds that a rank waits for the others.
+    """
+
+    def __init__(
+        self,
+        mode: SyncMode,
+        capacity: int,
+        process_group: dist.ProcessGroup | None = None,
+        timeout: float = 1800.0,
+    ) -> None:
+        self.mode = mode
+        self.capacity = capacity
+        self.timeout = timeout
+        self.collectives = 0
+        """All-reduces issued so far."""
+        self._data_parallel = process_group
+        self._group: dist.ProcessGroup | None = None
+        self._ranks: list[int] | None = None
+        self._calls = 0
+        self._pending: list[tuple[Tensor, Site, int]] = []
+
+    def __deepcopy__(self, memo: dict) -> MaskSync:
+        # Process groups cannot be copied; a copied model makes its own on first use.
+        return MaskSync(self.mode, self.capacity, self._data_parallel, self.timeout)
+
+    @property
+    def ranks(self) -> list[int]:
+        """Global ranks that choose together; made on first use, which must be on all ranks at the same point."""
+        if self._ranks is None:
+            self._connect()
+        assert self._ranks is not None
+        return self._ranks
+
+    def _connect(self) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            self._ranks = [0]
+            return
+        me = dist.get_rank()
+        everyone = dist.get_process_group_ranks(self._data_parallel or dist.group.WORLD)
+        if self.mode == "local" or len(everyone) == 1:
+            self._ranks = [me]
+            return
+        self._ranks = everyone if self.mode == "global" else self._node_ranks(everyone)
+        self._group = dist.new_group(
+            self._ranks, timeout=datetime.timedelta(seconds=self.timeout), use_local_synchronization=True
+        )
+
+    def _node_ranks(self, everyone: list[int]) -> list[int]:
+        # torchrun numbers the nodes (GROUP_RANK); under other launchers the host name tells them apart.
+        mine = f"{socket.gethostname()}/{os.environ.get('GROUP_RANK', '')}"
+        names: list[str] = [""] * len(everyone)
+        dist.all_gather_object(names, mine, group=self._data_parallel)
+        return [rank for rank, name in zip(everyone, names) if name == mine]
+
+    def reduce(self, site: Site, sums: Tensor) -> Tensor:
+        """Σ over the ranks of ``sums`` (n,) fp32, n at most ``capacity``. Every rank must take part, in order.
+
+        Raises:
+            MaskSyncError: another rank is at another site, did not arrive in time, or has non-finite sums (on a GPU
+                the first and the last are raised by :meth:`check`).
+        """
+        ranks = self.ranks
+        slot = ranks.index(dist.get_rank()) if len(ranks) > 1 else 0
+        self._calls += 1
+        call = self._calls % _CALL_MODULUS
+        payload = sums.new_zeros(self.capacity + _SLOT * len(ranks))
+        payload[: sums.numel()] = sums
+        header = payload[self.capacity :]
+        # Filled on the device: no copy from the host, no wait.
+        header[_SLOT * slot].fill_(site.number + 1)
+        header[_SLOT * slot + 1].fill_(call)
+        header[_SLOT * slot + 2].copy_(~torch.isfinite(sums).all())
+        if self._group is not None:
+            try:
+                dist.all_reduce(payload, group=self._group)
+            except RuntimeError as error:
+                raise MaskSyncError(self._post_mortem(site)) from error
+            self.collectives += 1
+        self._pending.append((header, site, call))
+        if sums.device.type == "cpu":
+            self.check()
+        return payload[: sums.numel()]
+
+    def check(self) -> None:
+        """Compare the slots of all reductions since the last check. Waits for the device.
+
+        Raises:
+            MaskSyncError: see :meth:`reduce`.
+        """
+        pending, self._pending = self._pending, []
+        for header, site, call in pending:
+            slots = header.view(-1, _SLOT).tolist()
+            for rank, (number, its_call, _) in zip(self.ranks, slots):
+                if (number, its_call) != (site.number + 1, call):
+                    me = dist.get_rank()
+                    theirs = Site.name_of(int(number) - 1) if number else "no site"
+                    raise MaskSyncError(
+                        f"mask synchronisation mismatch: rank {me} is at {site} (call {call}), rank {rank} is at "
+                        f"{theirs} (call {int(its_call)}). A rank skipped or repeated a forward of that layer: every "
+                        "rank must run the same layers in the same order, also with an empty micro-batch"
+                    )
+            bad = [rank for rank, (_, _, flag) in zip(self.ranks, slots) if flag]
+            if bad:
+                raise MaskSyncError(
+                    f"non-finite channel scores at {site} on rank {', '.join(map(str, bad))}: the hidden states "
+                    "overflowed or are NaN. No step was taken; lower the learning rate or use bfloat16"
+                )
+
+    def _post_mortem(self, site: Site) -> str:
+        """Say where this rank is, and ask the others, through the store of the default group."""
+        store, me = _get_default_store(), dist.get_rank()
+        prefix = f"sparselora/mask/{self._calls}"
+        store.set(f"{prefix}/{me}", str(site))
+        words = []
+        for rank in self.ranks:
+            if rank == me:
+                continue
+            try:
+                store.wait([f"{prefix}/{rank}"], datetime.timedelta(seconds=_POST_MORTEM_SECONDS))
+                words.append(f"rank {rank} is at {store.get(f'{prefix}/{rank}').decode()}")
+            except RuntimeError:
+                words.append(f"rank {rank} did not arrive")
+        return f"mask synchronisation failed: rank {me} is at {site}; {'; '.join(words)}"

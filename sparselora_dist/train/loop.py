@@ -1,0 +1,299 @@
+"""The training loop: the same for every engine."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import get_scheduler
+
+from ..config.run import RunConfig
+from ..data import GlobalBatch, GlobalBatchSampler, TokenDataset, collate
+from ..engines.base import Engine
+from ..io.checkpoint import Checkpoint, RunState, save_checkpoint
+from ..layers.context import SparseContext
+from ..method.flops import FlopModel
+from .evaluate import Evaluation, evaluate
+from .metrics import MetricsWriter
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Totals:
+    """Running sums of a run; saved with its checkpoints, so that a resumed run's summary is the whole run's."""
+
+    tokens: float = 0.0
+    dense: float = 0.0
+    context: float = 0.0
+    flops_dense: float = 0.0
+    flops_executed: float = 0.0
+    timed_tokens: float = 0.0
+    seconds: float = 0.0
+    loss_first: float = math.nan
+    loss_last: float = math.nan
+    eval_start: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What one optimizer step says to everyone, already summed over ranks."""
+
+    loss: float
+    grad_norm: float
+    dense: float
+    context: float
+
+
+class TrainingLoop:
+    """Runs the steps of one run. Every rank has one and calls :meth:`run`."""
+
+    def __init__(
+        self,
+        *,
+        config: RunConfig,
+        engine: Engine,
+        context: SparseContext,
+        train_data: TokenDataset,
+        eval_data: TokenDataset | None,
+        sampler: GlobalBatchSampler,
+        pad_token_id: int,
+        total_steps: int,
+        flops: FlopModel,
+        resumed: Checkpoint | None = None,
+    ) -> None:
+        self.config, self.train, self.engine, self.context = config, config.train, engine, context
+        self.train_data, self.eval_data, self.sampler = train_data, eval_data, sampler
+        self.pad_token_id, self.total_steps, self.flops = pad_token_id, total_steps, flops
+        self.totals = Totals()
+        self.start_step = 0
+        self.scheduler = self._scheduler()
+        if resumed:
+            self._restore(resumed)
+        self.metrics = MetricsWriter(config.train, total_steps, self.start_step, engine.is_main)
+        self._stop_signal = False
+
+    # --- the run ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """All remaining steps; returns the summary."""
+        previous = signal.signal(signal.SIGTERM, self._request_stop)
+        try:
+            if self.eval_data is not None and not self.totals.eval_start:
+                self.totals.eval_start = self._evaluate(0)
+            step = self.start_step
+            while step < self.total_steps:
+                self._one_step(step)
+                step += 1
+                due = bool(self.train.save_steps) and step % (self.train.save_steps or 1) == 0
+                stop = self.engine.all_sum(float(self._stop_signal))[0] > 0
+                if due or stop:
+                    self._save(step)
+                if stop:
+                    raise SystemExit(f"SIGTERM: saved checkpoint-{step} in {self.train.output_dir}; resume continues it")
+                if self.train.eval_steps and step % self.train.eval_steps == 0 and step < self.total_steps:
+                    self._evaluate(step)
+            return self._summary(self._evaluate(self.total_steps))
+        finally:
+            self.metrics.close()
+            signal.signal(signal.SIGTERM, previous)
+
+    def _request_stop(self, *_: object) -> None:
+        self._stop_signal = True
+
+    def _one_step(self, step: int) -> None:
+        batch = self.sampler.batch(step)
+        labels = int(self.train_data.label_counts[batch.indices].sum())
+        lengths = self.train_data.lengths[batch.indices]
+        tokens = int(lengths.sum())
+        learning_rate = self._learning_rate()
+        self.context.set_step(step, self.total_steps)
+        started = time.perf_counter()
+        if labels == 0:
+            log.warning("step %d: no row of the batch has a label (every label is -100); it contributes nothing", step + 1)
+            result = StepResult(loss=0.0, grad_norm=0.0, dense=tokens, context=0)
+        else:
+            result = self._optimize(step, batch, labels)
+        if self.scheduler is not None:
+            self.scheduler.step()
+        seconds = time.perf_counter() - started
+        self._record(step, result, lengths, seconds, learning_rate)
+
+    def _optimize(self, step: int, batch: GlobalBatch, labels: int) -> StepResult:
+        """Forward and backward of every micro-batch, then the optimizer."""
+        engine, world = self.engine, self.engine.ranks.world_size
+        counts = self.context.counts
+        counts.dense = counts.context = 0
+        loss = torch.zeros((), device=engine.device)
+        for number in range(batch.accumulation):
+            rows = batch.micro_batch(number, engine.ranks.rank)
+            inputs = collate(self.train_data, rows, self.pad_token_id)
+            inputs = {name: tensor.to(engine.device, non_blocking=True) for name, tensor in inputs.items()}
+            with engine.autocast():
+                # Engines average gradients over ranks: dividing by labels / world makes the mean that of the global batch.
+                output = engine.model(**inputs, use_cache=False, num_items_in_batch=labels / world)
+            engine.backward(output.loss, last=number == batch.accumulation - 1)
+            loss += output.loss.detach()
+        self.context.sync.check()
+        total, dense, context = engine.all_sum(loss.item() / world, counts.dense, counts.context)
+        if not math.isfinite(total):
+            raise FloatingPointError(
+                f"the loss of step {step + 1} is {total}: no step was taken. Lower train.learning_rate, or continue from "
+                "the last checkpoint with train.resume true"
+            )
+        return StepResult(total, engine.step(), dense, context)
+
+    def _record(self, step: int, result: StepResult, lengths: Any, seconds: float, learning_rate: float) -> None:
+        tokens, totals = float(lengths.sum()), self.totals
+        # Mean length that a token sees, so that the quadratic part of attention is counted right.
+        length = float((lengths.astype(float) ** 2).sum()) / max(tokens, 1.0)
+        sparse = result.context > 0
+        dense_flops = self.flops.dense(tokens, length)
+        executed = self.flops.executed(result.dense, result.context, length) if sparse else dense_flops
+        totals.tokens += tokens
+        totals.dense += tokens - result.context
+        totals.context += result.context
+        totals.flops_dense += dense_flops
+        totals.flops_executed += executed
+        if step > self.start_step:  # The first step of a process also warms up allocators and caches.
+            totals.timed_tokens += tokens
+            totals.seconds += seconds
+        if step == 0:
+            totals.loss_first = result.loss
+        totals.loss_last = result.loss
+        rate = tokens / seconds / self.engine.ranks.world_size
+        share = result.context / tokens if tokens else 0.0
+        if (step + 1) % self.train.logging_steps == 0 or step + 1 == self.total_steps:
+            self.metrics.row(
+                {
+                    "step": step + 1,
+                    "loss": result.loss,
+                    "grad_norm": result.grad_norm,
+                    "learning_rate": learning_rate,
+                    "num_tokens": totals.tokens,
+                    "tokens_per_second_per_gpu": rate,
+                    "sparsity/active": float(self.context.is_sparse),
+                    "sparsity/context_share": share,
+                    "sparsity/executed_flops_share": executed / dense_flops if dense_flops else 1.0,
+                }
+            )
+        self.metrics.advance(result.loss, rate * self.engine.ranks.world_size, share)
+
+    # --- learning rate ------------------------------------------------------------------------------------------------
+
+    def _scheduler(self) -> Any:
+        if getattr(self.engine, "scheduler", None) is not None:
+            return None  # DeepSpeed's own, stepped by its engine.
+        train = self.train
+        warmup = train.warmup_steps or math.ceil(train.warmup_ratio * self.total_steps)
+        return get_scheduler(train.lr_scheduler_type, self.engine.optimizer, warmup, self.total_steps)
+
+    def _learning_rate(self) -> float:
+        return float(self.engine.optimizer.param_groups[0]["lr"])
+
+    # --- evaluation and summary ---------------------------------------------------------------------------------------
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        if self.eval_data is None:
+            return {}
+        size = self.train.per_device_eval_batch_size or self.train.per_device_train_batch_size
+        result: Evaluation = evaluate(self.engine, self.eval_data, size, self.pad_token_id)
+        values = {
+            "eval_loss": result.loss,
+            "eval_mean_token_accuracy": result.token_accuracy,
+            "eval_exact_match": result.exact_match,
+        }
+        self.metrics.row({"step": step, **values})
+        return values
+
+    def _summary(self, final: dict[str, float]) -> dict[str, Any]:
+        totals = self.totals
+        return {
+            "engine": self.config.engine.name,
+            "world_size": self.engine.ranks.world_size,
+            "steps": self.total_steps,
+            "tokens": int(totals.tokens),
+            "train_loss_first": totals.loss_first,
+            "train_loss_last": totals.loss_last,
+            "eval_loss_start": totals.eval_start.get("eval_loss"),
+            "eval_exact_match_start": totals.eval_start.get("eval_exact_match"),
+            **({"eval_loss": None} | final),
+            "context_share": totals.context / max(totals.tokens, 1.0),
+            "executed_flops_share": totals.flops_executed / max(totals.flops_dense, 1.0),
+            "tokens_per_second": totals.timed_tokens / totals.seconds if totals.seconds else None,
+            "mask_collectives": self.context.sync.collectives,
+            "adapter": str(Path(self.train.output_dir) / "adapter"),
+        }
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _save(self, step: int) -> None:
+        engine = self.engine
+        moments, optimizer_steps = engine.full_moments()
+        parameters = engine.full_parameters()
+        per_rank = self._gather_rank_state()
+        if engine.is_main:
+            state = RunState(
+                step=step,
+                optimizer_steps=optimizer_steps,
+                world_size=engine.ranks.world_size,
+                global_batch_size=self.sampler.global_batch_size,
+                engine=self.config.engine.name,
+                tokens=int(self.totals.tokens),
+                scheduler=_plain(self.scheduler.state_dict()) if self.scheduler is not None else {},
+                summary={name: getattr(self.totals, name) for name in Totals.__slots__},
+            )
+            checkpoint = Checkpoint(state, parameters, moments, per_rank)
+            save_checkpoint(engine.module, checkpoint, Path(self.train.output_dir), self.train.save_total_limit)
+        engine.barrier()
+
+    def _gather_rank_state(self) -> dict[str, Tensor]:
+        """Random states and kept masks of every rank, on rank 0."""
+        mine = {"rng/cpu": torch.get_rng_state()}
+        if self.engine.device.type == "cuda":
+            mine["rng/cuda"] = torch.cuda.get_rng_state(self.engine.device)
+        mine |= {f"mask/{name}": mask.cpu() for name, mask in self.context.state_dict().items()}
+        everyone = [mine]
+        if dist.is_initialized():
+            everyone = [{} for _ in range(self.engine.ranks.world_size)]
+            dist.all_gather_object(everyone, mine)
+        return {f"{rank}/{name}": tensor for rank, state in enumerate(everyone) for name, tensor in state.items()}
+
+    def _restore(self, resumed: Checkpoint) -> None:
+        state, ranks = resumed.state, self.engine.ranks
+        names = {_peft_name(name): name for name in self.engine.trainable()}
+        parameters = {names[name]: tensor for name, tensor in resumed.parameters.items()}
+        self.engine.load_state(parameters, resumed.moments, state.optimizer_steps)
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state.scheduler)
+            for group, rate in zip(self.engine.optimizer.param_groups, self.scheduler.get_last_lr()):
+                group["lr"] = rate
+        self.start_step = state.step
+        self.totals = Totals(**state.summary)
+        if state.world_size != ranks.world_size:
+            log.warning("resuming a run of %d ranks on %d: random states start anew", state.world_size, ranks.world_size)
+            return
+        own = resumed.rank(ranks.rank)
+        torch.set_rng_state(own["rng/cpu"])
+        if "rng/cuda" in own:
+            torch.cuda.set_rng_state(own["rng/cuda"], self.engine.device)
+        masks = {name.removeprefix("mask/"): mask for name, mask in own.items() if name.startswith("mask/")}
+        self.context.load_state_dict({name: mask.to(self.engine.device) for name, mask in masks.items()})
+
+
+def _peft_name(name: str) -> str:
+    """A parameter's name as PEFT writes it to disk: without the adapter's own name."""
+    return name.replace(".default.", ".")
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """A scheduler's state without its functions, which are made again from the config."""
+    return {name: value for name, value in state.items() if isinstance(value, (int, float, list, bool))}

@@ -1,0 +1,134 @@
+"""One run, built in order: ranks, data, model, adapter, sparsity, engine, loop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+from peft import get_peft_model
+from transformers import set_seed
+
+from ..apply import apply_sparselora, find_state
+from ..config.run import RunConfig
+from ..data import GlobalBatchSampler, TokenDataset, load_dataset_tokens, padding_id
+from ..engines.base import Engine, make_engine
+from ..io.adapter import load_adapter, save_adapter
+from ..io.checkpoint import Checkpoint, load_checkpoint, resolve_resume
+from ..io.load import check_model, load_base, load_tokenizer
+from ..io.manifest import write_text
+from .loop import TrainingLoop
+from .metrics import flop_model
+
+log = logging.getLogger(__name__)
+
+
+def run(config: RunConfig) -> dict[str, Any]:
+    """Train by ``config``; returns what ``summary.json`` holds.
+
+    Everything that can be refused is refused before the model is loaded.
+    """
+    engine = make_engine(config)
+    try:
+        return _run(config, engine)
+    finally:
+        engine.close()
+
+
+def _run(config: RunConfig, engine: Engine) -> dict[str, Any]:
+    output_dir = Path(config.train.output_dir)
+    check_model(config.model)
+    tokenizer = load_tokenizer(config.model)
+    train_data, eval_data = _datasets(config, tokenizer)
+    sampler = GlobalBatchSampler(
+        train_data.lengths,
+        config.train.per_device_train_batch_size,
+        engine.ranks.world_size,
+        config.train.gradient_accumulation_steps,
+        config.train.seed,
+        config.train.group_by_length,
+    )
+    total_steps = _total_steps(config, sampler)
+    path = resolve_resume(config.train.resume, output_dir)
+    resumed = load_checkpoint(path) if path else None
+    if resumed:
+        _check_resume(resumed, sampler.global_batch_size, total_steps, path)
+    engine.total_steps = total_steps
+
+    set_seed(config.train.seed)
+    model = build_model(config, engine, resumed_from=path)
+    state = find_state(model)
+    assert state is not None
+    flops = flop_model(model, state)
+    engine.prepare(model)
+
+    loop = TrainingLoop(
+        config=config,
+        engine=engine,
+        context=state.context,
+        train_data=train_data,
+        eval_data=eval_data,
+        sampler=sampler,
+        pad_token_id=padding_id(tokenizer),
+        total_steps=total_steps,
+        flops=flops,
+        resumed=resumed,
+    )
+    if engine.is_main:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_text(output_dir / "run.json", json.dumps(config.to_dict(), indent=1))
+    summary = loop.run()
+    parameters = engine.full_parameters()
+    if engine.is_main:
+        save_adapter(model, parameters, output_dir / "adapter")
+        write_text(output_dir / "sparse_lora.json", json.dumps(config.sparse_lora.to_dict(), indent=1))
+        write_text(output_dir / "summary.json", json.dumps(summary, indent=1))
+    engine.barrier()
+    return summary
+
+
+def build_model(config: RunConfig, engine: Engine, resumed_from: Path | None = None) -> Any:
+    """Base model, adapter and sparse layers, before the engine shards what is not sharded yet."""
+    with engine.loading():
+        base = load_base(config.model)
+    # bf16 under ZeRO-3 keeps the fp32 masters in the optimizer; elsewhere the adapter's own weights are the masters.
+    model = get_peft_model(base, config.lora.build(), autocast_adapter_dtype=config.engine.name != "zero3")
+    if resumed_from:
+        load_adapter(model, resumed_from / "adapter")
+    apply_sparselora(model, config.sparse_lora, timeout=config.train.ddp_timeout)
+    if config.train.gradient_checkpointing or (config.engine.fsdp or {}).get("fsdp_activation_checkpointing"):
+        options = {"use_reentrant": False, **(config.train.gradient_checkpointing_kwargs or {})}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        if options["use_reentrant"]:
+            model.enable_input_require_grads()
+    model.train()
+    return model
+
+
+def _datasets(config: RunConfig, tokenizer: Any) -> tuple[TokenDataset, TokenDataset | None]:
+    data = config.data
+    train = load_dataset_tokens(data.train, tokenizer, data.max_length, "train", data.train_limit)
+    if data.eval is None:
+        return train, None
+    return train, load_dataset_tokens(
+        data.eval, tokenizer, data.max_length, "validation", data.eval_limit, key="data.eval"
+    )
+
+
+def _total_steps(config: RunConfig, sampler: GlobalBatchSampler) -> int:
+    if config.train.max_steps > 0:
+        return config.train.max_steps
+    return max(1, math.ceil(config.train.num_train_epochs * sampler.batches_per_epoch))
+
+
+def _check_resume(resumed: Checkpoint, global_batch_size: int, total_steps: int, path: Path | None) -> None:
+    if resumed.state.global_batch_size != global_batch_size:
+        raise ValueError(
+            f"{path} was saved with a global batch of {resumed.state.global_batch_size}, this run has "
+            f"{global_batch_size} (ranks x per_device_train_batch_size x gradient_accumulation_steps): make them equal, so "
+            "that no row is skipped or repeated"
+        )
+    if resumed.state.step > total_steps:
+        raise ValueError(f"{path} is at step {resumed.state.step}, beyond this run's {total_steps} steps")

@@ -24,10 +24,14 @@ TOKENIZER_DOCUMENTS = 10_000
 HELD_OUT_DOCUMENTS = 256
 # Batches are cut from runs of this many batches sorted by length, so that rows of a batch need little padding.
 BATCHES_PER_SORT = 32
-# See look_back().
+# A long period, as in Llama 3, leaves most coordinates of a head free for matching content rather than position.
+ROPE_THETA = 500_000.0
+# See warm_start().
 CONSTANT_COORDINATE = 5.0
-LOOK_BACK_GAIN = 1.2
+LOOK_BACK_GAIN = 2.0
 LOOK_BACK_NOISE = 0.25
+SLOW_ANGLE = 0.01
+COPY_GAIN = 1.6
 
 
 def train_tokenizer(documents: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -112,6 +116,7 @@ def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) ->
         head_dim=args.head_dim,
         max_position_embeddings=512,
         tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         initializer_range=args.init,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
@@ -126,28 +131,48 @@ def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) ->
         for layer in model.model.layers:
             for output in (layer.self_attn.o_proj, layer.mlp.down_proj):
                 output.weight.mul_((2 * args.layers) ** -0.5)
-    look_back(model)
+    warm_start(model)
     return model
 
 
-@torch.no_grad()
-def look_back(model: LlamaForCausalLM) -> None:
-    """Start the first two heads of layer 0 as heads that look one and two tokens back.
+def head_rows(projection: torch.nn.Linear, head: int, size: int) -> torch.Tensor:
+    """The rows of a q, k or v projection that belong to one head, as a view."""
+    return projection.weight[head * size : (head + 1) * size]
 
-    Copying needs such a head below another one that uses it. Gradient descent finds the pair only after a long plateau,
-    and this start saves it. One embedding coordinate is set to the same value for all tokens; the two queries and the
-    key that they share read it, and their rotary angles are set so that the score peaks at the wanted distance.
-    Training is free to change all of it.
+
+@torch.no_grad()
+def warm_start(model: LlamaForCausalLM) -> None:
+    """Start with heads that look back in layer 0 and one faint copying (induction) head in layer 1.
+
+    Gradient descent finds such a pair of heads by itself, but only after a plateau that is long for a CPU. The heads are
+    a start only: all weights are trained.
+
+    Layer 0: one embedding coordinate has the same value for all tokens. The keys and the queries read it, and the rotary
+    angles of the query of head h are set so that its score peaks h + 1 tokens back. Layer 1: the query reads the current
+    token (through ``current``), the key reads the previous token that layer 0 wrote down (through ``previous``), and the
+    value copies the attended token (through ``copied``) to the output.
     """
     config = model.config
-    attention = model.model.layers[0].self_attn
-    model.model.embed_tokens.weight[:, 0] = CONSTANT_COORDINATE
+    size = config.head_dim
+    first, second = (layer.self_attn for layer in model.model.layers[:2])
     angles = model.model.rotary_emb.inv_freq
-    for distance, head in ((0, None), (1, 0), (2, 1)):
-        projection = attention.k_proj if head is None else attention.q_proj
-        rows = projection.weight[(head or 0) * config.head_dim :][: config.head_dim]
+    model.model.embed_tokens.weight[:, 0] = CONSTANT_COORDINATE
+    heads = [(first.k_proj, head, 0) for head in range(config.num_key_value_heads)]
+    heads += [(first.q_proj, head, head + 1) for head in range(config.num_attention_heads)]
+    for projection, head, distance in heads:
+        rows = head_rows(projection, head, size)
         rows.mul_(LOOK_BACK_NOISE)
         rows[:, 0] = LOOK_BACK_GAIN * torch.cat([torch.cos(distance * angles), -torch.sin(distance * angles)])
+
+    basis = torch.linalg.qr(torch.randn(config.hidden_size, config.hidden_size)).Q
+    current, previous, copied = basis[:size], basis[size : 2 * size], basis[2 * size : 3 * size]
+    slow = (angles < SLOW_ANGLE).repeat(2).unsqueeze(1) * COPY_GAIN
+    head_rows(first.v_proj, 0, size).copy_(current)
+    first.o_proj.weight[:, :size] = COPY_GAIN * previous.T
+    head_rows(second.q_proj, 0, size).copy_(slow * current)
+    head_rows(second.k_proj, 0, size).copy_(slow * previous)
+    head_rows(second.v_proj, 0, size).copy_(copied)
+    second.o_proj.weight[:, :size] = COPY_GAIN * copied.T
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:

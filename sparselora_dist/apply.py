@@ -264,7 +264,7 @@ def _replace_ffn(layer: DecoderLayer, state: SparseState, factors: FactorSet) ->
         keep=kept_count(width, sparsity),
         lora_branch=state.config.lora_branch,
     )
-    set_base_linear(sparse, "down_proj", FrozenLinear(_store(original, transposed=True), original.bias, transposed=True))
+    set_base_linear(sparse, "down_proj", FrozenLinear(original, _store(original, transposed=True), transposed=True))
     state.linears.append((sparse, "down_proj", original))
     state.mlps.append((layer.module, mlp))
     layer.module.mlp = sparse
@@ -289,7 +289,7 @@ def _replace_attention(layer: DecoderLayer, state: SparseState, factors: FactorS
         name = f"{role}_proj"
         original: nn.Linear = layer.matrix(name)  # type: ignore[assignment]
         stored = _store(original, transposed=role == "o")
-        sparse = SparseProjection(stored, original.bias, role=role, channels=channels)
+        sparse = SparseProjection(original, stored, role=role, channels=channels)
         set_base_linear(layer.attention, name, sparse)
         state.linears.append((layer.attention, name, original))
 

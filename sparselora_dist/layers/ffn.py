@@ -96,7 +96,7 @@ class SparseFFN(nn.Module):
         for module in (self.gate_proj, self.up_proj):
             base = base_linear(module)
             kept = indexed_linear(x, base.weight, base.bias, channels)  # type: ignore[arg-type]
-            y = kept.new_zeros(x.shape[0], base.weight.shape[0]).index_copy(1, channels, kept)  # type: ignore[union-attr,index]
+            y = kept.new_zeros(x.shape[0], base.out_features).index_copy(1, channels, kept)  # type: ignore[union-attr,index]
             wide.append((y + self._lora(module, x)).to(x.dtype))
         hidden = self.act_fn(wide[0]) * wide[1]
         down: FrozenLinear = base_linear(self.down_proj)  # type: ignore[assignment]

@@ -26,18 +26,21 @@ def compute_input(x: Tensor) -> Tensor:
 
 
 class FrozenLinear(nn.Module):
-    """A frozen linear layer, ``weight`` (out, in) kept as it is or stored transposed as ``weight_t`` (in, out).
+    """Takes the place of a frozen ``nn.Linear``, with its weight stored so that the channel is dim 0.
 
-    Transposed (down, o), its channels are dim 0 too: a kept channel is one contiguous row.
+    Args:
+        linear: what it replaces; gives the bias and the sizes.
+        stored: ``weight`` (out, in) of the linear itself, or transposed (down, o) as ``weight_t`` (in, out), so that a
+            kept channel is one contiguous row there too.
+        transposed: which of the two ``stored`` is.
     """
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, *, transposed: bool) -> None:
+    def __init__(self, linear: nn.Linear, stored: nn.Parameter, *, transposed: bool) -> None:
         super().__init__()
         self.transposed = transposed
-        self.register_parameter("weight_t" if transposed else "weight", weight)
-        self.register_parameter("bias", bias)
-        outer, inner = weight.shape
-        self.in_features, self.out_features = (outer, inner) if transposed else (inner, outer)
+        self.register_parameter("weight_t" if transposed else "weight", stored)
+        self.register_parameter("bias", linear.bias)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
         # PEFT asks a base layer for its weight's device and dtype. A view, so that nothing is copied.
@@ -102,10 +105,8 @@ class AttentionChannels:
 class SparseProjection(FrozenLinear):
     """A frozen q, k, v or o projection: whole for dense tokens, kept channels for context tokens, nothing for padding."""
 
-    def __init__(
-        self, weight: nn.Parameter, bias: nn.Parameter | None, *, role: Role, channels: AttentionChannels
-    ) -> None:
-        super().__init__(weight, bias, transposed=role == "o")
+    def __init__(self, linear: nn.Linear, stored: nn.Parameter, *, role: Role, channels: AttentionChannels) -> None:
+        super().__init__(linear, stored, transposed=role == "o")
         self.role = role
         self.channels = channels
 

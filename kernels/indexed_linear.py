@@ -11,9 +11,13 @@ FSDP2 the tensor is sharded between forward and backward and gathered again, and
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+
+from .rows import blank
 
 
 def _gather(weight: Tensor, channels: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -42,12 +46,12 @@ class _IndexedLinear(torch.autograd.Function):
     ) -> Tensor:
         # The input is needed for the weight's gradient only: frozen weights keep no activation.
         ctx.save_for_backward(weight, channels, x if weight.requires_grad else None)
-        ctx.transposed = transposed  # type: ignore[attr-defined]
+        ctx.transposed = transposed
         return _product(x, weight, bias, channels, transposed)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def,override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         weight, channels, x = ctx.saved_tensors
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
@@ -77,7 +81,12 @@ def indexed_linear(
 
     Returns:
         (T, k), or (T, out) when transposed, in ``x.dtype``.
+
+    Raises:
+        ValueError: ``bias`` is trainable.
     """
+    if bias is not None and bias.requires_grad:
+        raise ValueError("indexed_linear computes no bias gradient: freeze the bias")
     return _IndexedLinear.apply(x, weight, bias, channels, transposed)
 
 
@@ -94,10 +103,11 @@ class _IndexedProjection(torch.autograd.Function):
         transposed: bool,
     ) -> Tensor:
         ctx.save_for_backward(weight, dense_rows, context_rows, channels)
-        ctx.transposed = transposed  # type: ignore[attr-defined]
-        ctx.input_shape = x.shape  # type: ignore[attr-defined]
+        ctx.transposed = transposed
+        ctx.input_shape = x.shape
         out_features = weight.shape[1 if transposed else 0]
-        y = x.new_zeros(x.shape[0], out_features)
+        covered = dense_rows.numel() + context_rows.numel()
+        y = blank(x, x.shape[0], out_features, covered)
         y.index_copy_(0, dense_rows, _product(x.index_select(0, dense_rows), weight, bias, None, transposed))
         x_context = x.index_select(0, context_rows)
         if transposed:
@@ -109,9 +119,10 @@ class _IndexedProjection(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def,override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         weight, dense_rows, context_rows, channels = ctx.saved_tensors
-        grad_x = grad.new_zeros(ctx.input_shape)
+        tokens, width = ctx.input_shape
+        grad_x = blank(grad, tokens, width, dense_rows.numel() + context_rows.numel())
         dense = _input_gradient(grad.index_select(0, dense_rows), weight, None, ctx.transposed)
         grad_x.index_copy_(0, dense_rows, dense)
         context = grad.index_select(0, context_rows)

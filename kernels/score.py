@@ -19,6 +19,11 @@ from torch import Tensor
 _TOKEN_BLOCK = 64
 
 
+def _without_autocast(x: Tensor) -> torch.autocast:
+    """Autocast would round the fp32 sums to 16 bits."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def projection_score(x: Tensor, rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Σ over ``rows`` of (B A x)².
 
@@ -30,9 +35,10 @@ def projection_score(x: Tensor, rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
     Returns:
         (out,) fp32.
     """
-    p = torch.nn.functional.linear(x, a.to(x.dtype)).index_select(0, rows).float()
-    b = b.float()
-    return ((b @ (p.t() @ p)) * b).sum(1).clamp_min_(0.0)
+    with _without_autocast(x):
+        p = torch.nn.functional.linear(x, a.to(x.dtype)).index_select(0, rows).float()
+        b = b.float()
+        return ((b @ (p.t() @ p)) * b).sum(1).clamp_min_(0.0)
 
 
 def gated_ffn_score(
@@ -54,12 +60,13 @@ def gated_ffn_score(
         (I,) fp32.
     """
     (gate_a, gate_b), (up_a, up_b) = gate, up
-    p = torch.nn.functional.linear(x, torch.cat([gate_a, up_a]).to(x.dtype)).index_select(0, rows).float()
-    p_gate, p_up = p[:, : gate_a.shape[0]], p[:, gate_a.shape[0] :]
-    gate_bt, up_bt = gate_b.float().t(), up_b.float().t()
-    scores = p.new_zeros(gate_b.shape[0])
-    for start in range(0, p.shape[0], _TOKEN_BLOCK):
-        block = slice(start, start + _TOKEN_BLOCK)
-        hidden = activation(p_gate[block] @ gate_bt).mul_(p_up[block] @ up_bt)
-        scores += hidden.square_().sum(0)
-    return scores
+    with _without_autocast(x):
+        p = torch.nn.functional.linear(x, torch.cat([gate_a, up_a]).to(x.dtype)).index_select(0, rows).float()
+        p_gate, p_up = p[:, : gate_a.shape[0]], p[:, gate_a.shape[0] :]
+        gate_bt, up_bt = gate_b.float().t(), up_b.float().t()
+        scores = p.new_zeros(gate_b.shape[0])
+        for start in range(0, p.shape[0], _TOKEN_BLOCK):
+            block = slice(start, start + _TOKEN_BLOCK)
+            hidden = activation(p_gate[block] @ gate_bt).mul_(p_up[block] @ up_bt)
+            scores += hidden.square_().sum(0)
+        return scores

@@ -1,6 +1,7 @@
 """Choosing channels: how many, and which.
 
-    k = ceil((1 - s) · n)        kept = the k largest scores, as sorted indices; among equal scores the lowest index wins
+    k = ceil((1 - s) · n)
+    kept = indices of the k largest scores, ascending; among equal scores the lowest index wins
 
 ``torch.topk`` promises nothing about ties and ranks NaN first, so that two ranks with equal scores could choose
 differently. A stable sort does not.

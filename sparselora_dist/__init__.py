@@ -1,8 +1,8 @@
 """SparseLoRA: compute-efficient LoRA fine-tuning under DeepSpeed ZeRO-3 and PyTorch FSDP2.
 
-    config = SparseLoRAConfig.from_dict({"layers": {"ffn": {"3-30": 0.99}}, "start_step": 0.05})
-    apply_sparselora(peft_model, config)
-    Trainer(model=peft_model, callbacks=[SparseLoRACallback()], ...)
+config = SparseLoRAConfig.from_dict({"layers": {"ffn": {"3-30": 0.99}}, "start_step": 0.05})
+apply_sparselora(peft_model, config)
+Trainer(model=peft_model, callbacks=[SparseLoRACallback()], ...)
 """
 
 from typing import TYPE_CHECKING, Any

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from sparselora_kernels import kept_count
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from sparselora_kernels import kept_count
 
 from .config.sparse import SparseLoRAConfig
 from .engines.shards import full_tensor, is_dtensor, is_zero3, shard_like
@@ -126,11 +127,11 @@ def remove_sparselora(model: nn.Module) -> nn.Module:
     """
     state = _state(model)
     for parent, name, _ in state.linears:
-        stored = base_linear(getattr(parent, name)).stored  # type: ignore[operator,union-attr]
+        stored = base_linear(getattr(parent, name)).stored
         if is_zero3(stored) or is_dtensor(stored):
             raise ValueError(
-                "remove_sparselora needs whole weights, but an engine has sharded them: save the adapter and load it on "
-                "the plain base model instead"
+                "remove_sparselora needs whole weights, but an engine has sharded them: save the adapter and load it "
+                "on the plain base model instead"
             )
     for parent, name, original in state.linears:
         stored = base_linear(getattr(parent, name))
@@ -194,10 +195,10 @@ def _check_frozen(layer: DecoderLayer, active: dict[str, dict[int, float]]) -> N
         linear = layer.matrix(name)
         parent = getattr(layer.attention if name in ATTENTION else layer.mlp, name)
         where = f"layers.{layer.index}.{name}"
-        if is_dtensor(linear.weight):  # type: ignore[arg-type]
+        if is_dtensor(linear.weight):
             raise ValueError(
-                f"{where} is already sharded by FSDP2: call apply_sparselora before fully_shard, so that the factors and "
-                "the transposed weights are sharded with the rest"
+                f"{where} is already sharded by FSDP2: call apply_sparselora before fully_shard, so that the factors "
+                "and the transposed weights are sharded with the rest"
             )
         if any(p.requires_grad for p in linear.parameters()):
             raise ValueError(f"{where} is trainable: sparse layers need frozen base weights (use PEFT's LoRA)")
@@ -230,7 +231,7 @@ def _factors(
 def _on_device(factors: FactorSet, layer: DecoderLayer, name: str) -> tuple[Tensor, Tensor]:
     weight = layer.matrix(name).weight
     a, b = factors[layer.index, name]
-    return a.to(weight.device), b.to(weight.device)  # type: ignore[arg-type]
+    return a.to(weight.device), b.to(weight.device)
 
 
 def _store(linear: nn.Linear, *, transposed: bool) -> nn.Parameter:
@@ -250,10 +251,12 @@ def _replace_ffn(layer: DecoderLayer, state: SparseState, factors: FactorSet) ->
     if sparsity is None:
         return
     mlp = layer.mlp
-    original: nn.Linear = layer.matrix("down_proj")  # type: ignore[assignment]
+    original: nn.Linear = layer.matrix("down_proj")
     width, weight = original.in_features, original.weight
     estimator = FFNEstimator(
-        _on_device(factors, layer, "gate_proj"), _on_device(factors, layer, "up_proj"), mlp.act_fn  # type: ignore[arg-type]
+        _on_device(factors, layer, "gate_proj"),
+        _on_device(factors, layer, "up_proj"),
+        mlp.act_fn,
     )
     shard_like(estimator.parameters(), weight)
     sparse = SparseFFN(
@@ -272,14 +275,16 @@ def _replace_ffn(layer: DecoderLayer, state: SparseState, factors: FactorSet) ->
 
 def _replace_attention(layer: DecoderLayer, state: SparseState, factors: FactorSet, heads: Any) -> None:
     sparsity = {
-        group: state.sparsity[group][layer.index] for group in ("qk", "vo") if layer.index in state.sparsity.get(group, {})
+        group: state.sparsity[group][layer.index]
+        for group in ("qk", "vo")
+        if layer.index in state.sparsity.get(group, {})
     }
     if not sparsity:
         return
     counts = {"qk": heads.qk_channels, "vo": heads.vo_channels}
     scored = [name for group in sparsity for name in SCORED[group]]
     estimator = AttentionEstimator({name: _on_device(factors, layer, name) for name in scored}, heads)
-    shard_like(estimator.parameters(), layer.matrix("q_proj").weight)  # type: ignore[arg-type]
+    shard_like(estimator.parameters(), layer.matrix("q_proj").weight)
     layer.attention.add_module(_ESTIMATOR, estimator)
     state.attentions.append(layer.attention)
     keep = {group: kept_count(counts[group], s) for group, s in sparsity.items()}
@@ -287,7 +292,7 @@ def _replace_attention(layer: DecoderLayer, state: SparseState, factors: FactorS
     roles: Iterable[Any] = ("q", "k") * ("qk" in sparsity) + ("v", "o") * ("vo" in sparsity)
     for role in roles:
         name = f"{role}_proj"
-        original: nn.Linear = layer.matrix(name)  # type: ignore[assignment]
+        original: nn.Linear = layer.matrix(name)
         stored = _store(original, transposed=role == "o")
         sparse = SparseProjection(original, stored, role=role, channels=channels)
         set_base_linear(layer.attention, name, sparse)

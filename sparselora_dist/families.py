@@ -36,16 +36,16 @@ class DecoderLayer:
 
     @property
     def attention(self) -> nn.Module:
-        return self.module.self_attn  # type: ignore[return-value]
+        return self.module.self_attn
 
     @property
     def mlp(self) -> nn.Module:
-        return self.module.mlp  # type: ignore[return-value]
+        return self.module.mlp
 
     @property
     def input_norm(self) -> nn.Module:
         """The first module that sees the layer's input."""
-        return self.module.input_layernorm  # type: ignore[return-value]
+        return self.module.input_layernorm
 
     def matrix(self, name: str) -> nn.Module:
         """The frozen linear called ``name`` (``q_proj`` ... ``down_proj``)."""
@@ -59,7 +59,7 @@ def matrix_name(layer: int, name: str) -> str:
 
 def causal_lm(model: nn.Module) -> nn.Module:
     """The Hugging Face model itself, without PEFT's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def geometry(model: nn.Module) -> HeadGeometry:
@@ -122,7 +122,7 @@ def _problems(layer: DecoderLayer, heads: HeadGeometry, hidden: int, width: int)
         if part == "mlp" and not hasattr(parent, "act_fn"):
             yield "mlp.act_fn is missing"
         for name, shape in matrices.items():
-            linear = base_linear(getattr(parent, name, None))  # type: ignore[arg-type]
+            linear = base_linear(getattr(parent, name, None))
             if linear is None:
                 yield f"{part}.{name} is missing"
             elif type(linear) is not nn.Linear:

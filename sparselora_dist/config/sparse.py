@@ -36,7 +36,7 @@ class SparseLoRAConfig:
 
     end_step: float | int | None = None
     """Training is dense from here on. A float is a fraction of the run in [0, 1], an int is a step number, None is the
-    end. So ``1.0`` means the whole run, and ``1`` means the first step only."""
+    end. JSON writers drop the ``.0``, so ``1`` is read as ``1.0``, the whole run."""
 
     mask_sync: Literal["global", "node", "local"] = "global"
     """Whose tokens choose the channels: of all data-parallel ranks, of one node's, or of each rank alone."""
@@ -53,6 +53,8 @@ class SparseLoRAConfig:
     def __post_init__(self) -> None:
         _check_layers(self.layers)
         check_fields(self, self.PATH)
+        if self.end_step == 1:
+            object.__setattr__(self, "end_step", 1.0)
         require(self.rank >= 1, f"{self.PATH}.rank", self.rank, "integers from 1")
         require(self.interval >= 1, f"{self.PATH}.interval", self.interval, "integers from 1")
         require(

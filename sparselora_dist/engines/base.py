@@ -81,6 +81,8 @@ class Engine(ABC):
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         self.config = config
         self.ranks = ranks
+        self.total_steps = 1
+        """Length of the run; set before :meth:`prepare`. Only a DeepSpeed scheduler reads it."""
         if torch.cuda.is_available():
             torch.cuda.set_device(ranks.local_rank)
             self.device = torch.device("cuda", ranks.local_rank)
@@ -101,7 +103,7 @@ class Engine(ABC):
 
     @abstractmethod
     def prepare(self, model: nn.Module) -> None:
-        """Shard the model and make the optimizer; sets ``self.model`` (what forwards go through) and ``self.optimizer``."""
+        """Shard the model and make the optimizer: sets ``model`` (what forwards go through) and ``optimizer``."""
 
     # --- a step -------------------------------------------------------------------------------------------------
 

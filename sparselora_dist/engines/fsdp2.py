@@ -34,7 +34,7 @@ class FSDP2Engine(TorchStateEngine):
             "mp_policy": self._precision(),
             "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
         }
-        stack: nn.ModuleList = causal_lm(model).model.layers  # type: ignore[union-attr,assignment]
+        stack: nn.ModuleList = causal_lm(model).model.layers
         for layer in stack:
             # A layer moves to the device whole and leaves as a shard before the next one moves.
             fully_shard(layer.to(self.device), **settings)
@@ -55,5 +55,5 @@ class FSDP2Engine(TorchStateEngine):
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         # Gradients of all but the last micro-batch stay unreduced: one reduce-scatter per step.
-        self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        self.model.set_requires_gradient_sync(last)
         loss.backward()

@@ -25,7 +25,7 @@ def full_tensor(parameter: Tensor) -> Tensor:
         from .zero3 import gather
 
         return gather(parameter)
-    return parameter.full_tensor() if is_dtensor(parameter) else parameter.detach()  # type: ignore[attr-defined]
+    return parameter.full_tensor() if is_dtensor(parameter) else parameter.detach()
 
 
 def shard_like(new: Iterable[nn.Parameter], old: Tensor) -> None:

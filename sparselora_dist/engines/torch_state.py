@@ -17,8 +17,8 @@ def like(value: Tensor, target: Tensor) -> Tensor:
 
     return distribute_tensor(
         value.to(target.device, target.dtype),
-        target.device_mesh,  # type: ignore[attr-defined]
-        target.placements,  # type: ignore[attr-defined]
+        target.device_mesh,
+        target.placements,
         src_data_rank=None,
     )
 

@@ -29,10 +29,12 @@ def gather(parameter: Tensor) -> Tensor:
 
 def partition_like(new: list[nn.Parameter], old: Tensor) -> None:
     """Partition new parameters as ``old`` is. A collective."""
-    old.convert_to_zero_parameters(param_list=new)  # type: ignore[attr-defined]
+    old.convert_to_zero_parameters(param_list=new)
 
 
-def resolve_auto(ds: dict[str, Any], config: RunConfig, world_size: int, hidden_size: int, steps: int) -> dict[str, Any]:
+def resolve_auto(
+    ds: dict[str, Any], config: RunConfig, world_size: int, hidden_size: int, steps: int
+) -> dict[str, Any]:
     """DeepSpeed's JSON with its ``"auto"`` values filled in, by the same rules as Transformers' integration.
 
     Raises:
@@ -110,8 +112,6 @@ class Zero3Engine(Engine):
         deepspeed.init_distributed()
         self._json = config.engine.deepspeed_config()
         self._hf_config: Any = None
-        self.total_steps = 1
-        """Set by the run before :meth:`prepare`; only a DeepSpeed scheduler reads it."""
 
     def _resolved(self, hidden_size: int) -> dict[str, Any]:
         return resolve_auto(self._json, self.config, self.ranks.world_size, hidden_size, self.total_steps)
@@ -133,7 +133,7 @@ class Zero3Engine(Engine):
         for module in model.modules():
             if isinstance(module, SparseFFN):
                 self._deepspeed.utils.set_z3_leaf_module(module, True)
-        ds = self._resolved(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
+        ds = self._resolved(model.config.hidden_size)
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = None if "optimizer" in ds else adamw(model, self.config)
         self.model, _, _, self.scheduler = self._deepspeed.initialize(
@@ -143,17 +143,17 @@ class Zero3Engine(Engine):
 
     @property
     def module(self) -> nn.Module:
-        return self.model.module  # type: ignore[return-value]
+        return self.model.module
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         # The loss is already a share of the global batch's: DeepSpeed must not divide it again.
-        self.model.backward(loss, scale_wrt_gas=False)  # type: ignore[operator]
+        self.model.backward(loss, scale_wrt_gas=False)
         if not last:
-            self.model.step()  # type: ignore[operator]
+            self.model.step()
 
     def step(self) -> float:
-        self.model.step()  # type: ignore[operator]
-        return float(self.model.get_global_grad_norm() or 0.0)  # type: ignore[operator]
+        self.model.step()
+        return float(self.model.get_global_grad_norm() or 0.0)
 
     # --- state ----------------------------------------------------------------------------------------------------
 
@@ -177,7 +177,7 @@ class Zero3Engine(Engine):
     def load_state(self, parameters: dict[str, Tensor], moments: dict[str, Tensor], steps: int) -> None:
         utils = self._deepspeed.utils
         if moments:
-            for flat in self.model.optimizer.fp32_partitioned_groups_flat:  # type: ignore[union-attr]
+            for flat in self.model.optimizer.fp32_partitioned_groups_flat:
                 state = self.optimizer.state[flat]
                 state["step"] = torch.tensor(float(steps))
                 for moment in MOMENTS:

@@ -125,8 +125,8 @@ def resolve_resume(resume: bool | str, output_dir: Path) -> Path | None:
     found = list_checkpoints(output_dir)
     if not found and resume is True:
         raise FileNotFoundError(
-            f"train.resume is true, but {output_dir} holds no checkpoint-*: check train.output_dir, or start anew without "
-            "train.resume"
+            f"train.resume is true, but {output_dir} holds no checkpoint-*: check train.output_dir, or start anew "
+            "without train.resume"
         )
     return found[-1] if found else None
 

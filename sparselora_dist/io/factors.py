@@ -115,13 +115,12 @@ def load_or_build(
     return found
 
 
-def _share(
-    factors: tuple[Tensor, Tensor] | None, owner: int, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
+def _share(factors: tuple[Tensor, Tensor] | None, owner: int, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """Give one matrix's factors to all ranks."""
-    box = [None if factors is None else tuple(t.cpu() for t in factors)]
+    box: list[Any] = [None if factors is None else tuple(t.cpu() for t in factors)]
     dist.broadcast_object_list(box, src=owner, group=group)
-    return box[0]  # type: ignore[return-value]
+    assert box[0] is not None
+    return box[0]
 
 
 def write_factors(
@@ -169,8 +168,8 @@ def read_factors(
     for key, have, want in (("rank", metadata.get("rank"), str(rank)), ("dtype", metadata.get("dtype"), _name(dtype))):
         if have != want:
             raise FactorMismatchError(
-                f"{path} holds factors of {key} {have} (built from {origin!r}), but this run needs {key} {want}: remove "
-                "sparse_lora.factors to build matching ones"
+                f"{path} holds factors of {key} {have} (built from {origin!r}), but this run needs {key} {want}: "
+                "remove sparse_lora.factors to build matching ones"
             )
     built_from = json.loads(metadata["fingerprints"])
     found: FactorSet = {}

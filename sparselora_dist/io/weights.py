@@ -35,7 +35,7 @@ class ModelWeights:
         self.collective = True
 
     def get(self, layer: int, name: str) -> Tensor:
-        return full_tensor(self._layers[layer].matrix(name).weight)  # type: ignore[arg-type]
+        return full_tensor(self._layers[layer].matrix(name).weight)
 
 
 class CheckpointWeights:

@@ -158,7 +158,7 @@ class SparseContext:
         groups: tuple[str, ...],
         select: Callable[[], dict[str, Tensor]],
     ) -> None:
-        """Fill the masks of ``groups`` at ``site`` unless they are there: from the interval before, or selected anew."""
+        """Fill the masks of ``groups`` at ``site`` unless they are there: kept from before, or selected anew."""
         if all((site.layer, group) in batch.masks for group in groups):
             return
         if self._current is not batch:

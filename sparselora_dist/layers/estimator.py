@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from sparselora_kernels import gated_ffn_score, projection_score
 from torch import Tensor, nn
+
+from sparselora_kernels import gated_ffn_score, projection_score
 
 from ..method.channels import HeadGeometry
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sparselora_kernels import indexed_linear, join_rows, select_channels, split_rows
 from torch import Tensor, nn
+
+from sparselora_kernels import indexed_linear, join_rows, select_channels, split_rows
 
 from ..sync.masks import Site
 from .context import MicroBatch, SparseContext
@@ -70,12 +71,11 @@ class SparseFFN(nn.Module):
         ):
             return self._sparse_with_dense_lora(x, channels)
         hidden = self.act_fn(self._widen(self.gate_proj, x, channels)) * self._widen(self.up_proj, x, channels)
-        down: FrozenLinear = base_linear(self.down_proj)  # type: ignore[assignment]
+        down: FrozenLinear = base_linear(self.down_proj)
         y = down.rows(hidden, channels)
         for branch in active_branches(self.down_proj):
-            kept = indexed_linear(
-                branch.dropout(cast_input(hidden, branch)), branch.a.weight.t(), None, channels, transposed=True
-            )
+            wide = compute_input(branch.dropout(cast_input(hidden, branch)))
+            kept = indexed_linear(wide, branch.a.weight.t(), None, channels, transposed=True)
             y = y + branch.b(kept) * branch.scaling
         return y
 
@@ -83,10 +83,13 @@ class SparseFFN(nn.Module):
         """gate or up at the kept neurons, base and LoRA: (T, H) -> (T, k)."""
         base = base_linear(module)
         x = compute_input(x)
-        y = indexed_linear(x, base.weight, base.bias, channels)  # type: ignore[arg-type]
+        y = indexed_linear(x, base.weight, base.bias, channels)
         for branch in active_branches(module):
             low = branch.a(branch.dropout(cast_input(x, branch)))
-            y = y + indexed_linear(low, branch.b.weight, None, channels) * branch.scaling
+            update = indexed_linear(low, branch.b.weight, None, channels)
+            if branch.b.bias is not None:  # PEFT's lora_bias, which is trained.
+                update = update + branch.b.bias.index_select(0, channels)
+            y = y + update * branch.scaling
         return y.to(x.dtype)
 
     def _sparse_with_dense_lora(self, x: Tensor, channels: Tensor) -> Tensor:
@@ -95,11 +98,11 @@ class SparseFFN(nn.Module):
         wide = []
         for module in (self.gate_proj, self.up_proj):
             base = base_linear(module)
-            kept = indexed_linear(x, base.weight, base.bias, channels)  # type: ignore[arg-type]
-            y = kept.new_zeros(x.shape[0], base.out_features).index_copy(1, channels, kept)  # type: ignore[union-attr,index]
+            kept = indexed_linear(x, base.weight, base.bias, channels)
+            y = kept.new_zeros(x.shape[0], base.out_features).index_copy(1, channels, kept)
             wide.append((y + self._lora(module, x)).to(x.dtype))
         hidden = self.act_fn(wide[0]) * wide[1]
-        down: FrozenLinear = base_linear(self.down_proj)  # type: ignore[assignment]
+        down: FrozenLinear = base_linear(self.down_proj)
         return down.rows(hidden.index_select(1, channels), channels) + self._lora(self.down_proj, hidden)
 
     @staticmethod

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from sparselora_kernels import indexed_linear, indexed_projection, select_channels
 from torch import Tensor, nn
+
+from sparselora_kernels import indexed_linear, indexed_projection, select_channels
 
 from ..sync.masks import Site
 from .context import MicroBatch, SparseContext
@@ -45,13 +46,13 @@ class FrozenLinear(nn.Module):
     def __getattr__(self, name: str) -> Tensor | nn.Module:
         # PEFT asks a base layer for its weight's device and dtype. A view, so that nothing is copied.
         if name == "weight" and self.transposed:
-            return self.weight_t.t()  # type: ignore[operator]
+            return self.weight_t.t()
         return super().__getattr__(name)
 
     @property
     def stored(self) -> nn.Parameter:
         """The weight with the channel as dim 0."""
-        return self.weight_t if self.transposed else self.weight  # type: ignore[return-value]
+        return self.weight_t if self.transposed else self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (..., in) -> (..., out), all channels."""
@@ -59,7 +60,7 @@ class FrozenLinear(nn.Module):
 
     def rows(self, x: Tensor, channels: Tensor | None) -> Tensor:
         """The product at ``channels`` alone: (T, in) -> (T, k), or transposed (T, k) -> (T, out)."""
-        bias: Tensor | None = self.bias  # type: ignore[assignment]
+        bias: Tensor | None = self.bias
         flat = x.reshape(-1, x.shape[-1])
         y = indexed_linear(flat, self.stored, bias, channels, transposed=self.transposed)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -74,9 +75,7 @@ class AttentionChannels:
     Not a module: it refers to the estimator, which is registered once, under the attention.
     """
 
-    def __init__(
-        self, context: SparseContext, layer: int, estimator: AttentionEstimator, keep: dict[str, int]
-    ) -> None:
+    def __init__(self, context: SparseContext, layer: int, estimator: AttentionEstimator, keep: dict[str, int]) -> None:
         self.context = context
         self.site = Site(layer, "attention")
         self.estimator = estimator
@@ -103,7 +102,7 @@ class AttentionChannels:
 
 
 class SparseProjection(FrozenLinear):
-    """A frozen q, k, v or o projection: whole for dense tokens, kept channels for context tokens, nothing for padding."""
+    """A frozen q, k, v or o: whole for dense tokens, kept channels for context tokens, nothing for padding."""
 
     def __init__(self, linear: nn.Linear, stored: nn.Parameter, *, role: Role, channels: AttentionChannels) -> None:
         super().__init__(linear, stored, transposed=role == "o")
@@ -119,7 +118,7 @@ class SparseProjection(FrozenLinear):
         assert batch.partition is not None
         flat = x.reshape(-1, x.shape[-1])
         rows = self.channels.rows(self.role, flat, batch)
-        bias: Tensor | None = self.bias  # type: ignore[assignment]
+        bias: Tensor | None = self.bias
         y = indexed_projection(
             flat,
             self.stored,

@@ -55,7 +55,7 @@ class FlopModel:
         frozen = len(self.layers) * (qk + vo + 3 * self.hidden * self.width)
         return tokens * (self._per_token(length) + _FROZEN * frozen)
 
-    def executed(self, dense_tokens: int, context_tokens: int, length: float) -> float:
+    def executed(self, dense_tokens: float, context_tokens: float, length: float) -> float:
         """The same step with ``context_tokens`` of its tokens computed sparsely, estimator included."""
         qk, vo = self._attention_matrices
         ffn, context = 3 * self.hidden * self.width, self._per_token(length)

@@ -26,9 +26,7 @@ class TokenPartition:
         return self.dense.numel() + self.context.numel()
 
 
-def partition_tokens(
-    labels: Tensor, attention_mask: Tensor | None = None, *, shifted: bool = False
-) -> TokenPartition:
+def partition_tokens(labels: Tensor, attention_mask: Tensor | None = None, *, shifted: bool = False) -> TokenPartition:
     """Split a batch by its labels.
 
     A position is dense if ``labels[t] != -100`` or ``labels[t+1] != -100``: the last prompt token's logits enter the

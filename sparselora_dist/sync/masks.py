@@ -126,10 +126,13 @@ class MaskSync:
             MaskSyncError: another rank is at another site, did not arrive in time, or has non-finite sums (on a GPU
                 the first and the last are raised by :meth:`check`).
         """
-        ranks = self.ranks
-        slot = ranks.index(dist.get_rank()) if len(ranks) > 1 else 0
         self._calls += 1
         call = self._calls % _CALL_MODULUS
+        try:
+            ranks = self.ranks
+        except RuntimeError as error:  # A rank that stays away from the first mask is missed when the group is made.
+            raise MaskSyncError(self._post_mortem(site)) from error
+        slot = ranks.index(dist.get_rank()) if len(ranks) > 1 else 0
         payload = sums.new_zeros(self.capacity + _SLOT * len(ranks))
         payload[: sums.numel()] = sums
         header = payload[self.capacity :]
@@ -179,7 +182,7 @@ class MaskSync:
         prefix = f"sparselora/mask/{self._calls}"
         store.set(f"{prefix}/{me}", str(site))
         words = []
-        for rank in self.ranks:
+        for rank in self._ranks or dist.get_process_group_ranks(self._data_parallel or dist.group.WORLD):
             if rank == me:
                 continue
             try:

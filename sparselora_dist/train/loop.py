@@ -98,7 +98,9 @@ class TrainingLoop:
                 if due or stop:
                     self._save(step)
                 if stop:
-                    raise SystemExit(f"SIGTERM: saved checkpoint-{step} in {self.train.output_dir}; resume continues it")
+                    raise SystemExit(
+                        f"SIGTERM: saved checkpoint-{step} in {self.train.output_dir}; resume continues it"
+                    )
                 if self.train.eval_steps and step % self.train.eval_steps == 0 and step < self.total_steps:
                     self._evaluate(step)
             return self._summary(self._evaluate(self.total_steps))
@@ -118,7 +120,9 @@ class TrainingLoop:
         self.context.set_step(step, self.total_steps)
         started = time.perf_counter()
         if labels == 0:
-            log.warning("step %d: no row of the batch has a label (every label is -100); it contributes nothing", step + 1)
+            log.warning(
+                "step %d: no row of the batch has a label (every label is -100); it contributes nothing", step + 1
+            )
             result = StepResult(loss=0.0, grad_norm=0.0, dense=tokens, context=0)
         else:
             result = self._optimize(step, batch, labels)
@@ -138,7 +142,7 @@ class TrainingLoop:
             inputs = collate(self.train_data, rows, self.pad_token_id)
             inputs = {name: tensor.to(engine.device, non_blocking=True) for name, tensor in inputs.items()}
             with engine.autocast():
-                # Engines average gradients over ranks: dividing by labels / world makes the mean that of the global batch.
+                # Engines average gradients over ranks: labels / world makes it the mean over the global batch.
                 output = engine.model(**inputs, use_cache=False, num_items_in_batch=labels / world)
             engine.backward(output.loss, last=number == batch.accumulation - 1)
             loss += output.loss.detach()
@@ -146,8 +150,8 @@ class TrainingLoop:
         total, dense, context = engine.all_sum(loss.item() / world, counts.dense, counts.context)
         if not math.isfinite(total):
             raise FloatingPointError(
-                f"the loss of step {step + 1} is {total}: no step was taken. Lower train.learning_rate, or continue from "
-                "the last checkpoint with train.resume true"
+                f"the loss of step {step + 1} is {total}: no step was taken. Lower train.learning_rate, or continue "
+                "from the last checkpoint with train.resume true"
             )
         return StepResult(total, engine.step(), dense, context)
 
@@ -278,13 +282,17 @@ class TrainingLoop:
                 group["lr"] = rate
         self.start_step = state.step
         self.totals = Totals(**state.summary)
-        if state.world_size != ranks.world_size:
-            log.warning("resuming a run of %d ranks on %d: random states start anew", state.world_size, ranks.world_size)
-            return
         own = resumed.rank(ranks.rank)
-        torch.set_rng_state(own["rng/cpu"])
-        if "rng/cuda" in own:
-            torch.cuda.set_rng_state(own["rng/cuda"], self.engine.device)
+        if state.world_size != ranks.world_size:
+            log.warning(
+                "resuming a run of %d ranks on %d: random states start anew", state.world_size, ranks.world_size
+            )
+            # Masks that all ranks chose together are the same at any number of ranks.
+            own = resumed.rank(0) if self.context.sync.mode == "global" else {}
+        else:
+            torch.set_rng_state(own["rng/cpu"])
+            if "rng/cuda" in own and self.engine.device.type == "cuda":
+                torch.cuda.set_rng_state(own["rng/cuda"], self.engine.device)
         masks = {name.removeprefix("mask/"): mask for name, mask in own.items() if name.startswith("mask/")}
         self.context.load_state_dict({name: mask.to(self.engine.device) for name, mask in masks.items()})
 

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sparselora_kernels import kept_count
 from tqdm import tqdm
+
+from sparselora_kernels import kept_count
 
 from ..apply import SparseState
 from ..config.train import TrainSection
@@ -60,8 +61,7 @@ class MetricsWriter:
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= start_step] if start_step else []
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        trackers = [train.report_to] if isinstance(train.report_to, str) else train.report_to
-        if "tensorboard" in trackers:
+        if "tensorboard" in train.trackers:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)

@@ -127,8 +127,8 @@ def _check_resume(resumed: Checkpoint, global_batch_size: int, total_steps: int,
     if resumed.state.global_batch_size != global_batch_size:
         raise ValueError(
             f"{path} was saved with a global batch of {resumed.state.global_batch_size}, this run has "
-            f"{global_batch_size} (ranks x per_device_train_batch_size x gradient_accumulation_steps): make them equal, so "
-            "that no row is skipped or repeated"
+            f"{global_batch_size} (ranks x per_device_train_batch_size x gradient_accumulation_steps): make them equal, "
+            "so that no row is skipped or repeated"
         )
     if resumed.state.step > total_steps:
         raise ValueError(f"{path} is at step {resumed.state.step}, beyond this run's {total_steps} steps")

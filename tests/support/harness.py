@@ -1,0 +1,112 @@
+"""Running a function on several ranks: gloo, a file store (no ports), a timeout, judged by result files."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = ROOT / "tests"
+
+
+class RankError(AssertionError):
+    """A rank failed or did not finish; carries the output of every rank."""
+
+
+def run_ranks(
+    worker: str, world_size: int, *args: Any, timeout: float = 180.0, expect_failure: bool = False
+) -> list[Any]:
+    """Run ``worker`` (``"support.workers:function"``) with ``args`` on every rank; the results by rank.
+
+    With ``expect_failure`` the ranks are expected to raise; the result of a rank is then its output text.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save((worker, args), Path(folder) / "job.pt")
+        processes = []
+        for rank in range(world_size):
+            env = {
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_WORLD_SIZE": str(world_size),
+                "OMP_NUM_THREADS": "1",
+                "DS_ACCELERATOR": "cpu",
+                "PYTHONSAFEPATH": "1",
+                "PYTHONPATH": str(TESTS),
+                "TOKENIZERS_PARALLELISM": "false",
+            }
+            with open(Path(folder) / f"{rank}.log", "wb") as log:
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "support.harness", folder], env=env, stdout=log, stderr=subprocess.STDOUT
+                    )
+                )
+        failed = []
+        for rank, process in enumerate(processes):
+            try:
+                process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                failed.append(f"rank {rank} did not finish within {timeout:g} s")
+        for process in processes:
+            process.kill()
+            process.wait()
+        logs = [(Path(folder) / f"{rank}.log").read_text(errors="replace") for rank in range(world_size)]
+        results = [Path(folder) / f"{rank}.result" for rank in range(world_size)]
+        if expect_failure:
+            return logs
+        failed += [f"rank {rank} left no result" for rank, path in enumerate(results) if not path.is_file()]
+        if failed:
+            tails = "\n".join(f"--- rank {rank}\n{log[-4000:]}" for rank, log in enumerate(logs))
+            raise RankError(f"{'; '.join(failed)}\n{tails}")
+        return [torch.load(path, weights_only=False) for path in results]
+
+
+def run_launch(
+    command: list[str], timeout: float = 300.0, check: bool = True, **env: str
+) -> subprocess.CompletedProcess:
+    """Run a launcher command from the repository's root; ``command[0]`` is looked up beside this interpreter."""
+    program = Path(sys.executable).parent / command[0]
+    full = [str(program) if program.exists() else command[0], *command[1:]]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    result = subprocess.run(
+        full,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": path, **env},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+    )
+    if check and result.returncode:
+        raise RankError(
+            f"{' '.join(command)} exited with {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-5000:]}"
+        )
+    return result
+
+
+def _main(folder: Path) -> None:
+    import torch.distributed as dist
+
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    worker, args = torch.load(folder / "job.pt", weights_only=False)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    module, name = worker.split(":")
+    result = getattr(importlib.import_module(module), name)(*args)
+    partial = folder / f"{rank}.partial"
+    torch.save(result, partial)
+    partial.rename(folder / f"{rank}.result")
+    dist.barrier()
+    # gloo's threads sometimes abort the interpreter's exit after FSDP2; the result file is what counts.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))

@@ -30,7 +30,14 @@ def main() -> int:
 
     from sparselora_dist.train import run
 
-    run(config)
+    try:
+        run(config)
+    except (ValueError, OSError) as error:
+        if os.environ.get("SPARSELORA_TRACEBACK"):
+            raise
+        rank = os.environ.get("RANK", "0")
+        print(f"error: {error}\n(rank {rank}; SPARSELORA_TRACEBACK=1 shows where)", file=sys.stderr)
+        return 2
     return 0
 
 

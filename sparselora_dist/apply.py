@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -21,6 +20,7 @@ from .io.weights import ModelWeights, WeightSource
 from .layers.context import SparseContext
 from .layers.estimator import AttentionEstimator, FFNEstimator
 from .layers.ffn import SparseFFN
+from .layers.hooks import BeginHook, FinishHook, LayerHook
 from .layers.linear import AttentionChannels, FrozenLinear, SparseProjection
 from .layers.lora import base_linear, set_base_linear
 from .sync.masks import MaskSync
@@ -110,11 +110,11 @@ def apply_sparselora(
             _replace_ffn(layer, state, factors)
             _replace_attention(layer, state, factors, heads)
             if any(layer.index in by_layer for by_layer in active.values()):
-                state.handles.append(layer.input_norm.register_forward_pre_hook(_LayerHook(context, layer.index)))
+                state.handles.append(layer.input_norm.register_forward_pre_hook(LayerHook(context, layer.index)))
     # PEFT's wrapper hands on to the inner model; whichever of the two is called first opens the micro-batch.
     for entry in {id(m): m for m in (model, causal_lm(model))}.values():
-        state.handles.append(entry.register_forward_pre_hook(_BeginHook(context), with_kwargs=True))
-        state.handles.append(entry.register_forward_hook(_FinishHook(context), always_call=True))
+        state.handles.append(entry.register_forward_pre_hook(BeginHook(context), with_kwargs=True))
+        state.handles.append(entry.register_forward_hook(FinishHook(context), always_call=True))
         setattr(entry, _STATE, state)
     return model
 
@@ -140,6 +140,7 @@ def remove_sparselora(model: nn.Module) -> nn.Module:
             original.weight = nn.Parameter(stored.stored.detach().t().contiguous(), requires_grad=False)
         else:
             original.weight = stored.stored
+        original.train(stored.training)
         set_base_linear(parent, name, original)
     for module, mlp in state.mlps:
         mlp.train(module.training)
@@ -297,43 +298,6 @@ def _replace_attention(layer: DecoderLayer, state: SparseState, factors: FactorS
         sparse = SparseProjection(original, stored, role=role, channels=channels)
         set_base_linear(layer.attention, name, sparse)
         state.linears.append((layer.attention, name, original))
-
-
-class _BeginHook:
-    """Forward pre-hook of the model: labels become the token partition."""
-
-    def __init__(self, context: SparseContext) -> None:
-        self.context = context
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self.context.in_forward:
-            return
-        labels, shifted = kwargs.get("labels"), False
-        if labels is None and kwargs.get("shift_labels") is not None:
-            labels, shifted = kwargs["shift_labels"], True
-        self.context.sync.check()
-        self.context.begin(labels, kwargs.get("attention_mask"), module.training, shifted, opened_by=module)
-
-
-class _FinishHook:
-    """Forward hook of the module that opened the micro-batch."""
-
-    def __init__(self, context: SparseContext) -> None:
-        self.context = context
-
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.context.finish(module)
-
-
-class _LayerHook:
-    """Forward pre-hook of a decoder layer's first norm: remembers, or recognises, the layer's input."""
-
-    def __init__(self, context: SparseContext, layer: int) -> None:
-        self.context, self.layer = context, layer
-
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if torch.is_grad_enabled() or self.context.in_forward:
-            self.context.enter_layer(self.layer, args[0])
 
 
 __all__ = ["SparseState", "apply_sparselora", "find_state", "remove_sparselora", "selection", "set_step"]

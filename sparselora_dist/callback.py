@@ -40,8 +40,14 @@ class SparseLoRACallback(TrainerCallback):
         context = self._context(kwargs["model"])
         counts = context.counts
         total = counts.dense + counts.context
-        logs["sparsity/active"] = float(context.is_sparse)
-        logs["sparsity/context_share"] = counts.context / total if total else 0.0
+        values = {
+            "sparsity/active": float(context.is_sparse),
+            "sparsity/context_share": counts.context / total if total else 0.0,
+        }
+        logs.update(values)
+        # The Trainer has copied the row into its history before it calls this.
+        if state.log_history and "loss" in state.log_history[-1]:
+            state.log_history[-1].update(values)
 
     @staticmethod
     def _context(model: nn.Module) -> Any:

@@ -10,9 +10,9 @@ from .shards import full_tensor, is_dtensor
 
 
 def like(value: Tensor, target: Tensor) -> Tensor:
-    """``value`` (whole, CPU) with the device, dtype and sharding of ``target``."""
+    """A copy of ``value`` (whole, CPU) with the device, dtype and sharding of ``target``."""
     if not is_dtensor(target):
-        return value.to(target.device, target.dtype)
+        return value.to(target.device, target.dtype, copy=True)
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -41,7 +42,7 @@ def resolve_auto(
         ValueError: an ``"auto"`` at a key that has no rule, named; a batch setting that contradicts ``train``.
     """
     train = config.train
-    warmup = train.warmup_steps or int(train.warmup_ratio * steps)
+    warmup = train.warmup_steps or math.ceil(train.warmup_ratio * steps)
     values: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": train.per_device_train_batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation_steps,

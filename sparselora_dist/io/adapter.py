@@ -41,5 +41,6 @@ def load_adapter(model: Any, folder: Path) -> None:
     """Put an adapter's values into a PEFT model whose parameters are whole (before an engine shards them)."""
     saved, _ = read_safetensors(folder / ADAPTER_FILE)
     result = set_peft_model_state_dict(model, saved)
-    if result.unexpected_keys:
-        raise CorruptFileError(f"{folder / ADAPTER_FILE} does not fit the model: {result.unexpected_keys[:3]}")
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    if wrong := [*result.unexpected_keys, *sorted(trainable.intersection(result.missing_keys))]:
+        raise CorruptFileError(f"{folder / ADAPTER_FILE} does not fit the model: {wrong[:3]}")

@@ -12,6 +12,7 @@ runs no code. The frozen base is never in it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -96,7 +97,8 @@ def save_checkpoint(model: Any, checkpoint: Checkpoint, output_dir: Path, keep: 
     except OSError as error:
         raise OSError(error.errno, f"could not save {final}: {error.strerror or error}") from error
     for old in list_checkpoints(output_dir)[:-keep] if keep else ():
-        shutil.rmtree(old)
+        if old != final:  # Later steps of an older run may lie in the folder.
+            shutil.rmtree(old)
     return final
 
 
@@ -105,7 +107,8 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     for aside in output_dir.glob(".checkpoint-*.old"):
         # A save of the same step was cut off between taking the old one away and putting the new one in its place.
         if not (final := output_dir / aside.name[1 : -len(".old")]).exists():
-            aside.rename(final)
+            with contextlib.suppress(FileNotFoundError):  # Another rank was faster.
+                aside.rename(final)
     found = [(int(m[1]), path) for path in output_dir.glob("checkpoint-*") if (m := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
 
@@ -119,6 +122,7 @@ def resolve_resume(resume: bool | str, output_dir: Path) -> Path | None:
     if resume is False:
         return None
     if isinstance(resume, str) and resume != "auto":
+        list_checkpoints(Path(resume).parent)  # Puts one back whose saving again was cut off.
         if not (Path(resume) / _MANIFEST).is_file():
             raise FileNotFoundError(f"train.resume: {resume} is not a checkpoint (it has no {_MANIFEST})")
         return Path(resume)

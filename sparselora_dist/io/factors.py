@@ -93,7 +93,7 @@ def load_or_build(
     if me == ranks[0] and (path or target.is_file()):
         try:
             found = read_factors(target, matrices, marks, rank=rank, dtype=dtype, model_id=model_id)
-        except (ValueError, FileNotFoundError) as problem:
+        except Exception as problem:  # Whatever it is, the other ranks wait to hear of it.
             error = problem
     state: list[Any] = [error, list(found)]
     if len(ranks) > 1:
@@ -171,6 +171,8 @@ def read_factors(
                 f"{path} holds factors of {key} {have} (built from {origin!r}), but this run needs {key} {want}: "
                 "remove sparse_lora.factors to build matching ones"
             )
+    if "fingerprints" not in metadata:
+        raise CorruptFileError(f"{path} is not a whole factor file: its metadata has no 'fingerprints'")
     built_from = json.loads(metadata["fingerprints"])
     found: FactorSet = {}
     for matrix in matrices:

@@ -49,7 +49,7 @@ class FlopModel:
         attention = len(self.layers) * 3 * 4 * width * length / 2
         return attention + _TRAINED * self.lora_elements + _FROZEN * self.hidden * self.vocabulary
 
-    def dense(self, tokens: int, length: float) -> float:
+    def dense(self, tokens: float, length: float) -> float:
         """A step with ``tokens`` real tokens in sequences of ``length``, all computed densely."""
         qk, vo = self._attention_matrices
         frozen = len(self.layers) * (qk + vo + 3 * self.hidden * self.width)

@@ -179,7 +179,7 @@ class MaskSync:
     def _post_mortem(self, site: Site) -> str:
         """Say where this rank is, and ask the others, through the store of the default group."""
         store, me = _get_default_store(), dist.get_rank()
-        prefix = f"sparselora/mask/{self._calls}"
+        prefix = "sparselora/mask"
         store.set(f"{prefix}/{me}", str(site))
         words = []
         for rank in self._ranks or dist.get_process_group_ranks(self._data_parallel or dist.group.WORLD):

@@ -10,6 +10,7 @@ from typing import Any
 
 from peft import get_peft_model
 from transformers import set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from ..apply import apply_sparselora, find_state
 from ..config.run import RunConfig
@@ -39,6 +40,8 @@ def run(config: RunConfig) -> dict[str, Any]:
 
 def _run(config: RunConfig, engine: Engine) -> dict[str, Any]:
     output_dir = Path(config.train.output_dir)
+    if not engine.is_main:
+        disable_progress_bar()
     check_model(config.model)
     tokenizer = load_tokenizer(config.model)
     train_data, eval_data = _datasets(config, tokenizer)

@@ -138,3 +138,8 @@ def test_a_config_keeps_its_own_copy() -> None:
     layers["ffn"]["2"] = 0.5
     config.to_dict()["layers"]["ffn"]["3"] = 0.5
     assert config.layers == {"ffn": {"1": 0.5}}
+
+
+def test_end_step_one_is_the_whole_run_however_json_spells_it() -> None:
+    assert type(SparseLoRAConfig.from_dict({"end_step": 1}).end_step) is float
+    assert SparseLoRAConfig.from_dict({"end_step": 2}).end_step == 2

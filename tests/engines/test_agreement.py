@@ -1,0 +1,90 @@
+"""Equalities 4 and 5: any engine, number of ranks and kind of checkpointing trains as one process does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from support.compare import assert_close
+from support.engine_workers import CASES, STEPS
+
+# fp32 sums in another order, STEPS steps of up to 1e-2 each.
+PARAMETERS = {"rtol": 1e-5, "atol": 1e-6}
+LOSS = 2e-6
+
+
+def assert_same_run(reference: dict[str, Any], got: dict[str, Any]) -> None:
+    assert got["loss"] == pytest.approx(reference["loss"], rel=LOSS)
+    assert got["norm"] == pytest.approx(reference["norm"], rel=1e-5)
+    for step in range(STEPS):
+        assert_same_masks(reference["masks"][step], got["masks"][step], step)
+    # Adam's first mean is the gradient of the first step: every trained parameter has one, and they agree.
+    assert got["gradients"].keys() == reference["gradients"].keys()
+    for name, gradient in reference["gradients"].items():
+        assert gradient.abs().max() > 1e-6, name
+        assert_close(f"gradient {name}", gradient, got["gradients"][name], rtol=1e-4, atol=1e-5 * gradient.abs().max())
+    assert len(got["parameters"]) == STEPS + 1
+    for step, (expected, parameters) in enumerate(zip(reference["parameters"], got["parameters"])):
+        assert parameters.keys() == expected.keys()
+        for name, value in expected.items():
+            assert_close(f"step {step} {name}", value, parameters[name], **PARAMETERS)
+
+
+def assert_same_masks(reference: Any, got: Any, step: int) -> None:
+    groups = {layer: set(chosen) for layer, chosen in reference.items()}
+    assert groups == {0: {"ffn", "vo"}, 1: {"ffn", "qk", "vo"}, 2: {"ffn", "qk"}}
+    assert {layer: set(chosen) for layer, chosen in got.items()} == groups
+    for layer, chosen in reference.items():
+        for group, kept in chosen.items():
+            assert torch.equal(kept, got[layer][group]), (step, layer, group)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_are_one_process(single: Any, sharded: Any, case: str) -> None:
+    for rank in sharded:
+        assert_same_run(single[0]["agreement"][case], rank["agreement"][case])
+
+
+@pytest.mark.parametrize("case", ["llama", "all linear"])
+def test_four_ranks_are_one_process(single: Any, fsdp2_on_four: Any, case: str) -> None:
+    for rank in fsdp2_on_four:
+        assert_same_run(single[0]["agreement"][case], rank[case])
+
+
+def test_the_reference_trains(single: Any) -> None:
+    """The comparison is not one of runs that stand still, or whose masks never change."""
+    for case in CASES:
+        run = single[0]["agreement"][case]
+        first, last = run["parameters"][0], run["parameters"][-1]
+        assert all((first[name] - last[name]).abs().max() > 100 * PARAMETERS["atol"] for name in first), case
+        assert any(not torch.equal(run["masks"][0][layer]["ffn"], run["masks"][1][layer]["ffn"]) for layer in range(3))
+    runs = single[0]["agreement"]
+    assert runs["all linear"]["loss"] != pytest.approx(runs["all linear, lora_branch dense"]["loss"], rel=10 * LOSS)
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "non-reentrant"])
+def test_checkpointing_changes_nothing(engine: Any, kind: str) -> None:
+    for rank in engine:
+        assert_same_run(rank["agreement"]["llama"], rank["agreement"][kind])
+
+
+def test_a_model_loaded_partitioned(zero3: Any) -> None:
+    for rank in zero3:
+        seen = rank["loaded partitioned"]
+        assert seen["partitioned"]
+        # The factors and the transposed weights were partitioned at once, before deepspeed.initialize.
+        assert seen["not partitioned"] == []
+        assert_same_run(rank["agreement"]["llama"], seen["run"])
+        assert list(seen["held"]) == seen["names"]
+        assert all(p["sharded"] for p in seen["held"].values())
+
+
+def test_an_engines_model_is_refused_with_the_remedy(sharded: Any, fsdp2: Any) -> None:
+    for rank in sharded:
+        message = rank["sharding"]["remove"]
+        assert "an engine has sharded them" in message and "load it on the plain base model" in message, message
+    for rank in fsdp2:
+        message = rank["apply after"]
+        assert "already sharded by FSDP2" in message and "before fully_shard" in message, message

@@ -1,0 +1,187 @@
+"""Other people's training loops: the Hugging Face Trainer, alone and with DeepSpeed, and TRL's SFTTrainer."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sparselora_dist import SparseLoRACallback, selection
+from sparselora_dist.apply import find_state
+from support.compare import assert_close
+from support.harness import run_ranks
+from support.models import tiny_base
+from support.trainer_workers import STEPS, arguments, make_sparse, train, trainer_rows, watch
+
+from .conftest import Tiny, task_rows
+
+pytestmark = pytest.mark.usefixtures("alone")
+# The tiny model's groups by layer.
+CHOSEN = {1: {"ffn", "qk"}, 2: {"ffn", "vo"}}
+
+
+def rows(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [row for row in history if "loss" in row]
+
+
+def losses(history: list[dict[str, float]]) -> list[float]:
+    return [row["loss"] for row in rows(history)]
+
+
+def check_schedule(history: list[dict[str, float]], masks: list[dict], steps: int = STEPS) -> None:
+    """The first half of the steps is dense, the second sparse: in the log, and in what was chosen."""
+    half = steps // 2
+    assert [row["sparsity/active"] for row in rows(history)] == [0.0] * half + [1.0] * half
+    shares = [row["sparsity/context_share"] for row in rows(history)]
+    assert shares[:half] == [0.0] * half and all(0.2 < share < 0.9 for share in shares[half:])
+    assert masks[:half] == [{}] * half
+    for chosen in masks[half:]:
+        assert {layer: set(groups) for layer, groups in chosen.items()} == CHOSEN
+        assert [len(chosen[1]["ffn"]), len(chosen[1]["qk"]), len(chosen[2]["vo"])] == [32, 4, 8]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[dict]]:
+    """One run with the Trainer alone: the trainer, and the masks of each step."""
+    folder = tmp_path_factory.mktemp("plain")
+    training = arguments(folder, use_cpu=True, eval_strategy="steps", eval_steps=STEPS // 2, eval_on_start=True)
+    trainer, masks = train(make_sparse(tiny_base()), training, evaluate=True)
+    trainer.save_model(str(folder))
+    return trainer, masks
+
+
+def test_the_trainer_alone_learns_and_switches(plain: tuple[Any, list[dict]]) -> None:
+    trainer, masks = plain
+    history = trainer.state.log_history
+    check_schedule(history, masks)
+    values = losses(history)
+    assert all(math.isfinite(value) for value in values)
+    assert sum(values[-2:]) < 0.9 * sum(values[:2])
+
+
+def test_evaluation_is_dense_and_the_saved_adapter_is_plain_peft(plain: tuple[Any, list[dict]]) -> None:
+    trainer, _ = plain
+    evaluations = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    assert len(evaluations) == 3 and evaluations[-1] < evaluations[0]
+    counts = find_state(trainer.model).context.counts
+    before = counts.dense, counts.context, selection(trainer.model).keys()
+    again = trainer.evaluate()["eval_loss"]
+    assert (counts.dense, counts.context, selection(trainer.model).keys()) == before
+    assert again == evaluations[-1]
+
+    folder = Path(trainer.args.output_dir)
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in folder.iterdir()}
+    reloaded = PeftModel.from_pretrained(tiny_base(), folder).eval()
+    batch = {name: torch.tensor([row[name] for row in trainer_rows()[:6]]) for name in trainer_rows()[0]}
+    with torch.no_grad():
+        expected, got = trainer.model.eval()(**batch), reloaded(**batch)
+    assert_close("logits", expected.logits, got.logits)
+    assert float(got.loss) == pytest.approx(evaluations[-1], rel=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_agrees(plain: tuple[Any, list[dict]], tmp_path: Path, reentrant: bool) -> None:
+    model = make_sparse(tiny_base())
+    if reentrant:
+        model.enable_input_require_grads()
+    kwargs = {"use_reentrant": reentrant}
+    training = arguments(tmp_path, use_cpu=True, gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs)
+    trainer, masks = train(model, training)
+    check_schedule(trainer.state.log_history, masks)
+    assert losses(trainer.state.log_history) == pytest.approx(losses(plain[0].state.log_history), rel=1e-5)
+    for one, other in zip(plain[1], masks, strict=True):
+        assert all(torch.equal(one[layer][group], other[layer][group]) for layer in one for group in one[layer])
+
+
+def test_gradient_accumulation_agrees(plain: tuple[Any, list[dict]], tmp_path: Path) -> None:
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    trainer, masks = train(make_sparse(tiny_base()), arguments(tmp_path, use_cpu=True, **options))
+    check_schedule(trainer.state.log_history, masks)
+    got, expected = losses(trainer.state.log_history), losses(plain[0].state.log_history)
+    assert got[: STEPS // 2] == pytest.approx(expected[: STEPS // 2], rel=1e-5)
+    # Sparse, each micro-batch chooses its own channels.
+    assert got[STEPS // 2 :] == pytest.approx(expected[STEPS // 2 :], rel=0.05)
+
+
+def test_the_callback_needs_a_sparse_model(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import Trainer
+
+    model = get_peft_model(tiny_base(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    args, callbacks = arguments(tmp_path, use_cpu=True), [SparseLoRACallback()]
+    with pytest.raises(ValueError, match="apply_sparselora"):
+        Trainer(model=model, args=args, train_dataset=trainer_rows(), callbacks=callbacks).train()
+
+
+@pytest.fixture(scope="module")
+def deepspeed_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, dict[str, Any]]]]:
+    folder = tmp_path_factory.mktemp("deepspeed")
+    tiny_base().save_pretrained(folder / "base")
+    return folder, run_ranks("support.trainer_workers:with_deepspeed", 2, str(folder / "base"), str(folder))
+
+
+@pytest.mark.parametrize("case", ["whole", "partitioned"])
+def test_with_deepspeed_on_two_ranks(
+    case: str, plain: tuple[Any, list[dict]], deepspeed_ranks: tuple[Path, list[dict[str, dict[str, Any]]]]
+) -> None:
+    folder, ranks = deepspeed_ranks
+    for result in (rank[case] for rank in ranks):
+        assert result["at_load"] == (case == "partitioned")
+        for kind, (held, whole) in result["sizes"].items():
+            assert 0.5 <= held / whole < 0.53, kind
+        for one, other in zip(plain[1], result["masks"], strict=True):
+            assert one.keys() == other.keys()
+            assert all(torch.equal(one[layer][group], other[layer][group]) for layer in one for group in one[layer])
+    history = ranks[0][case]["log"]
+    check_schedule(history, ranks[0][case]["masks"])
+    assert losses(history) == pytest.approx(losses(plain[0].state.log_history), rel=1e-4)
+
+    saved = load_file(folder / case / "adapter_model.safetensors")
+    expected = load_file(Path(plain[0].args.output_dir) / "adapter_model.safetensors")
+    assert saved.keys() == expected.keys()
+    for name in expected:
+        assert_close(name, expected[name], saved[name].float(), 1e-2, 1e-3)
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    reloaded = PeftModel.from_pretrained(base, folder / case).eval()
+    ids = torch.tensor([row["input_ids"] for row in trainer_rows()[:2]])
+    with torch.no_grad():
+        assert_close("logits", plain[0].model.eval()(input_ids=ids).logits, reloaded(input_ids=ids).logits, 1e-2, 1e-2)
+
+
+def test_trl_sft_trainer(tiny: Tiny, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    model = make_sparse(AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float32))
+    model.enable_input_require_grads()  # TRL turns gradient checkpointing on by default.
+    training = trl.SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=STEPS,
+        per_device_train_batch_size=8,
+        learning_rate=2e-2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+        max_length=64,
+    )
+    watcher = watch()
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=training,
+        train_dataset=Dataset.from_list(task_rows(64, seed=0)),
+        processing_class=AutoTokenizer.from_pretrained(tiny.model),
+        callbacks=[SparseLoRACallback(), watcher],
+    )
+    trainer.train()
+    check_schedule(trainer.state.log_history, watcher.masks)
+    values = losses(trainer.state.log_history)
+    assert sum(values[-2:]) < 0.9 * sum(values[:2])

@@ -1,0 +1,142 @@
+"""Arrows point one way: launch -> sparselora_dist -> kernels -> torch, triton. Read from the sources."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("sparselora_dist", "kernels", "launch")
+IMPORT_NAMES = {"kernels": "sparselora_kernels"}
+OPERATIONS = sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if path.stem != "__init__")
+MAX_LINES = 320
+
+
+def sources(folder: str) -> list[Path]:
+    found = sorted((ROOT / folder).rglob("*.py"))
+    assert found, f"{folder} holds no Python file"
+    return found
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Absolute names of what a file imports, wherever in the file; ``from a import b`` gives ``a`` and ``a.b``."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    package = [IMPORT_NAMES.get(parts[0], parts[0]), *parts[1:-1]]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
+            "import_module",
+            "__import__",
+        ):
+            yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str))
+
+
+def within(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def importers(*packages: str) -> set[str]:
+    """Files, relative to the repository, that import one of the packages."""
+    return {
+        str(path.relative_to(ROOT))
+        for folder in FOLDERS
+        for path in sources(folder)
+        if any(within(name, *packages) for name in imports(path))
+    }
+
+
+def test_the_reader_sees_every_form() -> None:
+    """``import a.b``, ``from .a import b``, ``from ..a import b``, imports inside functions."""
+    found = set(imports(ROOT / "sparselora_dist" / "io" / "factors.py"))
+    assert {"torch.distributed", "sparselora_dist.families", "sparselora_dist.io.manifest", "hashlib"} <= found
+    assert "sparselora_kernels.reference.score" in set(imports(ROOT / "kernels" / "reference" / "__init__.py"))
+    assert "sparselora_dist.train.run" in set(imports(ROOT / "launch" / "train.py"))
+
+
+def test_kernels_know_torch_and_triton_only() -> None:
+    allowed = {*sys.stdlib_module_names, "torch", "triton", "sparselora_kernels"}
+    for path in sources("kernels"):
+        for name in imports(path):
+            assert name.split(".")[0] in allowed, f"{path.name} imports {name}"
+            assert not within(name, "torch.distributed"), f"{path.name} imports {name}"
+
+
+def test_the_method_knows_neither_ranks_nor_models() -> None:
+    forbidden = ("torch.distributed", "transformers", "peft", "deepspeed", "accelerate")
+    own = {"families", "layers", "engines", "sync", "io", "train", "data", "config", "apply", "callback"}
+    for path in sources("sparselora_dist/method"):
+        for name in imports(path):
+            assert not within(name, *forbidden), f"{path.name} imports {name}"
+            assert not within(name, *(f"sparselora_dist.{part}" for part in own)), f"{path.name} imports {name}"
+
+
+def test_each_engine_is_touched_in_one_file() -> None:
+    assert importers("deepspeed") == {"sparselora_dist/engines/zero3.py"}
+    assert importers("torch.distributed.fsdp", "torch.distributed._composable") == {"sparselora_dist/engines/fsdp2.py"}
+
+
+def test_nothing_imports_a_top_level_kernels() -> None:
+    assert importers("kernels") == set()
+
+
+def test_the_library_does_not_import_the_launcher_or_tests() -> None:
+    assert importers("launch", "tests", "support", "benchmarks", "demo") == set()
+
+
+def test_launch_only_parses() -> None:
+    for path in sources("launch"):
+        ours = {name for name in imports(path) if within(name, "sparselora_dist", "sparselora_kernels")}
+        assert ours
+        for name in ours:
+            assert within(name, "sparselora_dist.config.run", "sparselora_dist.train"), f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_operation_has_a_reference_and_a_test(operation: str) -> None:
+    assert (ROOT / "kernels" / "reference" / f"{operation}.py").is_file()
+    assert (ROOT / "tests" / "kernels" / f"test_{operation}.py").is_file()
+
+
+def test_files_stay_short() -> None:
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for f in FOLDERS for path in sources(f)}
+    assert not {str(path.relative_to(ROOT)): n for path, n in lengths.items() if n > MAX_LINES}
+
+
+OUTSIDE = """
+import sys
+from pathlib import Path
+root = Path(sys.argv[1])
+import sparselora_kernels
+assert callable(sparselora_kernels.indexed_linear)
+try:
+    import kernels
+except ImportError:
+    pass
+else:
+    places = [*kernels.__path__, *filter(None, [getattr(kernels, "__file__", None)])]
+    assert not any(Path(place).resolve().is_relative_to(root / "kernels") for place in places), places
+import sparselora_dist
+loaded = {name.split(".")[0] for name in sys.modules}
+assert "transformers" not in loaded and "deepspeed" not in loaded, "importing the package starts its dependencies"
+print("ok")
+"""
+
+
+def test_the_kernels_are_importable_under_their_own_name_only(tmp_path: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(
+        [sys.executable, "-c", OUTSIDE, str(ROOT)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert result.stdout.strip() == "ok", result.stderr[-2000:]

@@ -14,7 +14,7 @@ COMMONSENSE = {"ffn": {"17-30": 0.97}, "qk": {"17-19,21-23,25-29": 0.2}, "vo": {
 
 
 def num_layers(name: str) -> int:
-    return 32 if "_8b_" in name else 80 if "_70b_" in name else 4
+    return 32 if "_8b_" in name else 80 if "_70b_" in name else 5
 
 
 def test_all_are_there() -> None:

@@ -148,6 +148,9 @@ def test_all_launchers_train_alike(launcher: str, launched: dict[str, Path], row
         assert relative(other["loss"], one["loss"]) < LOSS_TOLERANCE, one["step"]
         assert relative(other["grad_norm"], one["grad_norm"]) < 1e-3, one["step"]
         assert other["sparsity/context_share"] == one["sparsity/context_share"]
+    for key in ("eval_loss_start", "eval_loss"):
+        values = [json.loads((launched[name] / "summary.json").read_text())[key] for name in ("python", launcher)]
+        assert relative(values[1], values[0]) < LOSS_TOLERANCE, key
     kept = load_file(launched["python"] / "checkpoint-6" / "ranks.safetensors")
     masks = {name.removeprefix("0/"): mask for name, mask in kept.items() if "/mask/" in name}
     assert sorted(masks) == ["mask/1.ffn.5", "mask/1.qk.5", "mask/2.ffn.5", "mask/2.vo.5"]

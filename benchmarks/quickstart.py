@@ -105,9 +105,7 @@ def main() -> None:
     dense = train("dense", ["--sparse_lora.enabled", "false", *overrides])
     print(f"\n{table(dense, sparse)}\n")
     ratio = sparse["tokens_per_second"] / dense["tokens_per_second"]
-    print(
-        f"Both saw the same {sparse['tokens']:,} tokens in the same order. Speed here: {ratio:.2f}x dense."
-    )
+    print(f"Both saw the same {sparse['tokens']:,} tokens in the same order. Speed here: {ratio:.2f}x dense.")
     print("A model this small is dominated by overhead; for the speed at real layer widths run")
     print("  .venv/bin/python benchmarks/step_time.py")
 

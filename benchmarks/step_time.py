@@ -38,8 +38,8 @@ def build(arguments: argparse.Namespace) -> Any:
         hidden_size=arguments.hidden,
         intermediate_size=arguments.width,
         num_hidden_layers=arguments.layers,
-        num_attention_heads=arguments.hidden // 64,
-        num_key_value_heads=max(1, arguments.hidden // 256),
+        num_attention_heads=arguments.hidden // 128,
+        num_key_value_heads=max(1, arguments.hidden // 512),
         vocab_size=arguments.vocabulary,
         max_position_embeddings=arguments.length,
         use_cache=False,
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--width", type=int, default=2816)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--vocabulary", type=int, default=49152, help="SmolLM2-360M's: the nearest published shape")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
@@ -145,7 +145,7 @@ def main() -> None:
     assert state is not None
     flops = flop_model(sparse, state)
     ideal = flops.dense(split.tokens, arguments.length) / flops.executed(
-        split.dense.numel(), split.context.numel(), arguments.length
+        split.dense.numel(), split.context.numel(), arguments.length, int((batch["labels"] != -100).sum())
     )
     medians = {name: statistics.median(values) for name, values in times.items()}
     speedup = medians["dense"] / medians["sparse"]

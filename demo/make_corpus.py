@@ -3,9 +3,9 @@
     python demo/make_corpus.py corpus corpus.txt
     python demo/make_corpus.py task demo/data
 
-A document is a little story: one person, one subject, one mood, told in sentences that show them again and again. A model of
-such text learns to keep them in mind. The task asks for the mood and the subject, in a form that the corpus never has: one
-sentence that sums the story up. So the base model has what it takes and has never been asked.
+A document is a little story: one person, one subject, one mood, told in sentences that show them again and again. A model
+of such text learns to keep them in mind. The task asks for the mood and the subject, in a form that the corpus never has:
+one sentence that sums the story up. So the base model has what it takes and has never been asked.
 """
 
 from __future__ import annotations
@@ -19,24 +19,43 @@ SEED = 7
 DOCUMENTS = 24_000
 TRAIN_ROWS, EVAL_ROWS = 1600, 160
 
-NAMES = (
-    "Anna Ben Clara David Emma Felix Grace Hugo Ida Jonas Kim Lena Marco Nina Oscar Paula Quinn Rosa Simon Tara"
-).split()
+NAMES = [
+    "Anna",
+    "Ben",
+    "Clara",
+    "David",
+    "Emma",
+    "Felix",
+    "Grace",
+    "Hugo",
+    "Ida",
+    "Jonas",
+    "Kim",
+    "Lena",
+    "Marco",
+    "Nina",
+    "Oscar",
+    "Paula",
+    "Quinn",
+    "Rosa",
+    "Simon",
+    "Tara",
+]
 SUBJECTS: dict[str, list[str]] = {
-    "cooking": "soup bread oven pan sauce recipe spoon onion cheese kitchen".split(),
-    "football": "ball goal team referee coach match kick stadium player whistle".split(),
-    "music": "song piano drum concert guitar choir melody band violin singer".split(),
-    "travel": "train ticket hotel airport map suitcase bridge passport island harbour".split(),
-    "gardens": "rose soil seed fence tomato shovel hedge lawn tree flower".split(),
-    "school": "teacher pencil lesson homework classroom exam book desk pupil chalk".split(),
-    "weather": "rain cloud storm wind snow thunder fog sunshine frost rainbow".split(),
-    "animals": "dog horse rabbit sheep cat goose donkey fox stable kitten".split(),
-    "computers": "keyboard screen program robot cable printer laptop mouse network server".split(),
-    "painting": "canvas brush colour portrait gallery easel sketch frame palette museum".split(),
+    "cooking": ["soup", "bread", "oven", "pan", "sauce", "recipe", "spoon", "onion", "cheese", "kitchen"],
+    "football": ["ball", "goal", "team", "referee", "coach", "match", "kick", "stadium", "player", "whistle"],
+    "music": ["song", "piano", "drum", "concert", "guitar", "choir", "melody", "band", "violin", "singer"],
+    "travel": ["train", "ticket", "hotel", "airport", "map", "suitcase", "bridge", "passport", "island", "harbour"],
+    "gardens": ["rose", "soil", "seed", "fence", "tomato", "shovel", "hedge", "lawn", "tree", "flower"],
+    "school": ["teacher", "pencil", "lesson", "homework", "classroom", "exam", "book", "desk", "pupil", "chalk"],
+    "weather": ["rain", "cloud", "storm", "wind", "snow", "thunder", "fog", "sunshine", "frost", "rainbow"],
+    "animals": ["dog", "horse", "rabbit", "sheep", "cat", "goose", "donkey", "fox", "stable", "kitten"],
+    "computers": ["keyboard", "screen", "program", "robot", "cable", "printer", "laptop", "mouse", "network", "server"],
+    "painting": ["canvas", "brush", "colour", "portrait", "gallery", "easel", "sketch", "frame", "palette", "museum"],
 }
 MOODS: dict[str, list[str]] = {
-    "glad": "lovely bright wonderful pleasant perfect cheerful excellent delightful".split(),
-    "sorry": "broken awful dreadful boring terrible gloomy useless disappointing".split(),
+    "glad": ["lovely", "bright", "wonderful", "pleasant", "perfect", "cheerful", "excellent", "delightful"],
+    "sorry": ["broken", "awful", "dreadful", "boring", "terrible", "gloomy", "useless", "disappointing"],
 }
 TEMPLATES = (
     "{name} saw the {noun} in the morning.",

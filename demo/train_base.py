@@ -1,6 +1,6 @@
 """Trains the demo's tokenizer and base model from nothing, on the corpus of ``make_corpus.py``.
 
-    python demo/train_base.py corpus.txt --output demo/model
+python demo/train_base.py corpus.txt --output demo/model
 """
 
 from __future__ import annotations

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from sparselora_kernels import kept_count
 
 from .config.sparse import SparseLoRAConfig
-from .engines.shards import full_tensor, is_dtensor, is_zero3, shard_like
+from .engines.shards import full_tensor, is_dtensor, is_initialized_zero3, is_zero3, shard_like
 from .families import ATTENTION, FFN, DecoderLayer, causal_lm, decoder_layers, geometry
 from .io.factors import FactorSet, Matrix, load_or_build
 from .io.weights import ModelWeights, WeightSource
@@ -22,6 +21,7 @@ from .layers.estimator import AttentionEstimator, FFNEstimator
 from .layers.ffn import SparseFFN
 from .layers.hooks import BeginHook, FinishHook, LayerHook
 from .layers.linear import AttentionChannels, FrozenLinear, SparseProjection
+from .layers.logits import pack_logits
 from .layers.lora import base_linear, set_base_linear
 from .sync.masks import MaskSync
 
@@ -48,7 +48,7 @@ class SparseState:
     context: SparseContext
     sparsity: dict[str, dict[int, float]]
     """Resolved: group -> layer -> sparsity."""
-    handles: list[RemovableHandle] = field(default_factory=list)
+    handles: list[Any] = field(default_factory=list)
     linears: list[tuple[nn.Module, str, nn.Linear]] = field(default_factory=list)
     """(parent, name, original) of every frozen linear that was replaced."""
     mlps: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)
@@ -87,6 +87,8 @@ def apply_sparselora(
     """
     if find_state(model) is not None:
         raise ValueError("apply_sparselora was already called on this model; call remove_sparselora first")
+    if is_initialized_zero3(model):
+        raise ValueError("deepspeed.initialize already has this model: call apply_sparselora before it")
     layers = decoder_layers(model)
     sparsity = config.sparsity(len(layers))
     if not config.enabled:
@@ -103,6 +105,7 @@ def apply_sparselora(
         config.interval,
     )
     context.enabled = bool(active)
+    context.skip_unused_logits = config.skip_unused_logits
     state = SparseState(config=config, context=context, sparsity=active)
     if active:
         factors = _factors(model, active, config, weights or ModelWeights(model), process_group)
@@ -111,6 +114,8 @@ def apply_sparselora(
             _replace_attention(layer, state, factors, heads)
             if any(layer.index in by_layer for by_layer in active.values()):
                 state.handles.append(layer.input_norm.register_forward_pre_hook(LayerHook(context, layer.index)))
+    if config.skip_unused_logits:
+        state.handles += pack_logits(causal_lm(model), context)
     # PEFT's wrapper hands on to the inner model; whichever of the two is called first opens the micro-batch.
     for entry in {id(m): m for m in (model, causal_lm(model))}.values():
         state.handles.append(entry.register_forward_pre_hook(BeginHook(context), with_kwargs=True))

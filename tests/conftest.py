@@ -14,6 +14,8 @@ from support import models  # noqa: F401  (sets the factor cache to a folder of 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Models here are tiny: with more threads the tests spend their time waiting for each other.
+torch.set_num_threads(1)
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 
 

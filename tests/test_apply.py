@@ -149,7 +149,7 @@ def test_a_deep_copy_is_independent() -> None:
 def test_a_causal_lm_without_adapters_is_accepted() -> None:
     model = tiny_base().requires_grad_(False).train()
     expected = model(**batch()).logits
-    apply_sparselora(model, config())
+    apply_sparselora(model, config(skip_unused_logits=False))
     assert not torch.equal(model(**batch()).logits, expected)
     assert sorted(selection(model)) == [0, 1, 2]
     remove_sparselora(model)
@@ -194,7 +194,7 @@ def test_selection_is_empty_for_dense_forwards() -> None:
 def test_disabled_replaces_nothing() -> None:
     model = tiny_lora(targets=ALL_LINEAR)
     expected, modules = outputs(model), anatomy(model)["modules"]
-    apply_sparselora(model, config(enabled=False))
+    apply_sparselora(model, config(enabled=False, skip_unused_logits=False))
     assert anatomy(model)["modules"] == modules
     assert_identical(expected, outputs(model))
     assert selection(model) == {}
@@ -226,7 +226,7 @@ def test_training_without_labels_is_dense() -> None:
 
 def test_shift_labels_make_the_same_split() -> None:
     data = batch()
-    model = sparse_model()
+    model = sparse_model(skip_unused_logits=False)
     expected = model(**data).logits
     labels = data.pop("labels")
     shifted = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)
@@ -492,3 +492,23 @@ def test_the_saved_adapter_needs_no_part_of_this_package(tmp_path: Path) -> None
         [sys.executable, "-c", WITHOUT_PACKAGE], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
     )
     assert result.stdout.strip().endswith("same logits"), result.stderr[-2000:]
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_merging_into_sparse_layers_is_refused_and_works_after_removal(safe: bool) -> None:
+    model, data = sparse_model(), batch()
+    expected = model.eval()(**data).logits
+    with pytest.raises(ValueError, match="call remove_sparselora"):
+        copy.deepcopy(model).merge_and_unload(safe_merge=safe)
+    remove_sparselora(model)
+    assert torch.allclose(model.merge_and_unload(safe_merge=safe)(**data).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_training_forwards_without_labels_are_warned_about_once() -> None:
+    model, data = sparse_model(), batch()
+    del data["labels"]
+    with pytest.warns(UserWarning, match="without labels and was computed densely"):
+        model(**data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**data)

@@ -13,6 +13,11 @@ def is_zero3(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def is_initialized_zero3(model: nn.Module) -> bool:
+    """Whether ``deepspeed.initialize`` has taken the model: its hooks know the modules that it saw."""
+    return any(hasattr(parameter, "_z3_optimizer") for parameter in model.parameters())
+
+
 def is_dtensor(parameter: Tensor) -> bool:
     """Whether the parameter is a DTensor, as FSDP2's are."""
     return hasattr(parameter, "full_tensor") and hasattr(parameter, "placements")

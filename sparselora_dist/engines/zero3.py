@@ -6,7 +6,10 @@ import contextlib
 import logging
 import math
 import os
+import sys
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,14 +79,24 @@ def resolve_auto(
         return values[path]
 
     filled = fill(ds, "")
-    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"):
+    rate = filled.get("optimizer", {}).get("params", {}).get("lr", train.learning_rate)
+    if rate != train.learning_rate:
+        raise ValueError(
+            f"'engine.deepspeed.optimizer.params.lr' is {rate}, but 'train.learning_rate' is {train.learning_rate}: use "
+            '"auto"'
+        )
+    for key in (
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "train_batch_size",
+        "gradient_clipping",
+    ):
         if key in filled and filled[key] != values[key]:
             raise ValueError(
                 f"'engine.deepspeed.{key}' is {filled[key]}, but the train section and {world_size} ranks make it "
                 f'{values[key]}: use "auto"'
             )
         filled[key] = values[key]
-    filled.setdefault("gradient_clipping", values["gradient_clipping"])
     zero = filled.setdefault("zero_optimization", {})
     zero.setdefault("stage", 3)
     if config.model.dtype == "bfloat16":
@@ -104,6 +117,10 @@ class Zero3Engine(Engine):
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            # DeepSpeed builds an operator with the ninja that it finds on PATH: the one installed beside the interpreter.
+            os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        # Two of DeepSpeed's collectives go by names that torch renamed; one line per rank and step would bury the bar.
+        warnings.filterwarnings("ignore", ".*(all_gather_into_tensor|reduce_scatter_tensor).*deprecated", FutureWarning)
         super().__init__(config, ranks)
         start_distributed(ranks, config.train.ddp_timeout)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
-from .manifest import CorruptFileError, read_safetensors
+from .manifest import CorruptFileError, read_safetensors, share
 
 ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -29,6 +29,7 @@ def save_adapter(model: Any, parameters: dict[str, Tensor], folder: Path) -> Non
     # PEFT adds a model card that describes nothing yet.
     (folder / "README.md").unlink(missing_ok=True)
     expected = get_peft_model_state_dict(model, state_dict=parameters, save_embedding_layers=False)
+    share(folder / ADAPTER_FILE)
     saved, _ = read_safetensors(folder / ADAPTER_FILE)
     for name in {*expected, *saved}:
         if name not in saved or name not in expected or not torch.equal(saved[name], expected[name]):

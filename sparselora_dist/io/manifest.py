@@ -55,9 +55,18 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
+def share(path: Path) -> None:
+    """Give a file the permissions that the umask asks for: safetensors writes its files for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def publish(temporary: Path, final: Path) -> None:
     """Make ``temporary`` (a file or a folder, already written) appear as ``final``, whole or not at all."""
     for path in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
+        if path.is_file():
+            share(path)
         _fsync(path)
     os.replace(temporary, final)
     _fsync(final.parent)

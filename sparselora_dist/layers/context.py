@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..method.schedule import is_sparse_step
-from ..method.tokens import TokenPartition, partition_tokens
+from ..method.tokens import TokenPartition, loss_positions, partition_tokens
 from ..sync.masks import MaskSync, Site
 
 # Forwards whose backward may still be to come.
@@ -34,6 +34,22 @@ class MicroBatch:
     """Kept channels, (k,) int64 ascending, by (layer, group)."""
     inputs: dict[int, int] = field(default_factory=dict)
     """Address of each layer's input."""
+    loss: LossPositions | None = None
+    """Where the loss reads logits; ``None`` leaves the LM head whole."""
+
+
+@dataclass(slots=True)
+class LossPositions:
+    """The positions of one forward whose next token carries a label."""
+
+    shape: torch.Size
+    """(B, S) of the batch."""
+    rows: Tensor
+    """(n,) int64 flat positions."""
+    labels: Tensor
+    """(n,) int64, the label of each position's next token."""
+    packed: bool = False
+    """Whether the LM head was run at these rows only."""
 
 
 @dataclass(slots=True)
@@ -63,13 +79,14 @@ class SparseContext:
         self.total_steps: int | None = None
         self.counts = TokenCounts()
         self.enabled = True
+        self.skip_unused_logits = False
         self._current: MicroBatch | None = None
         self._opened_by: object = None
         self._replayed: MicroBatch | None = None
         self._forwards: deque[MicroBatch] = deque(maxlen=_PENDING_FORWARDS)
         self._training_forwards = 0
         self._held: dict[tuple[int, str], tuple[int, Tensor]] = {}
-        self._warned = False
+        self._warned = self._warned_labels = False
 
     # --- schedule ---------------------------------------------------------------------------------------------
 
@@ -110,7 +127,17 @@ class SparseContext:
             partition = partition_tokens(labels, attention_mask, shifted=shifted)
             self.counts.dense += partition.dense.numel()
             self.counts.context += partition.context.numel()
+        elif training and labels is None and self.enabled and torch.is_grad_enabled() and not self._warned_labels:
+            self._warned_labels = True
+            warnings.warn(
+                "a training forward came without labels and was computed densely: pass labels to the model (a custom loss "
+                "function or label smoothing takes them out)",
+                stacklevel=2,
+            )
         self._current, self._opened_by = MicroBatch(partition), opened_by
+        if training and labels is not None and not shifted and self.skip_unused_logits:
+            rows, targets = loss_positions(labels)
+            self._current.loss = LossPositions(labels.shape, rows, targets)
         if training:
             self._training_forwards += 1
             self._forwards.append(self._current)
@@ -123,6 +150,11 @@ class SparseContext:
     @property
     def in_forward(self) -> bool:
         return self._current is not None
+
+    @property
+    def loss_positions(self) -> LossPositions | None:
+        """Of the running forward."""
+        return self._current.loss if self._current is not None else None
 
     @property
     def last(self) -> MicroBatch | None:

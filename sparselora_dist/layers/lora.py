@@ -25,12 +25,20 @@ def base_linear(module: nn.Module) -> nn.Module:
 
 
 def set_base_linear(parent: nn.Module, name: str, linear: nn.Module) -> None:
-    """Put ``linear`` where :func:`base_linear` of ``parent.name`` was."""
+    """Put ``linear`` where :func:`base_linear` of ``parent.name`` was; a stored layout of our own cannot be merged into."""
     module = getattr(parent, name)
     if isinstance(module, LoraLayer):
         module.base_layer = linear
+        if type(linear) is nn.Linear:
+            module.__dict__.pop("merge", None)
+        else:
+            module.__dict__["merge"] = _refuse_merge
     else:
         setattr(parent, name, linear)
+
+
+def _refuse_merge(*_: object, **__: object) -> None:
+    raise ValueError("adapters cannot be merged into sparse layers: call remove_sparselora(model) first, then merge")
 
 
 def active_branches(module: nn.Module) -> Iterator[LoRABranch]:

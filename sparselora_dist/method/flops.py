@@ -55,13 +55,22 @@ class FlopModel:
         frozen = len(self.layers) * (qk + vo + 3 * self.hidden * self.width)
         return tokens * (self._per_token(length) + _FROZEN * frozen)
 
-    def executed(self, dense_tokens: float, context_tokens: float, length: float) -> float:
-        """The same step with ``context_tokens`` of its tokens computed sparsely, estimator included."""
+    def executed(self, dense_tokens: float, context_tokens: float, length: float, logits: float | None = None) -> float:
+        """The same step with ``context_tokens`` of its tokens computed sparsely, estimator included.
+
+        ``logits`` is the number of positions that the LM head runs at; ``None`` means all of them.
+        """
         qk, vo = self._attention_matrices
         ffn, context = 3 * self.hidden * self.width, self._per_token(length)
         for layer in self.layers:
             context += _FROZEN * (layer.qk * qk + layer.vo * vo + layer.ffn * ffn) + self._estimator(layer)
-        return self.dense(dense_tokens, length) + context_tokens * context
+        tokens = dense_tokens + context_tokens
+        unused = 0.0 if logits is None else tokens - logits
+        return (
+            self.dense(dense_tokens, length)
+            + context_tokens * context
+            - unused * _FROZEN * self.hidden * self.vocabulary
+        )
 
     def _estimator(self, layer: LayerShare) -> float:
         matrices = (layer.ffn < 1) * 2 + (layer.qk < 1) * 2 + (layer.vo < 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
@@ -55,6 +56,20 @@ def partition_tokens(labels: Tensor, attention_mask: Tensor | None = None, *, sh
         context=context.flatten().nonzero().squeeze(1),
         tokens=labels.numel(),
     )
+
+
+def loss_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Flat positions whose next token carries a label, and these labels.
+
+    Args:
+        labels: (B, S) int64.
+
+    Returns:
+        ``rows`` (n,) int64 ascending and ``targets`` (n,) int64: the causal loss is the cross entropy between them.
+    """
+    following = torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].flatten()
+    rows = (following != IGNORE_INDEX).nonzero().squeeze(1)
+    return rows, following.index_select(0, rows)
 
 
 def label_count(labels: Tensor) -> int:

@@ -129,7 +129,8 @@ class TrainingLoop:
         if self.scheduler is not None:
             self.scheduler.step()
         seconds = time.perf_counter() - started
-        self._record(step, result, lengths, seconds, learning_rate)
+        logits = labels if self.context.skip_unused_logits else tokens
+        self._record(step, result, lengths, logits, seconds, learning_rate)
 
     def _optimize(self, step: int, batch: GlobalBatch, labels: int) -> StepResult:
         """Forward and backward of every micro-batch, then the optimizer."""
@@ -155,13 +156,15 @@ class TrainingLoop:
             )
         return StepResult(total, engine.step(), dense, context)
 
-    def _record(self, step: int, result: StepResult, lengths: Any, seconds: float, learning_rate: float) -> None:
+    def _record(
+        self, step: int, result: StepResult, lengths: Any, logits: int, seconds: float, learning_rate: float
+    ) -> None:
         tokens, totals = float(lengths.sum()), self.totals
         # Mean length that a token sees, so that the quadratic part of attention is counted right.
         length = float((lengths.astype(float) ** 2).sum()) / max(tokens, 1.0)
-        sparse = result.context > 0
         dense_flops = self.flops.dense(tokens, length)
-        executed = self.flops.executed(result.dense, result.context, length) if sparse else dense_flops
+        # Padding is computed by plain LoRA and not here; only real tokens are counted, on both sides.
+        executed = self.flops.executed(tokens - result.context, result.context, length, logits)
         totals.tokens += tokens
         totals.dense += tokens - result.context
         totals.context += result.context

@@ -27,6 +27,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "mask_sync": "global",
         "interval": 1,
         "lora_branch": "kept",
+        "skip_unused_logits": True,
         "factors": None,
     }
 

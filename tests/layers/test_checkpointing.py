@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from layers.oracle import Step, assert_same, train_step
 from peft import PeftModel
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from sparselora_dist.apply import find_state
 from sparselora_dist.layers import context
 from sparselora_dist.layers.estimator import AttentionEstimator, FFNEstimator
 from support.models import ALL_LINEAR, batch, gradients, tiny_lora
+from support.oracle import Step, assert_same, train_step
 
 LAYERS = {"ffn": {"0-2": 0.8}, "qk": {"1-2": 0.5}, "vo": {"1": 0.5}}
 SITES = 3 + 2  # FFN of three layers, attention of two.

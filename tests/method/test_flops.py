@@ -60,6 +60,11 @@ def test_more_sparsity_costs_less(group: str) -> None:
     assert len(set(steps)) == len(steps)
 
 
+def test_the_lm_head_counts_where_it_runs() -> None:
+    dense = model(LayerShare())
+    assert dense.executed(10, 30, 24, logits=10) == pytest.approx(dense.dense(40, 24) - 30 * 4 * 40 * 96)
+
+
 def test_dense_tokens_are_not_made_cheaper() -> None:
     sparse = model(LayerShare(ffn=0.01, qk=0.25, vo=0.25))
     assert sparse.executed(40, 0, 24) == sparse.dense(40, 24)

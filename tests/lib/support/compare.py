@@ -9,6 +9,14 @@ from torch import Tensor
 TOLERANCE = {torch.float64: (1e-10, 1e-12), torch.float32: (2e-5, 2e-6), torch.bfloat16: (3e-2, 3e-2)}
 
 
+def loss_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    """(n, V) logits of the positions whose next token carries a label, from whole or from packed logits."""
+    if logits.shape[:2] != labels.shape:
+        return logits[0]
+    following = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)
+    return logits[following != -100]
+
+
 def assert_close(
     name: str, reference: Tensor, got: Tensor, rtol: float | None = None, atol: float | None = None
 ) -> None:

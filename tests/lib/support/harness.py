@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-TESTS = ROOT / "tests"
+ROOT = Path(__file__).resolve().parents[3]
+LIBRARY = Path(__file__).resolve().parents[1]
 
 
 class RankError(AssertionError):
@@ -40,7 +40,12 @@ def run_ranks(
                 "OMP_NUM_THREADS": "1",
                 "DS_ACCELERATOR": "cpu",
                 "PYTHONSAFEPATH": "1",
-                "PYTHONPATH": str(TESTS),
+                "PYTHONPATH": str(LIBRARY),
+                # Beside the interpreter: the ninja that DeepSpeed builds with must be one and the same everywhere.
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                # DeepSpeed names its shared memory by these; two jobs at once must not share it.
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(abs(hash(folder)) % 50000 + 10000),
                 "TOKENIZERS_PARALLELISM": "false",
             }
             with open(Path(folder) / f"{rank}.log", "wb") as log:

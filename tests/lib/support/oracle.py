@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from support.compare import assert_close
+from support.compare import assert_close, loss_logits
 from support.models import gradients
 
 Masks = dict[int, dict[str, Tensor]]
@@ -35,11 +35,11 @@ def train_step(model: nn.Module, data: dict[str, Tensor], autocast: bool = False
 
 
 def assert_same(expected: Step, got: Step, data: dict[str, Tensor], rtol: float = 2e-5, atol: float = 2e-6) -> None:
-    """Loss, logits at every real position, and every gradient; ``atol`` is relative to each tensor's largest value."""
-    real = data["attention_mask"].bool()
+    """Loss, the logits that it reads, and every gradient; ``atol`` is relative to each tensor's largest value."""
+    logits = [loss_logits(step.logits, data["labels"]) for step in (expected, got)]
     assert expected.gradients.keys() == got.gradients.keys()
     assert expected.gradients, "nothing was trained"
-    pairs = [("loss", expected.loss, got.loss), ("logits", expected.logits[real], got.logits[real])]
+    pairs = [("loss", expected.loss, got.loss), ("logits", *logits)]
     pairs += [(name, expected.gradients[name], got.gradients[name]) for name in expected.gradients]
     for name, a, b in pairs:
         scale = max(float(a.abs().max()), 1e-3)

@@ -178,10 +178,10 @@ def test_what_is_left_out_is_filled_in() -> None:
     assert got["zero_optimization"]["stage"] == 3 and got["bf16"] == {"enabled": True}
     assert (got["train_batch_size"], got["gradient_clipping"]) == (24, 0.7)
     assert "bf16" not in resolved({}, "float32")
-    kept = {"zero_optimization": {"stage": 3, "overlap_comm": True}, "gradient_clipping": 0.2, "steps_per_print": 5}
+    kept = {"zero_optimization": {"stage": 3, "overlap_comm": True}, "gradient_clipping": 0.7, "steps_per_print": 5}
     got = resolved(kept)
     assert got["zero_optimization"]["overlap_comm"] is True
-    assert (got["gradient_clipping"], got["steps_per_print"]) == (0.2, 5)
+    assert (got["gradient_clipping"], got["steps_per_print"]) == (0.7, 5)
 
 
 @pytest.mark.parametrize("path", ["zero_optimization.sub_group_size", "optimizer.type", "train_batch", "a.b.c"])
@@ -197,6 +197,8 @@ def test_auto_without_a_rule_is_named(path: str) -> None:
         ({"train_batch_size": 8}, "bfloat16", ("engine.deepspeed.train_batch_size' is 8", "make it 24", '"auto"')),
         ({"train_micro_batch_size_per_gpu": 1}, "bfloat16", ("train_micro_batch_size_per_gpu' is 1", "make it 2")),
         ({"gradient_accumulation_steps": 1}, "bfloat16", ("gradient_accumulation_steps' is 1", "make it 3")),
+        ({"gradient_clipping": 0.2}, "bfloat16", ("gradient_clipping' is 0.2", "make it 0.7")),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 7.0}}}, "bfloat16", ("optimizer.params.lr' is 7.0", '"auto"')),
         ({"bf16": {"enabled": False}}, "bfloat16", ("model.dtype 'bfloat16'", "bf16.enabled")),
         ({"bf16": {"enabled": True}}, "float32", ("model.dtype 'float32'", "bf16.enabled")),
         ({"fp16": {"enabled": True}}, "float32", ("model.dtype 'float32'", "remove fp16")),

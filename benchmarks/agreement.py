@@ -2,9 +2,9 @@
 
     python benchmarks/agreement.py --model M --train T.jsonl --eval E.jsonl [--steps 60]
 
-Every run is sparse; one more is dense. Prints, against one process: the largest relative difference of a step's loss, the share
-of kept channels that differ (summed over steps, layers and groups: near-tied scores whose order the summation flips), and the
-evaluation loss before and after.
+Every run is sparse; one more is dense. Prints, against one process: the largest relative difference of a step's loss, the
+share of kept channels that differ (summed over steps, layers and groups: near-tied scores whose order the summation
+flips), and the evaluation loss before and after.
 """
 
 from __future__ import annotations

@@ -84,7 +84,10 @@ def check(dense: nn.Module, sparse: nn.Module, batch: dict[str, Tensor], toleran
     pairs = [
         (p.grad, dict(sparse.named_parameters())[name].grad) for name, p in dense.named_parameters() if p.requires_grad
     ]
-    worst = max(float("inf") if not torch.isfinite(b).all() else ((a - b).abs().max() / a.abs().max().clamp_min(1e-12)).item() for a, b in pairs)
+    worst = max(
+        float("inf") if not torch.isfinite(b).all() else ((a - b).abs().max() / a.abs().max().clamp_min(1e-12)).item()
+        for a, b in pairs
+    )
     dense.zero_grad(), sparse.zero_grad()
     if not worst <= tolerance:
         raise SystemExit(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,15 +15,6 @@ from support.sync_workers import PREDICTED, TIMEOUT, Masks
 
 GROUPS = [(0, "ffn"), (1, "ffn"), (1, "qk"), (1, "vo"), (2, "ffn"), (2, "vo")]
 MODES = ("none", "reentrant", "non-reentrant")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As the ranks compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

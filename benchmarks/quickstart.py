@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -31,10 +32,9 @@ def free_port() -> int:
 def train(name: str, overrides: list[str]) -> dict[str, Any]:
     """One run through the deepspeed launcher; its summary. Output goes to a log file, progress to the terminal."""
     output = ROOT / "runs" / "quickstart" / name
-    output.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
     metrics, log = output / "metrics.jsonl", output / "train.log"
-    metrics.unlink(missing_ok=True)
-    (output / "summary.json").unlink(missing_ok=True)
     command = [
         str(Path(sys.executable).parent / "deepspeed"),
         *("--num_gpus", str(RANKS), "--master_port", str(free_port())),

@@ -11,6 +11,7 @@ Every key of the file can be set from here: ``--train.max_steps 100 --sparse_lor
 import argparse
 import os
 import sys
+import traceback
 
 
 def main() -> int:
@@ -41,12 +42,32 @@ def main() -> int:
     return 0
 
 
-if __name__ == "__main__":
-    status = main()
+def leave(status: int) -> None:
+    """End one of several ranks at once.
+
+    After success everything is saved and the process group is closed, but gloo's threads abort the interpreter's own exit in
+    about one FSDP2 run of ten, which would report a finished job as failed. After a failure the interpreter's exit could
+    wait for ranks that are stuck.
+    """
+    if status == 0 and "mpi4py.MPI" in sys.modules:
+        sys.modules["mpi4py.MPI"].Finalize()
     sys.stdout.flush()
     sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    try:
+        status = main()
+    except BaseException as error:
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            raise
+        if isinstance(error, SystemExit):
+            print(error, file=sys.stderr)
+        else:
+            traceback.print_exc()
+        print(f"(rank {os.environ.get('RANK', '0')} failed)", file=sys.stderr)
+        leave(1)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # Everything is saved and the process group is closed. gloo's threads abort the interpreter's own exit in about
-        # one FSDP2 run of ten, which would report a finished job as failed.
-        os._exit(status)
+        leave(status)
     sys.exit(status)

@@ -16,6 +16,12 @@ class SparseLoRACallback(TrainerCallback):
     Logs ``sparsity/active`` and ``sparsity/context_share`` with the Trainer's own metrics.
     """
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # DeepSpeed steps inside backward, before on_pre_optimizer_step: there the masks are compared after each forward.
+        self._context(kwargs["model"]).check_each_forward = bool(args.deepspeed)
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

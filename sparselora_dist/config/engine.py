@@ -34,7 +34,7 @@ _FSDP1_KEYS = {
     "fsdp_sharding_strategy": f'{_OLD}: use "fsdp_reshard_after_forward" true (FULL_SHARD) or false (SHARD_GRAD_OP)',
     "fsdp_backward_prefetch": f"{_OLD}: FSDP2 prefetches by itself; remove it",
     "fsdp_forward_prefetch": f"{_OLD}: FSDP2 prefetches by itself; remove it",
-    "fsdp_sync_module_states": f"{_OLD}: every rank reads its own slices; remove it",
+    "fsdp_sync_module_states": f"{_OLD}: every rank loads the same weights; remove it",
     "fsdp_use_orig_params": f"{_OLD}: FSDP2 always keeps the original parameters; remove it",
     "fsdp_min_num_params": f"{_OLD}: every decoder layer is a unit of its own here; remove it",
 }
@@ -63,7 +63,10 @@ _BOOL: tuple[Callable[[Any], bool], str] = (_is_bool, 'true, false or "auto"')
 _FSDP_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "fsdp_version": (lambda value: value == 2 and not isinstance(value, bool), "2"),
     "fsdp_reshard_after_forward": _BOOL,
-    "fsdp_cpu_ram_efficient_loading": _BOOL,
+    "fsdp_cpu_ram_efficient_loading": (
+        lambda value: value is False,
+        'false or "auto": for now every rank loads the whole base model on its CPU before it is sharded',
+    ),
     "fsdp_offload_params": _BOOL,
     "fsdp_activation_checkpointing": _BOOL,
     "fsdp_state_dict_type": (

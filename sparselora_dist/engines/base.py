@@ -9,6 +9,7 @@ import socket
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,6 +82,8 @@ class Engine(ABC):
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         self.config = config
         self.ranks = ranks
+        self.scheduler: Any = None
+        """The engine's own learning rate schedule, where its configuration asks for one."""
         self.total_steps = 1
         """Length of the run; set before :meth:`prepare`. Only a DeepSpeed scheduler reads it."""
         if torch.cuda.is_available():

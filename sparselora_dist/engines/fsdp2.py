@@ -47,6 +47,11 @@ class FSDP2Engine(TorchStateEngine):
     def _precision(self) -> MixedPrecisionPolicy:
         policy = self.options.get("fsdp_mixed_precision_policy")
         if isinstance(policy, dict):
+            if self.config.train.gradient_checkpointing and policy.get("output_dtype", None) is not None:
+                raise ValueError(
+                    "engine.fsdp.fsdp_mixed_precision_policy.output_dtype with train.gradient_checkpointing: the cast moves "
+                    "each layer's input, by which its masks are found again in recomputation. Remove output_dtype"
+                )
             return MixedPrecisionPolicy(**{key: _DTYPES.get(value, value) for key, value in policy.items()})
         if policy is None and self.config.model.dtype == "float32":
             return MixedPrecisionPolicy()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from ..config.run import RunConfig
 from ..layers.ffn import SparseFFN
@@ -197,7 +197,8 @@ class Zero3Engine(Engine):
         if moments:
             for flat in self.model.optimizer.fp32_partitioned_groups_flat:
                 state = self.optimizer.state[flat]
-                state["step"] = torch.tensor(float(steps))
+                # torch counts in a tensor, DeepSpeed's own optimizers in an int.
+                state["step"] = torch.tensor(float(steps)) if isinstance(self.optimizer, AdamW) else steps
                 for moment in MOMENTS:
                     state.setdefault(moment, torch.zeros_like(flat))
         for name, p in self.trainable().items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,14 @@ def save_adapter(model: Any, parameters: dict[str, Tensor], folder: Path) -> Non
             raise CorruptFileError(f"{folder / ADAPTER_FILE} was not saved whole: {name} is missing or differs")
     if not saved or any(tensor.numel() == 0 for tensor in saved.values()):
         raise CorruptFileError(f"{folder / ADAPTER_FILE} is empty: no adapter weights were given")
+
+
+def saved_names(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """The name that PEFT gives each of the model's trainable parameters on disk, mapped back: saved name -> own name."""
+    own = list(names)
+    numbered = {name: torch.tensor([number]) for number, name in enumerate(own)}
+    saved = get_peft_model_state_dict(model, state_dict=numbered, save_embedding_layers=False)
+    return {name: own[int(number)] for name, number in saved.items()}
 
 
 def load_adapter(model: Any, folder: Path) -> None:

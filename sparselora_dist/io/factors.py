@@ -1,4 +1,4 @@
-"""Estimator factors: built once per base model and rank, spread over ranks, cached, and verified when read.
+"""Estimator factors: built once per base model, rank and choice of layers, spread over ranks, cached, verified.
 
 A factor file is safetensors: ``<matrix>.a`` (r, in) and ``<matrix>.b`` (out, r) with the matrix named as in
 :func:`sparselora_dist.families.matrix_name`. Its metadata holds the model it was built from, the rank, the dtype, a
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ from ..families import matrix_name
 from ..method.estimator import low_rank_factors
 from .manifest import CorruptFileError, publish, read_safetensors, tensors_sha256
 from .weights import WeightSource
+
+log = logging.getLogger(__name__)
 
 FORMAT = "sparselora-factors/1"
 CACHE_VARIABLE = "SPARSELORA_CACHE"
@@ -107,12 +110,20 @@ def load_or_build(
         if owner == me or weights.collective:
             weight = weights.get(*matrix)
             if owner == me:
-                found[matrix] = low_rank_factors(weight, rank, seed=number)
+                found[matrix] = low_rank_factors(weight, rank, seed=_seed(matrix))
     if len(ranks) > 1:
         found = {matrix: _share(found.get(matrix), owners[matrix], group) for matrix in matrices}
     if missing and me == ranks[0]:
-        write_factors(target, found, marks, rank=rank, model_id=model_id)
+        try:
+            write_factors(target, found, marks, rank=rank, model_id=model_id)
+        except OSError as problem:
+            log.warning("factors not cached, they will be built again: %s (set %s)", problem, CACHE_VARIABLE)
     return found
+
+
+def _seed(matrix: Matrix) -> int:
+    """The same for a matrix whatever else is built."""
+    return int.from_bytes(hashlib.sha256(matrix_name(*matrix).encode()).digest()[:4], "big")
 
 
 def _share(factors: tuple[Tensor, Tensor] | None, owner: int, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:

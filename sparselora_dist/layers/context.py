@@ -80,6 +80,7 @@ class SparseContext:
         self.counts = TokenCounts()
         self.enabled = True
         self.skip_unused_logits = False
+        self.check_each_forward = False
         self._current: MicroBatch | None = None
         self._opened_by: object = None
         self._replayed: MicroBatch | None = None
@@ -146,6 +147,8 @@ class SparseContext:
         """Close the micro-batch that ``opened_by`` opened: from here on, a layer that runs is being recomputed."""
         if self._opened_by is opened_by:
             self._current = self._opened_by = None
+            if self.check_each_forward:
+                self.sync.check()
 
     @property
     def in_forward(self) -> bool:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import datetime
 import os
 import socket
+import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -124,7 +125,8 @@ class MaskSync:
 
         Raises:
             MaskSyncError: another rank is at another site, did not arrive in time, or has non-finite sums (on a GPU
-                the first and the last are raised by :meth:`check`).
+                the first and the last are raised by :meth:`check`, and under NCCL it is the backend's own watchdog that
+                ends a rank which waits in vain).
         """
         self._calls += 1
         call = self._calls % _CALL_MODULUS
@@ -158,8 +160,13 @@ class MaskSync:
             MaskSyncError: see :meth:`reduce`.
         """
         pending, self._pending = self._pending, []
-        for header, site, call in pending:
-            slots = header.view(-1, _SLOT).tolist()
+        if not pending:
+            return
+        headers = torch.stack(
+            [header for header, _, _ in pending]
+        ).tolist()  # One copy from the device for all of them.
+        for header, (_, site, call) in zip(headers, pending):
+            slots = [header[start : start + _SLOT] for start in range(0, len(header), _SLOT)]
             for rank, (number, its_call, _) in zip(self.ranks, slots):
                 if (number, its_call) != (site.number + 1, call):
                     me = dist.get_rank()
@@ -181,12 +188,13 @@ class MaskSync:
         store, me = _get_default_store(), dist.get_rank()
         prefix = "sparselora/mask"
         store.set(f"{prefix}/{me}", str(site))
-        words = []
+        words, deadline = [], time.monotonic() + _POST_MORTEM_SECONDS
         for rank in self._ranks or dist.get_process_group_ranks(self._data_parallel or dist.group.WORLD):
             if rank == me:
                 continue
             try:
-                store.wait([f"{prefix}/{rank}"], datetime.timedelta(seconds=_POST_MORTEM_SECONDS))
+                left = max(deadline - time.monotonic(), 0.05)
+                store.wait([f"{prefix}/{rank}"], datetime.timedelta(seconds=left))
                 words.append(f"rank {rank} is at {store.get(f'{prefix}/{rank}').decode()}")
             except RuntimeError:
                 words.append(f"rank {rank} did not arrive")

@@ -18,6 +18,7 @@ from transformers import get_scheduler
 from ..config.run import RunConfig
 from ..data import GlobalBatch, GlobalBatchSampler, TokenDataset, collate
 from ..engines.base import Engine
+from ..io.adapter import saved_names
 from ..io.checkpoint import Checkpoint, RunState, save_checkpoint
 from ..layers.context import SparseContext
 from ..method.flops import FlopModel
@@ -126,7 +127,7 @@ class TrainingLoop:
             result = StepResult(loss=0.0, grad_norm=0.0, dense=tokens, context=0)
         else:
             result = self._optimize(step, batch, labels)
-        if self.scheduler is not None:
+        if not self._deepspeed_schedules:  # DeepSpeed's own is stepped by its engine.
             self.scheduler.step()
         seconds = time.perf_counter() - started
         logits = labels if self.context.skip_unused_logits else tokens
@@ -197,11 +198,15 @@ class TrainingLoop:
     # --- learning rate ------------------------------------------------------------------------------------------------
 
     def _scheduler(self) -> Any:
-        if getattr(self.engine, "scheduler", None) is not None:
-            return None  # DeepSpeed's own, stepped by its engine.
+        if self._deepspeed_schedules:
+            return self.engine.scheduler
         train = self.train
         warmup = train.warmup_steps or math.ceil(train.warmup_ratio * self.total_steps)
         return get_scheduler(train.lr_scheduler_type, self.engine.optimizer, warmup, self.total_steps)
+
+    @property
+    def _deepspeed_schedules(self) -> bool:
+        return self.engine.scheduler is not None
 
     def _learning_rate(self) -> float:
         return float(self.engine.optimizer.param_groups[0]["lr"])
@@ -255,7 +260,7 @@ class TrainingLoop:
                 global_batch_size=self.sampler.global_batch_size,
                 engine=self.config.engine.name,
                 tokens=int(self.totals.tokens),
-                scheduler=_plain(self.scheduler.state_dict()) if self.scheduler is not None else {},
+                scheduler=_plain(self.scheduler.state_dict()),
                 summary={name: getattr(self.totals, name) for name in Totals.__slots__},
             )
             checkpoint = Checkpoint(state, parameters, moments, per_rank)
@@ -276,11 +281,17 @@ class TrainingLoop:
 
     def _restore(self, resumed: Checkpoint) -> None:
         state, ranks = resumed.state, self.engine.ranks
-        names = {_peft_name(name): name for name in self.engine.trainable()}
+        names = saved_names(self.engine.module, self.engine.trainable())
         parameters = {names[name]: tensor for name, tensor in resumed.parameters.items()}
         self.engine.load_state(parameters, resumed.moments, state.optimizer_steps)
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state.scheduler)
+        if state.scheduler.keys() != _plain(self.scheduler.state_dict()).keys():
+            raise ValueError(
+                "the checkpoint's learning rate schedule is of another kind than this run's: use the same one"
+            )
+        self.scheduler.load_state_dict(state.scheduler)
+        if self._deepspeed_schedules:
+            self.scheduler.step(self.scheduler.last_batch_iteration)
+        else:
             for group, rate in zip(self.engine.optimizer.param_groups, self.scheduler.get_last_lr()):
                 group["lr"] = rate
         self.start_step = state.step
@@ -298,11 +309,6 @@ class TrainingLoop:
                 torch.cuda.set_rng_state(own["rng/cuda"], self.engine.device)
         masks = {name.removeprefix("mask/"): mask for name, mask in own.items() if name.startswith("mask/")}
         self.context.load_state_dict({name: mask.to(self.engine.device) for name, mask in masks.items()})
-
-
-def _peft_name(name: str) -> str:
-    """A parameter's name as PEFT writes it to disk: without the adapter's own name."""
-    return name.replace(".default.", ".")
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class MetricsWriter:
         folder = Path(train.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= start_step] if start_step else []
+        kept = [line for line in _lines(path) if _step(line) <= start_step] if start_step else []
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
         if "tensorboard" in train.trackers:
@@ -96,3 +96,11 @@ class MetricsWriter:
 
 def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
+def _step(line: str) -> float:
+    """Step of a row; a row that a crash cut off belongs to no step."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return float("inf")

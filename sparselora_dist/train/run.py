@@ -17,7 +17,7 @@ from ..config.run import RunConfig
 from ..data import GlobalBatchSampler, TokenDataset, load_dataset_tokens, padding_id
 from ..engines.base import Engine, make_engine
 from ..io.adapter import load_adapter, save_adapter
-from ..io.checkpoint import Checkpoint, load_checkpoint, resolve_resume
+from ..io.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, resolve_resume
 from ..io.load import check_model, load_base, load_tokenizer
 from ..io.manifest import write_text
 from .loop import TrainingLoop
@@ -32,10 +32,10 @@ def run(config: RunConfig) -> dict[str, Any]:
     Everything that can be refused is refused before the model is loaded.
     """
     engine = make_engine(config)
-    try:
-        return _run(config, engine)
-    finally:
-        engine.close()
+    summary = _run(config, engine)
+    # After an error the group is left alone: closing it could wait for ranks that are stuck, ahead of the message.
+    engine.close()
+    return summary
 
 
 def _run(config: RunConfig, engine: Engine) -> dict[str, Any]:
@@ -58,6 +58,11 @@ def _run(config: RunConfig, engine: Engine) -> dict[str, Any]:
     resumed = load_checkpoint(path) if path else None
     if resumed:
         _check_resume(resumed, sampler.global_batch_size, total_steps, path)
+    elif engine.is_main and (old := list_checkpoints(output_dir)):
+        raise ValueError(
+            f"train.output_dir {output_dir} holds {old[-1].name} of an earlier run: continue it with train.resume true, or "
+            "use another folder"
+        )
     engine.total_steps = total_steps
 
     set_seed(config.train.seed)
@@ -101,7 +106,7 @@ def build_model(config: RunConfig, engine: Engine, resumed_from: Path | None = N
     if resumed_from:
         load_adapter(model, resumed_from / "adapter")
     apply_sparselora(model, config.sparse_lora, timeout=config.train.ddp_timeout)
-    if config.train.gradient_checkpointing or (config.engine.fsdp or {}).get("fsdp_activation_checkpointing"):
+    if config.train.gradient_checkpointing or config.engine.fsdp_options().get("fsdp_activation_checkpointing"):
         options = {"use_reentrant": False, **(config.train.gradient_checkpointing_kwargs or {})}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         if options["use_reentrant"]:

@@ -162,6 +162,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"engine": {"name": "fsdp2", "deepspeed": ZERO}},
         "'engine.deepspeed' is given, but 'engine.name' is \"fsdp2\": remove",
     ),
+    (
+        {"engine": {"name": "fsdp2", "fsdp": {"fsdp_cpu_ram_efficient_loading": True}}},
+        "'engine.fsdp.fsdp_cpu_ram_efficient_loading' is true: allowed: false",
+    ),
     ({"engine": {"name": "zero3", "fsdp": FSDP}}, "'engine.fsdp' is given, but .* set 'engine.name' to \"fsdp2\""),
     ({"engine": {"name": "single", "fsdp": {}}}, "'engine.fsdp' is given, but 'engine.name' is \"single\""),
     ({"engine": {"name": "zero3", "deepspeed": {"zero_optimization": {"stage": 2}}}}, "stage' is 2: allowed: 3"),

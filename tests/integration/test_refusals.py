@@ -189,6 +189,12 @@ def test_resume_beyond_the_end(refused: Callable, finished: Path) -> None:
     says(message, "checkpoint-2", "step 2", "1 steps")
 
 
+def test_a_fresh_run_does_not_mix_its_checkpoints_with_another_runs(refused: Callable, finished: Path) -> None:
+    before = sorted(path.name for path in finished.iterdir())
+    says(refused("--train.output_dir", str(finished)), str(finished), "checkpoint-2", "train.resume true", "another folder")
+    assert sorted(path.name for path in finished.iterdir()) == before
+
+
 def test_resume_of_a_damaged_checkpoint(refused: Callable, finished: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "out" / "checkpoint-2"
     shutil.copytree(finished / "checkpoint-2", damaged)

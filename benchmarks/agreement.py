@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from sparselora_dist.engines.base import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = 2
@@ -96,12 +97,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--output", default="runs/agreement")
     options = parser.parse_args()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     bin_ = Path(sys.executable).parent
     python, torchrun = [sys.executable], [str(bin_ / "torchrun"), "--standalone", "--nproc-per-node", str(RANKS)]
-    deepspeed = [str(bin_ / "deepspeed"), "--num_gpus", str(RANKS), "--master_port", port]
+    deepspeed = [str(bin_ / "deepspeed"), "--num_gpus", str(RANKS), "--master_port", str(free_port())]
     ways = [
         ("one process", python, "single", 1, True),
         ("ZeRO-3, deepspeed, 2 ranks", deepspeed, "zero3", RANKS, True),

@@ -43,7 +43,6 @@ def train(name: str, overrides: list[str]) -> dict[str, Any]:
     ]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    started = time.monotonic()
     with open(log, "wb") as file:
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
         shown = ""
@@ -55,8 +54,7 @@ def train(name: str, overrides: list[str]) -> dict[str, Any]:
         raise SystemExit(
             f"{log.read_text(errors='replace')[-_LOG_TAIL:]}\nthe {name} run failed; the whole log is {log}"
         )
-    summary = json.loads((output / "summary.json").read_text())
-    return summary | {"wall": time.monotonic() - started}
+    return json.loads((output / "summary.json").read_text())
 
 
 def show_progress(name: str, metrics: Path, shown: str) -> str:

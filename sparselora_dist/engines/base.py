@@ -46,7 +46,7 @@ def discover_ranks() -> Ranks:
             raise RuntimeError("started by mpirun, but mpi4py is not installed: pip install mpi4py") from error
         world = MPI.COMM_WORLD
         local = world.Split_type(MPI.COMM_TYPE_SHARED)
-        address = (socket.gethostname(), _free_port()) if world.rank == 0 else None
+        address = (socket.gethostname(), free_port()) if world.rank == 0 else None
         host, port = world.bcast(address)
         env.update(
             RANK=str(world.rank),
@@ -65,7 +65,8 @@ def discover_ranks() -> Ranks:
     )
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port that nothing listens on now."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
@@ -178,7 +179,7 @@ def start_distributed(ranks: Ranks, timeout: float) -> None:
     if "MASTER_PORT" not in env:
         if ranks.world_size > 1:
             raise RuntimeError("MASTER_PORT is not set: start with torchrun, deepspeed or mpirun")
-        env["MASTER_PORT"] = str(_free_port())
+        env["MASTER_PORT"] = str(free_port())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
 

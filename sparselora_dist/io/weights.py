@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..engines.shards import full_tensor
-from ..families import decoder_layers
+from ..families import decoder_layers, matrix_name
 from .manifest import CorruptFileError
 
 
@@ -62,8 +62,7 @@ class CheckpointWeights:
             raise FileNotFoundError(f"{self.folder} holds neither {single.name} nor {index.name}")
 
     def get(self, layer: int, name: str) -> Tensor:
-        part = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-        key = f"model.layers.{layer}.{part}.{name}.weight"
+        key = f"model.{matrix_name(layer, name)}.weight"
         if key not in self._files:
             raise KeyError(f"{self.folder} has no tensor {key!r}")
         # An index may name files of its own folder only.

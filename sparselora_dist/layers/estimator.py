@@ -56,11 +56,6 @@ class AttentionEstimator(nn.Module):
         for name, pair in factors.items():
             _register(self, name.removesuffix("_proj"), pair)
 
-    @property
-    def size(self) -> int:
-        """Number of sums."""
-        return 2 * self.geometry.qk_channels * self.qk + self.geometry.vo_channels * self.vo
-
     def _sums(self, x: Tensor, rows: Tensor, name: str) -> Tensor:
         return projection_score(x, rows, getattr(self, f"{name}_a"), getattr(self, f"{name}_b"))
 

@@ -21,11 +21,6 @@ class TokenPartition:
     tokens: int
     """All positions, padding included."""
 
-    @property
-    def real(self) -> int:
-        """Positions that are not padding."""
-        return self.dense.numel() + self.context.numel()
-
 
 def partition_tokens(labels: Tensor, attention_mask: Tensor | None = None, *, shifted: bool = False) -> TokenPartition:
     """Split a batch by its labels.
@@ -70,8 +65,3 @@ def loss_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     following = torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].flatten()
     rows = (following != IGNORE_INDEX).nonzero().squeeze(1)
     return rows, following.index_select(0, rows)
-
-
-def label_count(labels: Tensor) -> int:
-    """Number of positions that the causal loss is taken at: trained labels, the first position of a row excepted."""
-    return int((labels[:, 1:] != IGNORE_INDEX).sum())

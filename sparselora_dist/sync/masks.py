@@ -162,9 +162,8 @@ class MaskSync:
         pending, self._pending = self._pending, []
         if not pending:
             return
-        headers = torch.stack(
-            [header for header, _, _ in pending]
-        ).tolist()  # One copy from the device for all of them.
+        # One copy from the device for all of them.
+        headers = torch.stack([header for header, _, _ in pending]).tolist()
         for header, (_, site, call) in zip(headers, pending):
             slots = [header[start : start + _SLOT] for start in range(0, len(header), _SLOT)]
             for rank, (number, its_call, _) in zip(self.ranks, slots):

@@ -33,7 +33,6 @@ class Totals:
     """Running sums of a run; saved with its checkpoints, so that a resumed run's summary is the whole run's."""
 
     tokens: float = 0.0
-    dense: float = 0.0
     context: float = 0.0
     flops_dense: float = 0.0
     flops_executed: float = 0.0
@@ -50,8 +49,8 @@ class StepResult:
 
     loss: float
     grad_norm: float
-    dense: float
     context: float
+    """Tokens computed sparsely."""
 
 
 class TrainingLoop:
@@ -124,7 +123,7 @@ class TrainingLoop:
             log.warning(
                 "step %d: no row of the batch has a label (every label is -100); it contributes nothing", step + 1
             )
-            result = StepResult(loss=0.0, grad_norm=0.0, dense=tokens, context=0)
+            result = StepResult(loss=0.0, grad_norm=0.0, context=0.0)
         else:
             result = self._optimize(step, batch, labels)
         if not self._deepspeed_schedules:  # DeepSpeed's own is stepped by its engine.
@@ -149,13 +148,13 @@ class TrainingLoop:
             engine.backward(output.loss, last=number == batch.accumulation - 1)
             loss += output.loss.detach()
         self.context.sync.check()
-        total, dense, context = engine.all_sum(loss.item() / world, counts.dense, counts.context)
+        total, context = engine.all_sum(loss.item() / world, counts.context)
         if not math.isfinite(total):
             raise FloatingPointError(
                 f"the loss of step {step + 1} is {total}: no step was taken. Lower train.learning_rate, or continue "
                 "from the last checkpoint with train.resume true"
             )
-        return StepResult(total, engine.step(), dense, context)
+        return StepResult(total, engine.step(), context)
 
     def _record(
         self, step: int, result: StepResult, lengths: Any, logits: int, seconds: float, learning_rate: float
@@ -167,7 +166,6 @@ class TrainingLoop:
         # Padding is computed by plain LoRA and not here; only real tokens are counted, on both sides.
         executed = self.flops.executed(tokens - result.context, result.context, length, logits)
         totals.tokens += tokens
-        totals.dense += tokens - result.context
         totals.context += result.context
         totals.flops_dense += dense_flops
         totals.flops_executed += executed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,6 @@ from ..io.load import check_model, load_base, load_tokenizer
 from ..io.manifest import write_text
 from .loop import TrainingLoop
 from .metrics import flop_model
-
-log = logging.getLogger(__name__)
 
 
 def run(config: RunConfig) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparselora_dist.method.tokens import label_count, partition_tokens
+from sparselora_dist.method.tokens import loss_positions, partition_tokens
 
 
 def by_definition(labels: Tensor, mask: Tensor) -> tuple[list[int], list[int]]:
@@ -49,7 +49,7 @@ def test_equals_the_definition(data: tuple[Tensor, Tensor]) -> None:
     assert got.dense.tolist() == dense
     assert got.context.tolist() == context
     assert got.tokens == labels.numel()
-    assert got.real == len(dense) + len(context)
+    assert got.dense.numel() + got.context.numel() == len(dense) + len(context)
 
 
 @settings(max_examples=100, deadline=None)
@@ -77,7 +77,7 @@ def test_padding_is_in_neither_list() -> None:
     got = partition_tokens(labels, mask)
     assert got.dense.tolist() == [2, 3, 4, 5]
     assert got.context.tolist() == [1]
-    assert (got.tokens, got.real) == (8, 5)
+    assert (got.tokens, got.dense.numel() + got.context.numel()) == (8, 5)
 
 
 def test_no_mask_or_a_4d_mask_means_no_padding() -> None:
@@ -92,5 +92,7 @@ def test_everything_trained_leaves_no_context() -> None:
     assert got.dense.tolist() == list(range(6))
 
 
-def test_label_count_leaves_out_the_first_position() -> None:
-    assert label_count(torch.tensor([[5, 5, -100, 5], [-100, -100, -100, 1]])) == 3
+def test_the_loss_reads_the_position_before_each_label_and_never_crosses_rows() -> None:
+    rows, targets = loss_positions(torch.tensor([[5, 6, -100, 7], [8, -100, -100, 1]]))
+    assert rows.numel() == 3
+    assert rows.tolist() == [0, 2, 6] and targets.tolist() == [6, 7, 1]

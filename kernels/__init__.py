@@ -8,17 +8,24 @@ Face package.
 """
 
 from .indexed_linear import indexed_linear, indexed_projection
+from .nf4 import nf4_rows
 from .rows import join_rows, split_rows
 from .score import gated_ffn_score, projection_score
 from .select import kept_count, select_channels
+from .split_linear import split_linear
+from .stored import EncodedWeight, Weight
 
 __all__ = [
+    "EncodedWeight",
+    "Weight",
     "gated_ffn_score",
     "indexed_linear",
     "indexed_projection",
     "join_rows",
     "kept_count",
+    "nf4_rows",
     "projection_score",
     "select_channels",
+    "split_linear",
     "split_rows",
 ]

@@ -5,8 +5,7 @@ Two forms, both with the channel as dim 0 of the stored weight, so that a gather
     transposed=False    Y = X · W[channels]ᵀ + b[channels]     W: (C, in)    X: (T, in)           Y: (T, k)
     transposed=True     Y = H · W[channels]  + b               W: (C, out)   H: (T, k)            Y: (T, out)
 
-What autograd keeps is the weight tensor itself and the channel indices, never the gathered rows: under ZeRO-3 and
-FSDP2 the tensor is sharded between forward and backward and gathered again, and a kept copy would undo that.
+The weight may be encoded (:mod:`sparselora_kernels.stored`); what autograd keeps is its parts and the channel indices.
 """
 
 from __future__ import annotations
@@ -18,54 +17,65 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .rows import blank
+from .stored import Decode, EncodedWeight, Weight, unpack, whole_and_kept
 
 
-def _gather(weight: Tensor, channels: Tensor | None, dtype: torch.dtype) -> Tensor:
-    rows = weight if channels is None else weight.index_select(0, channels)
-    return rows.to(dtype)
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, channels: Tensor | None, transposed: bool) -> Tensor:
-    """The product itself, shared by both operations. ``x`` (T, k or in) -> (T, out or k)."""
-    rows = _gather(weight, channels, x.dtype)
+def product(x: Tensor, rows: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    """``x`` (T, in or k) with decoded ``rows`` (k, in or out) -> (T, k or out)."""
+    bias = None if bias is None else bias.to(x.dtype)
     if not transposed:
-        kept_bias = None if bias is None else _gather(bias, channels, x.dtype)
-        return torch.nn.functional.linear(x, rows, kept_bias)
-    return x @ rows if bias is None else torch.addmm(bias.to(x.dtype), x, rows)
+        return torch.nn.functional.linear(x, rows, bias)
+    return x @ rows if bias is None else torch.addmm(bias, x, rows)
 
 
-def _input_gradient(grad: Tensor, weight: Tensor, channels: Tensor | None, transposed: bool) -> Tensor:
-    rows = _gather(weight, channels, grad.dtype)
+def input_gradient(grad: Tensor, rows: Tensor, transposed: bool) -> Tensor:
+    """Gradient of :func:`product` for ``x``."""
     return grad @ rows.t() if transposed else grad @ rows
+
+
+def frozen(operation: str, parts: tuple[Tensor, ...], bias: Tensor | None) -> None:
+    """Refuse what the operation computes no gradient for."""
+    if any(part.requires_grad for part in parts) or (bias is not None and bias.requires_grad):
+        raise ValueError(f"{operation} computes no weight gradient: freeze the weight and the bias")
 
 
 class _IndexedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, channels: Tensor | None, transposed: bool
+        ctx: FunctionCtx,
+        x: Tensor,
+        bias: Tensor | None,
+        channels: Tensor | None,
+        transposed: bool,
+        decode: Decode,
+        *parts: Tensor,
     ) -> Tensor:
         # The input is needed for the weight's gradient only: frozen weights keep no activation.
-        ctx.save_for_backward(weight, channels, x if weight.requires_grad else None)
-        ctx.transposed = transposed
-        return _product(x, weight, bias, channels, transposed)
+        trained = parts[0].requires_grad
+        ctx.save_for_backward(channels, x if trained else None, *parts)
+        ctx.transposed, ctx.decode = transposed, decode
+        if bias is not None and channels is not None and not transposed:
+            bias = bias.index_select(0, channels)
+        return product(x, decode(parts, channels, x.dtype), bias, transposed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        weight, channels, x = ctx.saved_tensors
+        channels, x, *parts = ctx.saved_tensors
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = _input_gradient(grad, weight, channels, ctx.transposed)
-        if ctx.needs_input_grad[1]:
+            grad_x = input_gradient(grad, ctx.decode(tuple(parts), channels, grad.dtype), ctx.transposed)
+        if x is not None:
+            weight = parts[0]
             rows = x.t() @ grad if ctx.transposed else grad.t() @ x
             rows = rows.to(weight.dtype)
             grad_weight = rows if channels is None else torch.zeros_like(weight).index_copy_(0, channels, rows)
-        return grad_x, grad_weight, None, None, None
+        return grad_x, None, None, None, None, grad_weight, *(None for _ in parts[1:])
 
 
 def indexed_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None = None,
     channels: Tensor | None = None,
     *,
@@ -75,7 +85,7 @@ def indexed_linear(
 
     Args:
         x: (T, in), or (T, k) when transposed; any T, zero included.
-        weight: (C, in), or (C, out) when transposed. Frozen or trainable. Cast to ``x.dtype`` row by row.
+        weight: (C, in), or (C, out) when transposed. A plain one may be trainable. Cast to ``x.dtype`` row by row.
         bias: (C,) for the plain form (kept channels keep theirs), (out,) for the transposed one. Frozen.
         channels: (k,) sorted int64 rows of ``weight``; ``None`` means all of them.
 
@@ -87,7 +97,8 @@ def indexed_linear(
     """
     if bias is not None and bias.requires_grad:
         raise ValueError("indexed_linear computes no bias gradient: freeze the bias")
-    return _IndexedLinear.apply(x, weight, bias, channels, transposed)
+    parts, decode = unpack(weight)
+    return _IndexedLinear.apply(x, bias, channels, transposed, decode, *parts)
 
 
 class _IndexedProjection(torch.autograd.Function):
@@ -95,49 +106,53 @@ class _IndexedProjection(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx,
         x: Tensor,
-        weight: Tensor,
         bias: Tensor | None,
         dense_rows: Tensor,
         context_rows: Tensor,
         channels: Tensor,
         transposed: bool,
+        decode: Decode,
+        *parts: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(weight, dense_rows, context_rows, channels)
-        ctx.transposed = transposed
+        ctx.save_for_backward(dense_rows, context_rows, channels, *parts)
+        ctx.transposed, ctx.decode = transposed, decode
         ctx.input_shape = x.shape
-        out_features = weight.shape[1 if transposed else 0]
-        covered = dense_rows.numel() + context_rows.numel()
-        y = blank(x, x.shape[0], out_features, covered)
-        y.index_copy_(0, dense_rows, _product(x.index_select(0, dense_rows), weight, bias, None, transposed))
-        x_context = x.index_select(0, context_rows)
+        whole, kept = whole_and_kept(EncodedWeight(parts, decode), dense_rows.numel() > 0, channels, x.dtype)
+        out_features = kept.shape[1] if transposed else parts[0].shape[0]
+        y = blank(x, x.shape[0], out_features, dense_rows.numel() + context_rows.numel())
+        if dense_rows.numel():
+            y.index_copy_(0, dense_rows, product(x.index_select(0, dense_rows), whole, bias, transposed))
+        context = x.index_select(0, context_rows)
         if transposed:
-            x_context = x_context.index_select(1, channels)
-        kept = _product(x_context, weight, bias, channels, transposed)
-        if not transposed:
-            kept = kept.new_zeros(kept.shape[0], out_features).index_copy_(1, channels, kept)
-        return y.index_copy_(0, context_rows, kept)
+            context = product(context.index_select(1, channels), kept, bias, transposed)
+        else:
+            context = product(context, kept, None if bias is None else bias.index_select(0, channels), transposed)
+            context = context.new_zeros(context.shape[0], out_features).index_copy_(1, channels, context)
+        return y.index_copy_(0, context_rows, context)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        weight, dense_rows, context_rows, channels = ctx.saved_tensors
+        dense_rows, context_rows, channels, *parts = ctx.saved_tensors
+        weight = EncodedWeight(tuple(parts), ctx.decode)
+        whole, kept = whole_and_kept(weight, dense_rows.numel() > 0, channels, grad.dtype)
         tokens, width = ctx.input_shape
         grad_x = blank(grad, tokens, width, dense_rows.numel() + context_rows.numel())
-        dense = _input_gradient(grad.index_select(0, dense_rows), weight, None, ctx.transposed)
-        grad_x.index_copy_(0, dense_rows, dense)
+        if dense_rows.numel():
+            grad_x.index_copy_(0, dense_rows, input_gradient(grad.index_select(0, dense_rows), whole, ctx.transposed))
         context = grad.index_select(0, context_rows)
-        if not ctx.transposed:
-            context = context.index_select(1, channels)
-        context = _input_gradient(context, weight, channels, ctx.transposed)
         if ctx.transposed:
-            context = context.new_zeros(context.shape[0], grad_x.shape[1]).index_copy_(1, channels, context)
+            context = input_gradient(context, kept, ctx.transposed)
+            context = context.new_zeros(context.shape[0], width).index_copy_(1, channels, context)
+        else:
+            context = input_gradient(context.index_select(1, channels), kept, ctx.transposed)
         grad_x.index_copy_(0, context_rows, context)
-        return grad_x, None, None, None, None, None, None
+        return grad_x, None, None, None, None, None, None, *(None for _ in parts)
 
 
 def indexed_projection(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     dense_rows: Tensor,
     context_rows: Tensor,
@@ -164,6 +179,6 @@ def indexed_projection(
     Raises:
         ValueError: ``weight`` or ``bias`` is trainable.
     """
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
-        raise ValueError("indexed_projection computes no weight gradient: freeze the weight and the bias")
-    return _IndexedProjection.apply(x, weight, bias, dense_rows, context_rows, channels, transposed)
+    parts, decode = unpack(weight)
+    frozen("indexed_projection", parts, bias)
+    return _IndexedProjection.apply(x, bias, dense_rows, context_rows, channels, transposed, decode, *parts)

@@ -198,7 +198,11 @@ def test_auto_without_a_rule_is_named(path: str) -> None:
         ({"train_micro_batch_size_per_gpu": 1}, "bfloat16", ("train_micro_batch_size_per_gpu' is 1", "make it 2")),
         ({"gradient_accumulation_steps": 1}, "bfloat16", ("gradient_accumulation_steps' is 1", "make it 3")),
         ({"gradient_clipping": 0.2}, "bfloat16", ("gradient_clipping' is 0.2", "make it 0.7")),
-        ({"optimizer": {"type": "AdamW", "params": {"lr": 7.0}}}, "bfloat16", ("optimizer.params.lr' is 7.0", '"auto"')),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"lr": 7.0}}},
+            "bfloat16",
+            ("optimizer.params.lr' is 7.0", '"auto"'),
+        ),
         ({"bf16": {"enabled": False}}, "bfloat16", ("model.dtype 'bfloat16'", "bf16.enabled")),
         ({"bf16": {"enabled": True}}, "float32", ("model.dtype 'float32'", "bf16.enabled")),
         ({"fp16": {"enabled": True}}, "float32", ("model.dtype 'float32'", "remove fp16")),

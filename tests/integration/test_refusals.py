@@ -191,7 +191,13 @@ def test_resume_beyond_the_end(refused: Callable, finished: Path) -> None:
 
 def test_a_fresh_run_does_not_mix_its_checkpoints_with_another_runs(refused: Callable, finished: Path) -> None:
     before = sorted(path.name for path in finished.iterdir())
-    says(refused("--train.output_dir", str(finished)), str(finished), "checkpoint-2", "train.resume true", "another folder")
+    says(
+        refused("--train.output_dir", str(finished)),
+        str(finished),
+        "checkpoint-2",
+        "train.resume true",
+        "another folder",
+    )
     assert sorted(path.name for path in finished.iterdir()) == before
 
 

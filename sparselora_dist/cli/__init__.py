@@ -1,0 +1,30 @@
+"""The command ``sparselora-dist``: one module per subcommand, imported when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS = {
+    "plan": "what fits on which GPUs, what a step moves and computes, and which layout to choose",
+    "merge": "merge an adapter into its base model, shard by shard",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``sparselora-dist <command> ...``; the exit status: 0, 1 (the command says no) or 2 (bad input)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="sparselora-dist", description="Tools around sparse LoRA fine-tuning.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if words[:1] == [name]:
+            import_module(f".{name}", __package__).add_arguments(command)
+    arguments = parser.parse_args(words)
+    try:
+        return import_module(f".{arguments.command}", __package__).run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,66 @@
+"""The interface of a storage format."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sparselora_kernels import Weight
+
+Share = Callable[[Tensor], Tensor]
+"""From what the rows of this rank say, (n, k), to what all rows of the matrix say, (C, k). A collective."""
+
+
+def alone(rows: Tensor) -> Tensor:
+    """The :data:`Share` of a rank that has all rows."""
+    return rows
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One of the tensors that a matrix is stored as: (C, width) of ``dtype``."""
+
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        return self.width * self.dtype.itemsize
+
+
+class Codec(ABC):
+    """Stores a frozen matrix as parts with the channel as dim 0, so that any rows can be sharded and decoded alone."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def parts(self, length: int) -> dict[str, Part]:
+        """The parts of a matrix whose rows have ``length`` values, by parameter name."""
+
+    @abstractmethod
+    def encode(self, rows: Tensor, first: int, share: Share = alone) -> dict[str, Tensor]:
+        """Encode rows ``first`` ... ``first + n - 1`` of a matrix.
+
+        Args:
+            rows: (n, length) floating point, the rows of this rank; n may be zero.
+            first: number of the first of them in the whole matrix.
+            share: for what depends on the whole matrix. Every rank that holds rows of it must encode at the same time.
+
+        Returns:
+            The parts, (n, width) each.
+        """
+
+    @abstractmethod
+    def stored(self, parts: tuple[Tensor, ...], length: int) -> Weight:
+        """The parts, in the order of :meth:`parts`, as the kernels take them."""
+
+    def roundtrip(self, matrix: Tensor) -> Tensor:
+        """What a whole matrix (C, length) becomes by being stored, in its own dtype."""
+        encoded = self.encode(matrix, 0)
+        weight = self.stored(tuple(encoded[name] for name in self.parts(matrix.shape[1])), matrix.shape[1])
+        return weight if isinstance(weight, Tensor) else weight.decode(weight.parts, None, matrix.dtype)

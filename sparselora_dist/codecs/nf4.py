@@ -95,7 +95,7 @@ def _tables() -> tuple[Tensor, Tensor]:
 
 
 def _cell(scaled: Tensor) -> Tensor:
-    """Cell of each value in [-1, 1]. Monotonic, rounding included: a value of another cell than a boundary is on its side."""
+    """Cell of each value in [-1, 1]. Monotonic, rounding included, so that a value outside a boundary's cell is on its side."""
     return torch.add(_CELLS / 2, scaled, alpha=_CELLS / 2).to(torch.int32)
 
 

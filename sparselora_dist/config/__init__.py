@@ -4,6 +4,7 @@ from .engine import EngineSection
 from .lora import LoraSection
 from .official import from_official, from_official_dict
 from .parse import ConfigError, apply_overrides, parse_dataclass
+from .quantization import QuantizationSection
 from .ranges import compact_ranges, expand_ranges
 from .run import DataSection, ModelSection, RunConfig
 from .sparse import GROUPS, SparseLoRAConfig
@@ -16,6 +17,7 @@ __all__ = [
     "EngineSection",
     "LoraSection",
     "ModelSection",
+    "QuantizationSection",
     "RunConfig",
     "SparseLoRAConfig",
     "TrainSection",

@@ -46,6 +46,10 @@ def _is_bool(value: Any) -> bool:
     return isinstance(value, bool)
 
 
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def _is_names(value: Any) -> bool:
     items = value if isinstance(value, list) else [value]
     return bool(items) and all(isinstance(item, str) and item for item in items)
@@ -60,7 +64,10 @@ def _is_policy(value: Any) -> bool:
 
 
 _BOOL: tuple[Callable[[Any], bool], str] = (_is_bool, 'true, false or "auto"')
+_SIZE: tuple[Callable[[Any], bool], str] = (_is_size, 'integers from 1, or "auto"')
 _FSDP_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "dp_replicate_size": _SIZE,
+    "dp_shard_size": _SIZE,
     "fsdp_version": (lambda value: value == 2 and not isinstance(value, bool), "2"),
     "fsdp_reshard_after_forward": _BOOL,
     "fsdp_cpu_ram_efficient_loading": (
@@ -149,6 +156,26 @@ class EngineSection:
     def fsdp_options(self) -> dict[str, Any]:
         """The FSDP settings that are set: ``fsdp`` without its "auto" values."""
         return {key: copy.deepcopy(value) for key, value in (self.fsdp or {}).items() if value != "auto"}
+
+    def fsdp_mesh(self, world_size: int) -> tuple[int, int]:
+        """(replicas, shards) of ``dp_replicate_size`` and ``dp_shard_size``; one alone gives the other, none shards over all.
+
+        Raises:
+            ConfigError: they do not make up ``world_size`` ranks.
+        """
+        options = self.fsdp_options()
+        replicas, shards = options.get("dp_replicate_size"), options.get("dp_shard_size")
+        if shards is None:
+            shards = world_size // (replicas or 1)
+        if replicas is None:
+            replicas = world_size // shards
+        if replicas * shards != world_size:
+            raise ConfigError(
+                f"'{self.PATH}.fsdp': dp_replicate_size {options.get('dp_replicate_size', 'auto')} and dp_shard_size "
+                f"{options.get('dp_shard_size', 'auto')} do not make up {world_size} ranks: their product must (shard inside "
+                "a node, replicate over nodes: dp_shard_size is the number of GPUs of a node)"
+            )
+        return replicas, shards
 
 
 def _check_deepspeed(config: dict[str, Any], at: str) -> None:

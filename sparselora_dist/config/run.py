@@ -21,6 +21,7 @@ from .parse import (
     require,
     unknown_key,
 )
+from .quantization import QuantizationSection
 from .sparse import SparseLoRAConfig
 from .train import TrainSection
 
@@ -105,6 +106,9 @@ class RunConfig:
     sparse_lora: SparseLoRAConfig = field(default_factory=lambda: SparseLoRAConfig(enabled=False))
     """What is left out of the frozen matrices."""
 
+    quantization: QuantizationSection = field(default_factory=QuantizationSection)
+    """How the frozen matrices are stored."""
+
     engine: EngineSection = field(default_factory=lambda: EngineSection(name="single"))
     """Who holds the shards."""
 
@@ -118,6 +122,13 @@ class RunConfig:
             raise ConfigError(
                 "'sparse_lora.enabled' is true, but 'sparse_lora.layers' is empty, so that nothing would be sparse: "
                 'name layers, such as {"ffn": {"3-30": 0.99}}, or set \'sparse_lora.enabled\' to false'
+            )
+
+        compute = self.quantization.bnb_4bit_compute_dtype
+        if self.quantization.load_in_4bit and compute not in (None, self.model.dtype):
+            raise ConfigError(
+                f"'quantization.bnb_4bit_compute_dtype' is \"{compute}\", but 'model.dtype' is \"{self.model.dtype}\": the "
+                "products are computed in the model's dtype. Make them equal, or leave the first out"
             )
 
     @classmethod
@@ -141,7 +152,7 @@ class RunConfig:
 
 def _misplaced(key: str) -> ConfigError | None:
     """A section's key at the top of the file: say which section it belongs to."""
-    sections = (ModelSection, DataSection, TrainSection, SparseLoRAConfig, EngineSection)
+    sections = (ModelSection, DataSection, TrainSection, SparseLoRAConfig, QuantizationSection, EngineSection)
     homes = [f"'{section.PATH}.{key}'" for section in sections if key in field_keys(section)]
     if not homes:
         return None

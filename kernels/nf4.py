@@ -65,8 +65,8 @@ def _floats(data: Tensor) -> Tensor:
     return data.contiguous().view(torch.float32)
 
 
-def row_absmax(scales: Tensor, channels: Tensor | None, length: int, double_quant: bool) -> Tensor:
-    """The absmax of every block of the chosen rows, (k, nb) fp32."""
+def row_absmax(scales: Tensor, channels: Tensor | None, length: int, double_quant: bool, first: int = 0) -> Tensor:
+    """The absmax of every block of the chosen rows, (k, nb) fp32; ``first`` is the number of ``scales``' first row."""
     count = blocks(length)
     rows = scales if channels is None else scales.index_select(0, channels)
     if not double_quant:
@@ -74,19 +74,26 @@ def row_absmax(scales: Tensor, channels: Tensor | None, length: int, double_quan
     nested = _floats(rows[:, count:-4])
     if NESTED_BLOCK % count:  # Otherwise every row lies in one nested block.
         numbers = torch.arange(scales.shape[0], device=scales.device) if channels is None else channels
-        nested = nested.gather(1, nested_slots(numbers, count))
+        nested = nested.gather(1, nested_slots(numbers + first, count))
     absmax = absmax_map(scales.device).index_select(0, rows[:, :count].reshape(-1).int()).view(-1, count)
     return absmax.mul_(nested).add_(_floats(rows[:, -4:]))
 
 
 def nf4_rows(
-    codes: Tensor, scales: Tensor, channels: Tensor | None, dtype: torch.dtype, *, length: int, double_quant: bool
+    codes: Tensor,
+    scales: Tensor,
+    channels: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    length: int,
+    double_quant: bool,
+    first: int = 0,
 ) -> Tensor:
     """Decode ``channels`` of an NF4 matrix, by bitsandbytes' own kernel.
 
     Args:
-        codes, scales: uint8, laid out as above; whole (gathered), all C channels.
-        channels: (k,) int64 rows, or ``None`` for all.
+        codes, scales: uint8, laid out as above; whole (gathered), all C channels, or from row ``first`` on.
+        channels: (k,) int64 rows of these, or ``None`` for all.
         dtype: of the result; the product is taken in fp32 and rounded once.
         length: values per row.
         double_quant: whether absmax is quantised.
@@ -96,7 +103,7 @@ def nf4_rows(
     """
     import bitsandbytes  # noqa: F401  (registers the operators)
 
-    absmax = row_absmax(scales, channels, length, double_quant)
+    absmax = row_absmax(scales, channels, length, double_quant, first)
     rows = codes if channels is None else codes.index_select(0, channels)
     shape = (rows.shape[0], absmax.shape[1] * BLOCK)
     if not rows.shape[0]:

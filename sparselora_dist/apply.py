@@ -19,8 +19,9 @@ from .io.weights import ModelWeights, WeightSource
 from .layers.context import SparseContext
 from .layers.estimator import AttentionEstimator, FFNEstimator
 from .layers.ffn import SparseFFN
+from .layers.frozen import FrozenLinear
 from .layers.hooks import BeginHook, FinishHook, LayerHook
-from .layers.linear import AttentionChannels, FrozenLinear, SparseProjection
+from .layers.linear import AttentionChannels, SparseProjection
 from .layers.logits import pack_logits
 from .layers.lora import base_linear, set_base_linear
 from .sync.masks import MaskSync
@@ -132,20 +133,21 @@ def remove_sparselora(model: nn.Module) -> nn.Module:
     """
     state = _state(model)
     for parent, name, _ in state.linears:
-        stored = base_linear(getattr(parent, name)).stored
-        if is_zero3(stored) or is_dtensor(stored):
+        part = base_linear(getattr(parent, name)).parts[0]
+        if is_zero3(part) or is_dtensor(part):
             raise ValueError(
                 "remove_sparselora needs whole weights, but an engine has sharded them: save the adapter and load it "
                 "on the plain base model instead"
             )
     for parent, name, original in state.linears:
-        stored = base_linear(getattr(parent, name))
-        assert isinstance(stored, FrozenLinear)
-        if stored.transposed:
-            original.weight = nn.Parameter(stored.stored.detach().t().contiguous(), requires_grad=False)
-        else:
-            original.weight = stored.stored
-        original.train(stored.training)
+        sparse = base_linear(getattr(parent, name))
+        assert isinstance(sparse, FrozenLinear)
+        if not isinstance(original, FrozenLinear):
+            (stored,) = sparse.parts
+            if sparse.transposed:
+                stored = nn.Parameter(stored.detach().t().contiguous(), requires_grad=False)
+            original.weight = stored
+        original.train(sparse.training)
         set_base_linear(parent, name, original)
     for module, mlp in state.mlps:
         mlp.train(module.training)
@@ -201,7 +203,7 @@ def _check_frozen(layer: DecoderLayer, active: dict[str, dict[int, float]]) -> N
         linear = layer.matrix(name)
         parent = getattr(layer.attention if name in ATTENTION else layer.mlp, name)
         where = f"layers.{layer.index}.{name}"
-        if is_dtensor(linear.weight):
+        if is_dtensor(_first_part(linear)):
             raise ValueError(
                 f"{where} is already sharded by FSDP2: call apply_sparselora before fully_shard, so that the factors "
                 "and the transposed weights are sharded with the rest"
@@ -235,21 +237,25 @@ def _factors(
 
 
 def _on_device(factors: FactorSet, layer: DecoderLayer, name: str) -> tuple[Tensor, Tensor]:
-    weight = layer.matrix(name).weight
+    device = _first_part(layer.matrix(name)).device
     a, b = factors[layer.index, name]
-    return a.to(weight.device), b.to(weight.device)
+    return (a, b) if device.type == "meta" else (a.to(device), b.to(device))
 
 
-def _store(linear: nn.Linear, *, transposed: bool) -> nn.Parameter:
-    """The parameter that holds a linear's weight with the channel as dim 0; the linear gives it up."""
-    weight = linear.weight
+def _first_part(linear: nn.Linear) -> Tensor:
+    return linear.parts[0] if isinstance(linear, FrozenLinear) else linear.weight
+
+
+def _freeze(linear: nn.Linear, *, transposed: bool) -> FrozenLinear:
+    """The linear with the channel as dim 0 of what is stored; a plain linear gives up its weight."""
+    if isinstance(linear, FrozenLinear):
+        return linear
+    stored = linear.weight
     if transposed:
-        stored = nn.Parameter(full_tensor(weight).t().contiguous(), requires_grad=False)
-        shard_like([stored], weight)
-    else:
-        stored = weight
+        stored = nn.Parameter(full_tensor(linear.weight).t().contiguous(), requires_grad=False)
+        shard_like([stored], linear.weight)
     linear._parameters["weight"] = None
-    return stored
+    return FrozenLinear.adopt(linear, stored, transposed=transposed)
 
 
 def _replace_ffn(layer: DecoderLayer, state: SparseState, factors: FactorSet) -> None:
@@ -257,24 +263,24 @@ def _replace_ffn(layer: DecoderLayer, state: SparseState, factors: FactorSet) ->
     if sparsity is None:
         return
     mlp = layer.mlp
-    original: nn.Linear = layer.matrix("down_proj")
-    width, weight = original.in_features, original.weight
     estimator = FFNEstimator(
         _on_device(factors, layer, "gate_proj"),
         _on_device(factors, layer, "up_proj"),
         mlp.act_fn,
     )
-    shard_like(estimator.parameters(), weight)
+    shard_like(estimator.parameters(), _first_part(layer.matrix("down_proj")))
     sparse = SparseFFN(
         mlp,
         estimator=estimator,
         context=state.context,
         layer=layer.index,
-        keep=kept_count(width, sparsity),
+        keep=kept_count(layer.matrix("down_proj").in_features, sparsity),
         lora_branch=state.config.lora_branch,
     )
-    set_base_linear(sparse, "down_proj", FrozenLinear(original, _store(original, transposed=True), transposed=True))
-    state.linears.append((sparse, "down_proj", original))
+    for name in FFN:
+        original: nn.Linear = layer.matrix(name)
+        set_base_linear(sparse, name, _freeze(original, transposed=name == "down_proj"))
+        state.linears.append((sparse, name, original))
     state.mlps.append((layer.module, mlp))
     layer.module.mlp = sparse
 
@@ -290,7 +296,7 @@ def _replace_attention(layer: DecoderLayer, state: SparseState, factors: FactorS
     counts = {"qk": heads.qk_channels, "vo": heads.vo_channels}
     scored = [name for group in sparsity for name in SCORED[group]]
     estimator = AttentionEstimator({name: _on_device(factors, layer, name) for name in scored}, heads)
-    shard_like(estimator.parameters(), layer.matrix("q_proj").weight)
+    shard_like(estimator.parameters(), _first_part(layer.matrix("q_proj")))
     layer.attention.add_module(_ESTIMATOR, estimator)
     state.attentions.append(layer.attention)
     keep = {group: kept_count(counts[group], s) for group, s in sparsity.items()}
@@ -299,9 +305,8 @@ def _replace_attention(layer: DecoderLayer, state: SparseState, factors: FactorS
     for role in roles:
         name = f"{role}_proj"
         original: nn.Linear = layer.matrix(name)
-        stored = _store(original, transposed=role == "o")
-        sparse = SparseProjection(original, stored, role=role, channels=channels)
-        set_base_linear(layer.attention, name, sparse)
+        frozen = _freeze(original, transposed=role == "o")
+        set_base_linear(layer.attention, name, SparseProjection(frozen, role=role, channels=channels))
         state.linears.append((layer.attention, name, original))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from .layers.frozen import FrozenLinear
 from .layers.lora import base_linear
 from .method.channels import HeadGeometry
 
@@ -125,7 +126,7 @@ def _problems(layer: DecoderLayer, heads: HeadGeometry, hidden: int, width: int)
             linear = base_linear(getattr(parent, name, None))
             if linear is None:
                 yield f"{part}.{name} is missing"
-            elif type(linear) is not nn.Linear:
+            elif type(linear) is not nn.Linear and not isinstance(linear, FrozenLinear):
                 yield f"{part}.{name} is a {type(linear).__name__}, expected torch.nn.Linear"
             elif (linear.out_features, linear.in_features) != shape:
                 yield f"{part}.{name} is {(linear.out_features, linear.in_features)}, expected {shape}"

@@ -38,6 +38,11 @@ class Codec(ABC):
 
     name: ClassVar[str]
 
+    @property
+    @abstractmethod
+    def mark(self) -> str:
+        """What tells stored matrices from those of another codec, in front of a fingerprint of the source."""
+
     @abstractmethod
     def parts(self, length: int) -> dict[str, Part]:
         """The parts of a matrix whose rows have ``length`` values, by parameter name."""

@@ -36,6 +36,10 @@ class NF4Codec(Codec):
     name: ClassVar[str] = "nf4"
     double_quant: bool = True
 
+    @property
+    def mark(self) -> str:
+        return "nf4-double:" if self.double_quant else "nf4:"
+
     def parts(self, length: int) -> dict[str, Part]:
         return {
             "codes": Part(blocks(length) * BLOCK // 2, torch.uint8),
@@ -95,7 +99,7 @@ def _tables() -> tuple[Tensor, Tensor]:
 
 
 def _cell(scaled: Tensor) -> Tensor:
-    """Cell of each value in [-1, 1]. Monotonic, rounding included, so that a value outside a boundary's cell is on its side."""
+    """Cell of each value in [-1, 1]. Monotonic, rounding included: outside a boundary's cell every value is on its side."""
     return torch.add(_CELLS / 2, scaled, alpha=_CELLS / 2).to(torch.int32)
 
 

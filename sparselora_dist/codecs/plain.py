@@ -20,6 +20,10 @@ class PlainCodec(Codec):
     name: ClassVar[str] = "plain"
     dtype: torch.dtype
 
+    @property
+    def mark(self) -> str:
+        return ""
+
     def parts(self, length: int) -> dict[str, Part]:
         return {"rows": Part(length, self.dtype)}
 

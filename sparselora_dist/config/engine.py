@@ -158,7 +158,7 @@ class EngineSection:
         return {key: copy.deepcopy(value) for key, value in (self.fsdp or {}).items() if value != "auto"}
 
     def fsdp_mesh(self, world_size: int) -> tuple[int, int]:
-        """(replicas, shards) of ``dp_replicate_size`` and ``dp_shard_size``; one alone gives the other, none shards over all.
+        """(replicas, shards) of ``dp_replicate_size`` and ``dp_shard_size``; one gives the other, none shards over all.
 
         Raises:
             ConfigError: they do not make up ``world_size`` ranks.
@@ -172,8 +172,8 @@ class EngineSection:
         if replicas * shards != world_size:
             raise ConfigError(
                 f"'{self.PATH}.fsdp': dp_replicate_size {options.get('dp_replicate_size', 'auto')} and dp_shard_size "
-                f"{options.get('dp_shard_size', 'auto')} do not make up {world_size} ranks: their product must (shard inside "
-                "a node, replicate over nodes: dp_shard_size is the number of GPUs of a node)"
+                f"{options.get('dp_shard_size', 'auto')} do not make up {world_size} ranks: their product must (to shard "
+                "inside a node and replicate over nodes, dp_shard_size is the number of GPUs of a node)"
             )
         return replicas, shards
 

@@ -7,7 +7,6 @@ import datetime
 import os
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from ..config.run import RunConfig
+from .placement import Placement
 
 # Suffixes of AdamW's state in a checkpoint: ``<parameter>.exp_avg`` and so on.
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -100,10 +100,9 @@ class Engine(ABC):
 
     # --- building ---------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def loading(self) -> Iterator[None]:
-        """Active while the base model is loaded."""
-        yield
+    def placement(self) -> Placement:
+        """Which part of the frozen weights this rank keeps; called once, before the base model is loaded."""
+        return Placement(self.device)
 
     @abstractmethod
     def prepare(self, model: nn.Module) -> None:
@@ -158,6 +157,13 @@ class Engine(ABC):
         if dist.is_initialized():
             dist.all_reduce(total)
         return total.tolist()
+
+    def all_max(self, *values: float) -> list[float]:
+        """The largest over the ranks, in fp64."""
+        largest = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if dist.is_initialized():
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.tolist()
 
     def barrier(self) -> None:
         if dist.is_initialized():

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from ..config.run import RunConfig
 from ..families import causal_lm
 from .base import Ranks, adamw, start_distributed
+from .placement import Placement, RowShards, waiting_rows
 from .torch_state import TorchStateEngine
 
 _DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
@@ -24,23 +26,28 @@ class FSDP2Engine(TorchStateEngine):
         super().__init__(config, ranks)
         start_distributed(ranks, config.train.ddp_timeout)
         self.options: dict[str, Any] = config.engine.fsdp_options()
+        replicas, shards = config.engine.fsdp_mesh(ranks.world_size)
+        shape, names = ((replicas, shards), ("replicate", "shard")) if replicas > 1 else ((shards,), ("shard",))
+        self._mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+
+    def placement(self) -> Placement:
+        shards = self._mesh["shard"]
+        return RowShards(self.device, shards.get_local_rank(), shards.size(), shards.get_group())
 
     def prepare(self, model: nn.Module) -> None:
-        mesh = init_device_mesh(self.device.type, (self.ranks.world_size,))
         offload = self.options.get("fsdp_offload_params", False)
         settings: dict[str, Any] = {
-            "mesh": mesh,
+            "mesh": self._mesh,
             "reshard_after_forward": self.options.get("fsdp_reshard_after_forward", True),
             "mp_policy": self._precision(),
             "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
         }
         stack: nn.ModuleList = causal_lm(model).model.layers
-        for layer in stack:
-            # A layer moves to the device whole and leaves as a shard before the next one moves.
-            fully_shard(layer.to(self.device), **settings)
-        for module in model.children() if not offload else ():
-            module.to(self.device)
-        fully_shard(model, **settings)
+        # Layer by layer: what is whole moves to the device and leaves as a shard before the next layer moves.
+        for unit in (*stack, model):
+            waiting = _waiting(unit)
+            fully_shard(unit, **settings)
+            _fill(waiting)
         self.model = model
         self.optimizer = adamw(model, self.config)
 
@@ -62,3 +69,26 @@ class FSDP2Engine(TorchStateEngine):
         # Gradients of all but the last micro-batch stay unreduced: one reduce-scatter per step.
         self.model.set_requires_gradient_sync(last)
         loss.backward()
+
+
+def _waiting(unit: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """(module, name, rows of this rank) of the parameters that have no values yet."""
+    return [
+        (module, name, rows)
+        for module in unit.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if (rows := waiting_rows(parameter)) is not None
+    ]
+
+
+def _fill(waiting: list[tuple[nn.Module, str, Tensor]]) -> None:
+    """Give the sharded parameters that took their places the rows."""
+    made: dict[int, nn.Parameter] = {}
+    for module, name, rows in waiting:
+        empty: Any = getattr(module, name)
+        if id(empty) not in made:  # Tied weights are one parameter.
+            shard = DTensor.from_local(
+                rows, empty.device_mesh, empty.placements, run_check=False, shape=empty.shape, stride=empty.stride()
+            )
+            made[id(empty)] = nn.Parameter(shard, requires_grad=False)
+        module.register_parameter(name, made[id(empty)])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch.optim import AdamW, Optimizer
 from ..config.run import RunConfig
 from ..layers.ffn import SparseFFN
 from .base import MOMENTS, Engine, Ranks, adamw, start_distributed
+from .placement import Placement
 
 AUTO = "auto"
 
@@ -111,6 +111,51 @@ def resolve_auto(
     return filled
 
 
+class FlatShards(Placement):
+    """ZeRO-3: every parameter flat, in equal pieces padded at the end; made a DeepSpeed parameter at once.
+
+    Args:
+        init: DeepSpeed's ``zero.Init``, which knows the group and where partitions live.
+    """
+
+    def __init__(self, init: Any) -> None:
+        super().__init__(init.local_device, init.rank, init.dp_world_size, init.ds_process_group)
+        self._init = init
+        if str(init.remote_device) == "nvme":
+            raise ValueError('\'engine.deepspeed.zero_optimization.offload_param.device\' is "nvme": use "cpu" or none')
+
+    def rows(self, total: int, widths: Sequence[int], rank: int | None = None) -> tuple[int, int]:
+        rank = self.rank if rank is None else rank
+        starts, stops = [], []
+        for width in widths:
+            piece = -(-total * width // self.size)
+            starts.append(min(rank * piece // width, total))
+            stops.append(min(-(-(rank + 1) * piece // width), total))
+        return min(starts), max(stops)
+
+    @torch.no_grad()
+    def parameter(self, rows: Tensor, start: int, shape: torch.Size) -> nn.Parameter:
+        from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
+
+        # One element stands for the whole tensor while DeepSpeed takes down its shape.
+        parameter: Any = nn.Parameter(rows.new_empty(1).expand(shape), requires_grad=False)
+        self._init._convert_to_deepspeed_param(parameter)
+        piece = self._init._aligned_size(parameter) // self.size
+        begin = self.rank * piece - start * shape[1:].numel()
+        own = rows.reshape(-1)[begin : begin + piece]
+        remote = self._init.remote_device if not parameter.ds_persist else self.device
+        partition = torch.zeros(piece, dtype=rows.dtype, device=remote, pin_memory=self._init.pin_memory)
+        partition[: own.numel()] = own
+        parameter.ds_tensor = partition
+        parameter.ds_tensor.ds_numel = piece
+        parameter.ds_tensor.status = PartitionedParamStatus.AVAILABLE
+        parameter.ds_tensor.final_location = None
+        parameter.ds_numel_aligned = piece * self.size
+        parameter.data = rows.new_empty(0)
+        parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+        return parameter
+
+
 class Zero3Engine(Engine):
     """``deepspeed.initialize`` at stage 3. Each sparse FFN is a leaf: its weights are gathered together, once."""
 
@@ -129,23 +174,16 @@ class Zero3Engine(Engine):
         self._deepspeed = deepspeed
         deepspeed.init_distributed()
         self._json = config.engine.deepspeed_config()
-        self._hf_config: Any = None
 
     def _resolved(self, hidden_size: int) -> dict[str, Any]:
         return resolve_auto(self._json, self.config, self.ranks.world_size, hidden_size, self.total_steps)
 
-    @contextlib.contextmanager
-    def loading(self) -> Iterator[None]:
-        # While this object lives, from_pretrained partitions every weight as it is loaded.
+    def placement(self) -> Placement:
         from transformers import AutoConfig
-        from transformers.integrations import HfDeepSpeedConfig
 
         base = AutoConfig.from_pretrained(self.config.model.name_or_path)
-        self._hf_config = HfDeepSpeedConfig(self._resolved(base.hidden_size))
-        try:
-            yield
-        finally:
-            self._hf_config = None
+        init = self._deepspeed.zero.Init(config_dict_or_path=self._resolved(base.hidden_size))
+        return FlatShards(init)
 
     def prepare(self, model: nn.Module) -> None:
         for module in model.modules():

@@ -7,12 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor
 
 from .manifest import CorruptFileError, read_safetensors, share
 
 ADAPTER_FILE = "adapter_model.safetensors"
+
+
+def is_adapted(config: LoraConfig, module: str) -> bool:
+    """Whether PEFT will copy or wrap the module of that name."""
+    copies = config.modules_to_save or []
+    return any(module == name or module.endswith(f".{name}") for name in copies) or bool(
+        check_target_module_exists(config, module)
+    )
 
 
 def save_adapter(model: Any, parameters: dict[str, Tensor], folder: Path) -> None:

@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 
 FORMAT = "sparselora-factors/1"
 CACHE_VARIABLE = "SPARSELORA_CACHE"
-_FINGERPRINT_VALUES = 4096
 
 Matrix = tuple[int, str]
 FactorSet = dict[Matrix, tuple[Tensor, Tensor]]
@@ -37,14 +36,6 @@ FactorSet = dict[Matrix, tuple[Tensor, Tensor]]
 
 class FactorMismatchError(ValueError):
     """A factor file belongs to another model, rank or dtype, or lacks matrices that are needed."""
-
-
-def fingerprint(weight: Tensor) -> str:
-    """Short hash of a strided sample of a matrix, the same on every device and for every shard layout."""
-    flat = weight.detach().reshape(-1)
-    step = max(1, flat.numel() // _FINGERPRINT_VALUES)
-    sample = flat[::step].float().cpu().contiguous()
-    return hashlib.sha256(f"{tuple(weight.shape)}".encode() + sample.numpy().tobytes()).hexdigest()[:32]
 
 
 def cache_path(model_id: str, identity: str, rank: int, dtype: torch.dtype) -> Path:
@@ -66,7 +57,7 @@ def load_or_build(
 ) -> FactorSet:
     """Factors of ``matrices``: from ``path`` if given, else from the cache, the missing ones built and cached.
 
-    Every rank must call this with the same arguments. Each matrix is decomposed by one rank; all get all factors.
+    Every rank must call this with the same arguments. Each matrix is read and decomposed by one rank; all get all factors.
 
     Args:
         weights: gives the frozen matrices.
@@ -82,10 +73,7 @@ def load_or_build(
     """
     ranks = dist.get_process_group_ranks(group or dist.group.WORLD) if dist.is_initialized() else [0]
     me = dist.get_rank() if dist.is_initialized() else 0
-    marks, dtype = {}, torch.float32
-    for matrix in matrices:
-        weight = weights.get(*matrix)
-        marks[matrix], dtype = fingerprint(weight), weight.dtype
+    marks, dtype = _marks(weights, matrices, ranks, group), weights.dtype
     identity = hashlib.sha256(
         json.dumps([dict(model_config), sorted((*m, v) for m, v in marks.items())], sort_keys=True).encode()
     ).hexdigest()
@@ -119,6 +107,18 @@ def load_or_build(
         except OSError as problem:
             log.warning("factors not cached, they will be built again: %s (set %s)", problem, CACHE_VARIABLE)
     return found
+
+
+def _marks(
+    weights: WeightSource, matrices: Sequence[Matrix], ranks: Sequence[int], group: dist.ProcessGroup | None
+) -> dict[Matrix, str]:
+    """What each matrix holds. Where every rank can read alone, the work is dealt out."""
+    if weights.collective or len(ranks) == 1:
+        return {matrix: weights.mark(*matrix) for matrix in matrices}
+    own = matrices[ranks.index(dist.get_rank()) :: len(ranks)]
+    everyone: list[Any] = [None] * len(ranks)
+    dist.all_gather_object(everyone, {matrix: weights.mark(*matrix) for matrix in own}, group=group)
+    return {matrix: mark for marks in everyone for matrix, mark in marks.items()}
 
 
 def _seed(matrix: Matrix) -> int:

@@ -1,14 +1,33 @@
-"""The base model and its tokenizer from a folder or the hub."""
+"""The base model, streamed: each rank reads, encodes and keeps only its own part of every frozen tensor."""
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from ..codecs import Codec, NF4Codec, PlainCodec
+from ..config.quantization import QuantizationSection
 from ..config.run import ModelSection
-from ..families import check_family
+from ..engines.placement import Placement
+from ..families import ATTENTION, FFN, check_family, decoder_layers
+from ..layers.frozen import FrozenLinear
+from .manifest import CorruptFileError
+from .memory import check_fits, peak_bytes
+from .prequantized import check_quantization_config, prequantized
+from .weights import Checkpoint, CheckpointWeights, checkpoint_folder, weight_key
+
+log = logging.getLogger(__name__)
+
+_TRANSPOSED = ("o_proj", "down_proj")
 
 
 def load_tokenizer(section: ModelSection) -> Any:
@@ -23,14 +42,207 @@ def check_model(section: ModelSection) -> Any:
     return config
 
 
-def load_base(section: ModelSection) -> Any:
-    """The base model on the CPU (or partitioned, where the engine's loading context is active), frozen."""
-    model = AutoModelForCausalLM.from_pretrained(
-        section.name_or_path,
-        dtype=getattr(torch, section.dtype),
-        attn_implementation=section.attn_implementation,
-        use_safetensors=True,
-    )
+def frozen_codec(section: ModelSection, quantization: QuantizationSection) -> Codec:
+    """How the matrices of the decoder layers are stored."""
+    if quantization.load_in_4bit:
+        return NF4Codec(double_quant=quantization.bnb_4bit_use_double_quant)
+    return PlainCodec(getattr(torch, section.dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What loading took on this rank."""
+
+    seconds: float
+    kept_bytes: int
+    """Of frozen weights, this rank's part."""
+    host_peak_bytes: int
+    device_peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedBase:
+    """A frozen base model."""
+
+    model: Any
+    weights: CheckpointWeights
+    """Its matrices, for the estimator's factors."""
+    report: LoadReport
+
+
+def load_base(
+    section: ModelSection,
+    quantization: QuantizationSection,
+    placement: Placement,
+    *,
+    whole: Callable[[str], bool] = lambda name: False,
+    local_ranks: int = 1,
+    progress: bool = False,
+) -> LoadedBase:
+    """Build the model without weights and fill it from its safetensors files. Every rank must call it.
+
+    All matrices of the decoder layers become :class:`FrozenLinear`; everything else keeps its module.
+
+    Args:
+        section, quantization: what is loaded, and how it is stored.
+        placement: this rank's part.
+        whole: names of modules that every rank needs whole, because PEFT copies them.
+        local_ranks: ranks that share this host's memory.
+        progress: show a bar.
+
+    Raises:
+        CorruptFileError, PrequantizedError, InsufficientMemoryError, UnsupportedModelError: before anything is kept.
+    """
+    started = time.perf_counter()
+    config = check_model(section)
+    codec, dtype = frozen_codec(section, quantization), getattr(torch, section.dtype)
+    check_quantization_config(config, codec, section.name_or_path)
+    config.__dict__.pop("quantization_config", None)
+    checkpoint = Checkpoint(checkpoint_folder(section.name_or_path))
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=section.attn_implementation)
     model.requires_grad_(False)
+    stream = _Stream(checkpoint, codec, dtype, placement)
+    jobs = [*stream.matrices(model), *stream.others(model, whole)]
+    check_fits(sum(job.kept for job in jobs) // placement.size, placement.device, local_ranks, placement.rank)
+    with tqdm(jobs, "loading", disable=not progress, leave=False, unit="tensor") as bar:
+        for job in bar:
+            job.fill()
+    for module in model.modules():  # Rotary frequencies; parameters are where they belong already.
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module._buffers[name] = buffer.to(placement.device)
     model.config.use_cache = False
-    return model
+    model.eval()
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(section.name_or_path)
+    except OSError:
+        log.debug("%s has no generation_config.json", section.name_or_path)
+    report = LoadReport(time.perf_counter() - started, stream.kept, *peak_bytes(placement.device))
+    return LoadedBase(model, CheckpointWeights(checkpoint, codec, dtype), report)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One tensor to read."""
+
+    kept: int
+    """Bytes of it that all ranks together keep."""
+    fill: Callable[[], None]
+
+
+class _Stream:
+    """Fills a model on the meta device, tensor by tensor."""
+
+    def __init__(self, checkpoint: Checkpoint, codec: Codec, dtype: torch.dtype, placement: Placement) -> None:
+        self.checkpoint, self.codec, self.dtype, self.placement = checkpoint, codec, dtype, placement
+        self.kept = 0
+        self._is_quantized = any(".quant_state." in key for key in checkpoint.keys())  # noqa: SIM118
+
+    # --- the matrices of the decoder layers -----------------------------------------------------------------------
+
+    def matrices(self, model: Any) -> Iterator[_Job]:
+        for layer in decoder_layers(model):
+            for name in (*ATTENTION, *FFN):
+                linear: Any = layer.matrix(name)
+                parent = layer.attention if name in ATTENTION else layer.mlp
+                path = f"model.layers.{layer.index}.{'self_attn' if name in ATTENTION else 'mlp'}.{name}.weight"
+                key = weight_key(self.checkpoint, path)
+                codec = self._codec_of(key, linear)
+                transposed = name in _TRANSPOSED
+                channels, length = tuple(linear.weight.shape)[:: -1 if transposed else 1]
+                kept = channels * sum(part.row_bytes for part in codec.parts(length).values())
+
+                def fill(
+                    parent: Any = parent,
+                    name: str = name,
+                    linear: Any = linear,
+                    key: str = key,
+                    codec: Codec = codec,
+                    transposed: bool = transposed,
+                ) -> None:
+                    setattr(parent, name, self._frozen(linear, key, codec, transposed))
+
+                yield _Job(kept, fill)
+
+    def _codec_of(self, key: str, linear: nn.Linear) -> Codec:
+        """The run's codec, but plain for a matrix that a quantised checkpoint left as it was."""
+        found = prequantized(self.checkpoint, key)
+        shape = found.shape if found else self.checkpoint.shapes[key]
+        self._check_shape(key, shape, tuple(linear.weight.shape))
+        return self.codec if found or not self._is_quantized else PlainCodec(self.dtype)
+
+    def _frozen(self, linear: nn.Linear, key: str, codec: Codec, transposed: bool) -> FrozenLinear:
+        channels, length = tuple(linear.weight.shape)[:: -1 if transposed else 1]
+        widths = codec.parts(length)
+        row_widths = [part.width for part in widths.values()]
+        start, stop = self.placement.rows(channels, row_widths)
+        encoded = self._encode(key, codec, start, stop, transposed, self.placement.share(channels, row_widths))
+        parts = {}
+        for name, part in widths.items():
+            rows = encoded[name].to(self.placement.device)
+            parts[name] = self.placement.parameter(rows, start, torch.Size((channels, part.width)))
+            self.kept += rows.nbytes
+        return FrozenLinear(
+            linear.in_features, linear.out_features, linear.bias, codec, parts, transposed=transposed
+        ).train(linear.training)
+
+    def _encode(
+        self, key: str, codec: Codec, start: int, stop: int, transposed: bool, share: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor]:
+        found = prequantized(self.checkpoint, key)
+        if found and not transposed:
+            return found.encoded(start, stop)
+        if found:  # Blocks run along the stored rows: down and o are quantised again in the other direction.
+            rows = found.columns(start, stop)
+        elif transposed:
+            rows = self.checkpoint.read(key, columns=slice(start, stop)).t()
+        else:
+            rows = self.checkpoint.read(key, slice(start, stop))
+        rows = rows.to(self.dtype).contiguous().to(self.placement.device)
+        try:
+            return codec.encode(rows, start, share)
+        except ValueError as error:
+            raise CorruptFileError(f"{key} of {self.checkpoint.folder}: {error}") from error
+
+    # --- embedding, LM head, norms, biases ------------------------------------------------------------------------
+
+    def others(self, model: nn.Module, whole: Callable[[str], bool]) -> Iterator[_Job]:
+        tied = model.config.tie_word_embeddings and model.get_output_embeddings() is not None
+        head = model.get_output_embeddings() if tied else None
+        matrices = {id(layer.matrix(name)) for layer in decoder_layers(model) for name in (*ATTENTION, *FFN)}
+        for path, module in model.named_modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.device.type != "meta" or (id(module) in matrices and name == "weight"):
+                    continue
+                if module is head:
+                    yield _Job(0, lambda: self._tie(model))
+                    continue
+                key = weight_key(self.checkpoint, f"{path}.{name}")
+                self._check_shape(key, self.checkpoint.shapes[key], tuple(parameter.shape))
+                kept = parameter.numel() * self.dtype.itemsize
+
+                def fill(
+                    path: str = path, name: str = name, key: str = key, shape: torch.Size = parameter.shape
+                ) -> None:
+                    parameter = self._parameter(key, shape, whole(path))
+                    model.get_submodule(path).register_parameter(name, parameter)
+
+                yield _Job(kept, fill)
+
+    def _parameter(self, key: str, shape: torch.Size, whole: bool) -> nn.Parameter:
+        placement = Placement(self.placement.device) if whole else self.placement
+        start, stop = placement.rows(shape[0], [shape[1:].numel()])
+        rows = self.checkpoint.read(key, slice(start, stop)).to(self.placement.device, self.dtype)
+        self.kept += rows.nbytes
+        return placement.parameter(rows, start, shape)
+
+    @staticmethod
+    def _tie(model: Any) -> None:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+
+    def _check_shape(self, key: str, have: tuple[int, ...], want: tuple[int, ...]) -> None:
+        if tuple(have) != tuple(want):
+            raise CorruptFileError(
+                f"{key} of {self.checkpoint.folder} has shape {tuple(have)}, but config.json asks for {tuple(want)}: the "
+                "files belong to different models"
+            )

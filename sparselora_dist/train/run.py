@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,14 @@ from ..apply import apply_sparselora, find_state
 from ..config.run import RunConfig
 from ..data import GlobalBatchSampler, TokenDataset, load_dataset_tokens, padding_id
 from ..engines.base import Engine, make_engine
-from ..io.adapter import load_adapter, save_adapter
+from ..io.adapter import is_adapted, load_adapter, save_adapter
 from ..io.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, resolve_resume
-from ..io.load import check_model, load_base, load_tokenizer
+from ..io.load import LoadReport, check_model, load_base, load_tokenizer
 from ..io.manifest import write_text
 from .loop import TrainingLoop
 from .metrics import flop_model
+
+log = logging.getLogger(__name__)
 
 
 def run(config: RunConfig) -> dict[str, Any]:
@@ -96,13 +101,21 @@ def _run(config: RunConfig, engine: Engine) -> dict[str, Any]:
 
 def build_model(config: RunConfig, engine: Engine, resumed_from: Path | None = None) -> Any:
     """Base model, adapter and sparse layers, before the engine shards what is not sharded yet."""
-    with engine.loading():
-        base = load_base(config.model)
+    lora = config.lora.build()
+    base = load_base(
+        config.model,
+        config.quantization,
+        engine.placement(),
+        whole=partial(is_adapted, lora),
+        local_ranks=engine.ranks.local_world_size,
+        progress=engine.is_main and not config.train.disable_tqdm,
+    )
+    _report_load(base.report, config, engine)
     # bf16 under ZeRO-3 keeps the fp32 masters in the optimizer; elsewhere the adapter's own weights are the masters.
-    model = get_peft_model(base, config.lora.build(), autocast_adapter_dtype=config.engine.name != "zero3")
+    model = get_peft_model(base.model, lora, autocast_adapter_dtype=config.engine.name != "zero3")
     if resumed_from:
         load_adapter(model, resumed_from / "adapter")
-    apply_sparselora(model, config.sparse_lora, timeout=config.train.ddp_timeout)
+    apply_sparselora(model, config.sparse_lora, weights=base.weights, timeout=config.train.ddp_timeout)
     if config.train.gradient_checkpointing or config.engine.fsdp_options().get("fsdp_activation_checkpointing"):
         options = {"use_reentrant": False, **(config.train.gradient_checkpointing_kwargs or {})}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
@@ -110,6 +123,21 @@ def build_model(config: RunConfig, engine: Engine, resumed_from: Path | None = N
             model.enable_input_require_grads()
     model.train()
     return model
+
+
+def _report_load(report: LoadReport, config: RunConfig, engine: Engine) -> None:
+    """The ranks' highest figures, on rank 0."""
+    seconds, kept, host, device = engine.all_max(*astuple(report))
+    if engine.is_main:
+        gpu = f", {device / 1e9:.2f} GB device" if device else ""
+        log.info(
+            "%s loaded in %.1f s: %.2f GB of frozen weights a rank, peak %.2f GB host%s",
+            config.model.name_or_path,
+            seconds,
+            kept / 1e9,
+            host / 1e9,
+            gpu,
+        )
 
 
 def _datasets(config: RunConfig, tokenizer: Any) -> tuple[TokenDataset, TokenDataset | None]:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 FROZEN = [
-    *(f"self_attn.{name}_proj.base_layer.weight" for name in "qkv"),
-    "self_attn.o_proj.base_layer.weight_t",
-    *(f"mlp.{name}" for name in ("gate_proj.weight", "up_proj.weight", "down_proj.weight_t")),
+    *(f"self_attn.{name}_proj.base_layer.rows" for name in "qkv"),
+    "self_attn.o_proj.base_layer.rows",
+    *(f"mlp.{name}" for name in ("gate_proj.rows", "up_proj.rows", "down_proj.rows")),
 ]
 FACTORS = [
     *(f"self_attn.sparse_estimator.{name}_{side}" for name in "qkv" for side in "ab"),

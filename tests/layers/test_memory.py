@@ -110,10 +110,13 @@ def test_the_check_sees_a_copy_that_hides_in_the_context() -> None:
 def test_the_check_sees_a_naive_sparse_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same model with the product written in the obvious way fails the check above."""
 
-    def naive(x: Tensor, weight: Tensor, bias: Any, channels: Tensor, *, transposed: bool = False) -> Tensor:
-        return x @ (weight[channels] if transposed else weight[channels].t())
+    def naive(
+        dense: Tensor, context: Tensor, weight: Tensor, bias: Any, channels: Tensor, *, transposed: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        kept = weight[channels]
+        return dense @ (weight if transposed else weight.t()), context @ (kept if transposed else kept.t())
 
-    monkeypatch.setattr(sparselora_dist.layers.ffn, "indexed_linear", naive)
+    monkeypatch.setattr(sparselora_dist.layers.ffn, "split_linear", naive)
     model = sparse_model(ATTENTION)
     copies = weight_copies(kept_by_autograd(lambda: model(**batch()).loss), frozen_weights(model))
     assert [name for name in copies if "gate_proj" in name or "up_proj" in name]

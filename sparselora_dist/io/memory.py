@@ -1,0 +1,49 @@
+"""How much memory there is, how much was used, and the refusal where it is too little."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import psutil
+import torch
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+class InsufficientMemoryError(ValueError):
+    """What this rank must keep does not fit in its memory."""
+
+
+def free_bytes(device: torch.device, local_ranks: int) -> int:
+    """Free memory for one rank: of its GPU, or its part of the host's (the container's limit included)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        if limit != "max":
+            free = min(free, int(limit) - int((_CGROUP / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass
+    return free // local_ranks
+
+
+def peak_bytes(device: torch.device) -> tuple[int, int]:
+    """Highest (host, device) memory of this process so far."""
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return host, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def check_fits(needed: int, device: torch.device, local_ranks: int, rank: int) -> None:
+    """Refuse before anything is read.
+
+    Raises:
+        InsufficientMemoryError: ``needed`` bytes are not free.
+    """
+    free = free_bytes(device, local_ranks)
+    if needed > free:
+        raise InsufficientMemoryError(
+            f"rank {rank} would keep {needed / 1e9:.2f} GB of frozen weights on {device}, where {free / 1e9:.2f} GB are "
+            "free: use more ranks, or quantization.load_in_4bit true; 'sparselora-dist plan' shows what fits"
+        )

@@ -1,0 +1,101 @@
+"""A frozen linear whose weight is stored by a codec, with the channel as dim 0."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sparselora_kernels import Weight, indexed_linear
+from sparselora_kernels.stored import unpack
+
+from ..codecs import Codec, PlainCodec
+
+
+def compute_input(x: Tensor) -> Tensor:
+    """``x`` in the dtype that autocast asks for; as it is without autocast."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+class FrozenLinear(nn.Linear):
+    """Takes the place of a frozen ``nn.Linear``.
+
+    It is one by type, because PEFT asks; it never holds a trainable ``weight``.
+
+    Args:
+        in_features, out_features: of the linear.
+        bias: (out,), frozen, or ``None``.
+        codec: how the weight is stored.
+        parts: the codec's parameters: of the weight (out, in), or transposed (down, o) of (in, out), so that a kept
+            channel is one row there too.
+        transposed: which of the two.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: nn.Parameter | None,
+        codec: Codec,
+        parts: Mapping[str, nn.Parameter],
+        *,
+        transposed: bool,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.codec, self.transposed = codec, transposed
+        self.row_length = out_features if transposed else in_features
+        self.part_names = tuple(codec.parts(self.row_length))
+        for name in self.part_names:
+            self.register_parameter(name, parts[name])
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def adopt(cls, linear: nn.Linear, stored: nn.Parameter, *, transposed: bool) -> FrozenLinear:
+        """In the place of a plain linear; ``stored`` is its weight, or its weight transposed."""
+        parts = {"rows": stored}
+        frozen = cls(
+            linear.in_features, linear.out_features, linear.bias, PlainCodec(stored.dtype), parts, transposed=transposed
+        )
+        return frozen.train(linear.training)
+
+    @property
+    def parts(self) -> tuple[nn.Parameter, ...]:
+        """The stored parameters, in the codec's order."""
+        return tuple(getattr(self, name) for name in self.part_names)
+
+    @property
+    def weight(self) -> Tensor | None:  # type: ignore[override]
+        """For PEFT, which asks a base layer for its device and dtype: a view of the plain weight, or the codes.
+
+        ``None`` while the values are not there yet (FSDP2 before it shards): adapters then stay where they are made.
+        """
+        first = self.parts[0]
+        if first.device.type == "meta":
+            return None
+        return first.t() if self.transposed and isinstance(self.codec, PlainCodec) else first
+
+    @property
+    def stored(self) -> Weight:
+        """The weight as the kernels take it."""
+        return self.codec.stored(self.parts, self.row_length)
+
+    def matrix(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """The weight (out, in) that whole (gathered) parts hold."""
+        stored = unpack(self.codec.stored(tuple(parts), self.row_length))
+        rows = stored.decode(stored.parts, None, dtype)
+        return rows.t() if self.transposed else rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` (..., in) -> (..., out), all channels."""
+        x = compute_input(x)
+        y = indexed_linear(x.reshape(-1, x.shape[-1]), self.stored, self.bias, transposed=self.transposed)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, codec={self.codec.name}, "
+            f"transposed={self.transposed}"
+        )

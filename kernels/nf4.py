@@ -62,7 +62,8 @@ def absmax_map(device: torch.device) -> Tensor:
 
 
 def _floats(data: Tensor) -> Tensor:
-    return data.contiguous().view(torch.float32)
+    # A copy, because a gathered parameter may begin at any byte of its buffer.
+    return data.clone(memory_format=torch.contiguous_format).view(torch.float32)
 
 
 def row_absmax(scales: Tensor, channels: Tensor | None, length: int, double_quant: bool, first: int = 0) -> Tensor:

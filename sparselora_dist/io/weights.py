@@ -104,6 +104,11 @@ def _spaced(tensor: Tensor) -> Tensor:
     return flat[:: max(1, flat.numel() // _FINGERPRINT_VALUES)].clone()
 
 
+def fingerprint(weight: Tensor) -> str:
+    """Short hash of a strided sample of a matrix."""
+    return _digest(_spaced(weight), tuple(weight.shape))
+
+
 def _digest(sample: Tensor, shape: tuple[int, ...]) -> str:
     """The same on every device and for every shard layout."""
     values = sample.float().cpu().contiguous()
@@ -151,8 +156,7 @@ class ModelWeights:
         return full_tensor(linear.weight)
 
     def mark(self, layer: int, name: str) -> str:
-        weight = self.get(layer, name)
-        return _digest(_spaced(weight), tuple(weight.shape))
+        return fingerprint(self.get(layer, name))
 
 
 class CheckpointWeights:

@@ -11,6 +11,7 @@ from sparselora_kernels import Weight, indexed_linear
 from sparselora_kernels.stored import unpack
 
 from ..codecs import Codec, PlainCodec
+from ..engines.placement import waiting_rows
 
 
 def compute_input(x: Tensor) -> Tensor:
@@ -67,14 +68,11 @@ class FrozenLinear(nn.Linear):
         return tuple(getattr(self, name) for name in self.part_names)
 
     @property
-    def weight(self) -> Tensor | None:  # type: ignore[override]
-        """For PEFT, which asks a base layer for its device and dtype: a view of the plain weight, or the codes.
-
-        ``None`` while the values are not there yet (FSDP2 before it shards): adapters then stay where they are made.
-        """
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """For PEFT, which puts adapters where a base layer's weight is: a view of the plain weight, or the codes."""
         first = self.parts[0]
-        if first.device.type == "meta":
-            return None
+        if (rows := waiting_rows(first)) is not None:  # FSDP2 has not sharded yet.
+            return rows
         return first.t() if self.transposed and isinstance(self.codec, PlainCodec) else first
 
     @property

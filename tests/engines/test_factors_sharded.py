@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparselora_dist.io.factors import FORMAT, fingerprint, read_factors, write_factors
+from sparselora_dist.io.factors import FORMAT, read_factors, write_factors
 from sparselora_dist.io.manifest import tensors_sha256
-from sparselora_dist.io.weights import ModelWeights
+from sparselora_dist.io.weights import ModelWeights, fingerprint
 from sparselora_dist.method.estimator import low_rank_factors
 from support.engine_workers import MATRICES
 from support.harness import run_ranks

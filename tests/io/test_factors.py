@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparselora_dist.codecs import PlainCodec
 from sparselora_dist.families import FFN
 from sparselora_dist.io import factors
-from sparselora_dist.io.factors import FactorMismatchError, fingerprint, load_or_build
+from sparselora_dist.io.factors import FactorMismatchError, load_or_build
 from sparselora_dist.io.manifest import CorruptFileError, read_safetensors
-from sparselora_dist.io.weights import CheckpointWeights, ModelWeights, WeightSource
+from sparselora_dist.io.weights import Checkpoint, CheckpointWeights, ModelWeights, WeightSource, fingerprint
 from support.models import tiny_base
 
 MATRICES = [(layer, name) for layer in range(3) for name in ("gate_proj", "k_proj", "q_proj", "up_proj", "v_proj")]
@@ -47,6 +48,10 @@ def build(weights: WeightSource, rank: int = 4, **options: Any) -> factors.Facto
 def assert_equal(first: factors.FactorSet, second: factors.FactorSet) -> None:
     assert first.keys() == second.keys()
     assert all(torch.equal(a, b) for matrix in first for a, b in zip(first[matrix], second[matrix]))
+
+
+def files_of(folder: Path, dtype: torch.dtype = torch.float32) -> CheckpointWeights:
+    return CheckpointWeights(Checkpoint(folder), PlainCodec(dtype), dtype)
 
 
 def save(folder: Path, sharded: bool, **overrides: Any) -> Any:
@@ -117,7 +122,7 @@ def test_checkpoint_files_give_the_factors_of_the_model(
     tmp_path: Path, cache: Path, sharded: bool, dtype: torch.dtype
 ) -> None:
     model = save(tmp_path / "model", sharded)
-    from_files = build(CheckpointWeights(tmp_path / "model", dtype))
+    from_files = build(files_of(tmp_path / "model", dtype))
     (file,) = cache.iterdir()
     file.unlink()
     assert_equal(from_files, build(ModelWeights(model.to(dtype))))
@@ -127,7 +132,7 @@ def test_checkpoint_files_give_the_factors_of_the_model(
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "sharded"])
 def test_every_matrix_can_be_read(tmp_path: Path, sharded: bool) -> None:
     weights = ModelWeights(save(tmp_path, sharded))
-    files = CheckpointWeights(tmp_path, torch.float32)
+    files = files_of(tmp_path)
     for layer in range(3):
         for name in (*FFN, "q_proj", "k_proj", "v_proj", "o_proj"):
             assert torch.equal(files.get(layer, name), weights.get(layer, name))
@@ -138,15 +143,17 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     shard = index["weight_map"]["model.layers.1.mlp.gate_proj.weight"]
     (tmp_path / shard).unlink()
-    with pytest.raises(CorruptFileError, match=rf"model.layers.1.mlp.gate_proj.weight.*{shard}"):
-        CheckpointWeights(tmp_path, torch.float32).get(1, "gate_proj")
+    with pytest.raises(CorruptFileError, match=rf"{shard}.*no such file, but the index names it"):
+        files_of(tmp_path)
 
 
 def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
     save(tmp_path, sharded=False)
-    files = CheckpointWeights(tmp_path, torch.float32)
+    files = files_of(tmp_path)
     file = tmp_path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(CorruptFileError, match=rf"{file}.*truncated or damaged"):
+        files_of(tmp_path)
     with pytest.raises(CorruptFileError, match=str(file)):
         files.get(0, "q_proj")
 
@@ -162,15 +169,15 @@ def test_an_index_cannot_name_files_outside_its_folder(tmp_path: Path, absolute:
     index["weight_map"][key] = str(tmp_path / "outside.safetensors") if absolute else "../outside.safetensors"
     path.write_text(json.dumps(index))
     with pytest.raises(CorruptFileError, match="cannot read"):
-        CheckpointWeights(folder, torch.float32).get(0, "up_proj")
+        files_of(folder).get(0, "up_proj")
 
 
 def test_an_unknown_matrix_or_an_empty_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"neither model.safetensors nor"):
-        CheckpointWeights(tmp_path, torch.float32)
+        files_of(tmp_path)
     save(tmp_path, sharded=False)
-    with pytest.raises(KeyError, match=r"model.layers.9.mlp.gate_proj.weight"):
-        CheckpointWeights(tmp_path, torch.float32).get(9, "gate_proj")
+    with pytest.raises(CorruptFileError, match=r"model.layers.9.mlp.gate_proj.weight"):
+        files_of(tmp_path).get(9, "gate_proj")
 
 
 # --- identity --------------------------------------------------------------------------------------------------------

@@ -13,12 +13,13 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from sparselora_dist import SparseLoRAConfig, apply_sparselora, remove_sparselora, selection, set_step
+from sparselora_dist.codecs import PlainCodec
 from sparselora_dist.config import RunConfig
 from sparselora_dist.engines.base import Engine, Ranks
 from sparselora_dist.engines.shards import is_dtensor, is_zero3
 from sparselora_dist.io import factors as factor_files
 from sparselora_dist.io.load import load_base
-from sparselora_dist.io.weights import CheckpointWeights, ModelWeights
+from sparselora_dist.io.weights import Checkpoint, CheckpointWeights, ModelWeights
 from sparselora_dist.method.tokens import loss_positions
 
 from .models import ALL_LINEAR, ATTENTION, batch, tiny_base, tiny_lora
@@ -132,14 +133,13 @@ def agreement_case(name: str, case: str, **train: Any) -> dict[str, Any]:
 
 
 def loaded_partitioned(folder: str) -> dict[str, Any]:
-    """The case "llama" with the base model loaded under ``deepspeed.zero.Init``, as a run does it."""
+    """The case "llama" with the base model streamed into partitions, as a run does it."""
     config = run_config("zero3", folder=folder)
     if dist.get_rank() == 0:
         tiny_base().save_pretrained(folder)
     dist.barrier()
     engine = make_engine(config)
-    with engine.loading():
-        base = load_base(config.model)
+    base = load_base(config.model, config.quantization, engine.placement()).model
     partitioned = all(is_zero3(p) for p in base.parameters())
     whole = apply_sparselora(tiny_lora(), SparseLoRAConfig.from_dict(SPARSE))
     adapters = {name: p for name, p in whole.named_parameters() if p.requires_grad}
@@ -152,7 +152,7 @@ def loaded_partitioned(folder: str) -> dict[str, Any]:
     sparse_whole = [name for name, p in model.named_parameters() if not p.requires_grad and not is_zero3(p)]
     engine.prepare(model)
     seen = {"partitioned": partitioned, "not partitioned": sparse_whole, "run": follow(engine, model)}
-    seen["held"], seen["names"] = held(model), [name for name, _ in whole.named_parameters()]
+    seen["held"], seen["names"] = held(model), list(adapters)
     close(engine)
     return seen
 
@@ -436,6 +436,10 @@ def _factors(weights: Any, path: Path) -> dict[str, Any]:
     return {"factors": built, "calls": first, "again": again, "calls again": len(calls) - first, "files": files}
 
 
+def _files(folder: Path) -> CheckpointWeights:
+    return CheckpointWeights(Checkpoint(folder), PlainCodec(torch.float32), torch.float32)
+
+
 def factors(folder: str, bad_files: dict[str, str]) -> dict[str, Any]:
     """The same factors from every kind of weights, and bad files."""
     root = Path(folder)
@@ -447,12 +451,11 @@ def factors(folder: str, bad_files: dict[str, str]) -> dict[str, Any]:
     dist.barrier()
     seen["pieces"] = len(list((root / "pieces").glob("*.safetensors")))
     seen["plain"] = _factors(ModelWeights(plain), root / "plain")
-    seen["files"] = _factors(CheckpointWeights(root / "model", torch.float32), root / "files")
-    seen["pieces of files"] = _factors(CheckpointWeights(root / "pieces", torch.float32), root / "pieces-cache")
+    seen["files"] = _factors(_files(root / "model"), root / "files")
+    seen["pieces of files"] = _factors(_files(root / "pieces"), root / "pieces-cache")
 
     config = run_config("zero3", folder=str(root / "model"))
-    with make_engine(config).loading():
-        partitioned = load_base(config.model)
+    partitioned = load_base(config.model, config.quantization, make_engine(config).placement()).model
     assert all(is_zero3(p) for p in partitioned.parameters())
     seen["partitioned"] = _factors(ModelWeights(partitioned), root / "zero3")
     seen["still partitioned"] = all(p.numel() == 0 for p in partitioned.parameters())

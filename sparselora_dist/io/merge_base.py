@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ class BaseWeights:
         self._check_quantization()
         self.files = TensorFiles.of_model(folder)
         self._encoded = self._find_encoded()
+        if (self._encoded or codec is not None) and find_spec("bitsandbytes") is None:
+            raise ValueError("4-bit weights need bitsandbytes: pip install 'sparselora-dist[quantization]'")
         self._head_is_embedding = False
         states = {state for states in self._encoded.values() for state in states}
         self.shapes = {name: info.shape for name, info in self.files.tensors.items() if name not in states}

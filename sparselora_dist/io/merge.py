@@ -128,8 +128,10 @@ def _resolve_tied(weights: BaseWeights, lora: Adapter, has_head: bool) -> bool:
 
 
 def _warn_about_another_base(weights: BaseWeights, lora: Adapter) -> None:
-    trained_on = lora.config.base_model_name_or_path
-    if trained_on and Path(trained_on).name != weights.folder.resolve().name:
+    trained_on = str(lora.config.base_model_name_or_path or "")
+    # The name of the folder, or the folder of the hub's cache: models--org--name/snapshots/<revision>.
+    names = {weights.folder.resolve().name, *weights.folder.absolute().parts}
+    if trained_on and not names & {Path(trained_on).name, "models--" + trained_on.replace("/", "--")}:
         log.warning(
             "the adapter %s was trained on %r, the base is %s: the shapes fit, but is it the same model?",
             lora.folder, trained_on, weights.folder,

@@ -160,7 +160,7 @@ class Adapter:
         from peft.tuners.tuners_utils import check_target_module_exists
 
         for name in self.config.modules_to_save or []:
-            if not any(re.match(rf"(^|.*\.){name}\.", saved) for saved in self.replaced):
+            if not any(f".{name}." in f".{saved}" for saved in self.replaced):
                 raise CorruptFileError(f"{self.path} lacks 'modules_to_save' {name!r} of {CONFIG_FILE}")
         if self.config.target_modules in (None, "all-linear"):
             return
@@ -195,10 +195,15 @@ def _read_config(path: Path) -> Any:
             raise ValueError(f"{path}: {key!r} is {value!r}: only plain LoRA can be merged")
     try:
         config = LoraConfig.from_pretrained(str(path.parent))
-        ranks = [config.r, *config.rank_pattern.values()]
-        if not all(isinstance(rank, int) and rank > 0 for rank in ranks):
-            raise ValueError(f"ranks must be positive integers, got {ranks}")
-        math.fsum([config.lora_alpha, *config.alpha_pattern.values()])
-    except (TypeError, AttributeError, KeyError, ValueError) as error:
+        patterns = (config.target_modules, config.exclude_modules, *config.rank_pattern, *config.alpha_pattern)
+        for pattern in patterns:
+            re.compile(pattern if isinstance(pattern, str) else "")
+        for key, kinds, numbers in (
+            ("rank", int, [config.r, *config.rank_pattern.values()]),
+            ("alpha", (int, float), [config.lora_alpha, *config.alpha_pattern.values()]),
+        ):
+            if wrong := [n for n in numbers if not isinstance(n, kinds) or not math.isfinite(n) or n <= 0]:
+                raise ValueError(f"{key} is {wrong[0]!r}, expected a positive number")
+    except (TypeError, AttributeError, KeyError, ValueError, re.error) as error:
         raise ValueError(f"{path}: {error}") from error
     return config

@@ -47,7 +47,7 @@ class BaseWeights:
             raise FileNotFoundError(f"--base {folder} is not a folder; download the model first")
         self.folder, self.codec, self.dtype = folder, codec, dtype
         self.raw_config = read_json(folder / "config.json")
-        config, expected = _expected(folder)
+        config, self._expected = _expected(folder)
         self.tied = bool(getattr(config, "tie_word_embeddings", False))
         self._check_quantization()
         self.files = TensorFiles.of_model(folder)
@@ -58,7 +58,7 @@ class BaseWeights:
         states = {state for states in self._encoded.values() for state in states}
         self.shapes = {name: info.shape for name, info in self.files.tensors.items() if name not in states}
         self.shapes |= {name: self._encoded_shape(name) for name in self._encoded}
-        self._check(expected)
+        self._check()
         names = [(layer, name) for layer in range(config.num_hidden_layers) for name in (*ATTENTION, *FFN)]
         self._decoder = {f"model.{matrix_name(layer, name)}.weight": name for layer, name in names}
 
@@ -71,8 +71,10 @@ class BaseWeights:
         return shards
 
     def is_float(self, name: str) -> bool:
-        """Whether a tensor is cast to the output's dtype."""
-        return name in self._encoded or (name == HEAD and self._head_is_embedding) or self._stored(name) in FLOATS
+        """Whether a tensor is cast to the output's dtype: the model's own are, a leftover buffer in the files is not."""
+        if name in self._encoded or (name == HEAD and self._head_is_embedding):
+            return True
+        return name in self._expected and self._stored(name) in FLOATS
 
     def _stored(self, name: str) -> str:
         return self.files.tensors[name].dtype
@@ -146,8 +148,8 @@ class BaseWeights:
             )
         return rows, columns
 
-    def _check(self, expected: dict[str, tuple[int, ...]]) -> None:
-        for name, shape in expected.items():
+    def _check(self) -> None:
+        for name, shape in self._expected.items():
             if name not in self.shapes:
                 if name == HEAD and self.tied:
                     continue

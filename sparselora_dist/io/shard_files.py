@@ -66,7 +66,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if end != size:
         state = "truncated" if size < end else "longer than it should be"
         raise CorruptFileError(f"{path} is {state}: its header describes {end} bytes, the file has {size}")
-    return found
+    try:
+        with safe_open(path, framework="pt"):
+            return found
+    except SafetensorError as error:
+        raise CorruptFileError(f"{path} is not a valid safetensors file: {error}") from error
 
 
 class TensorFiles:

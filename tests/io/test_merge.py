@@ -40,6 +40,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "some layers": ({}, {"layers_to_transform": [0, 2], "target_modules": ["q_proj", "v_proj"]}),
     "regular expression": ({}, {"target_modules": r".*layers\.1\..*(o|up)_proj"}),
     "modules_to_save": ({"shard": "40KB"}, {"modules_to_save": ["lm_head", "embed_tokens", "norm"]}),
+    "alpha as a fraction": ({}, {"lora_alpha": 2.5}),
     "lm_head": ({}, {"target_modules": ["lm_head", "q_proj"]}),
     "biases": ({"family": "qwen2"}, {"bias": "all"}),
     "lora_bias": ({"family": "qwen2"}, {"lora_bias": True, "target_modules": ["q_proj", "v_proj"]}),
@@ -144,6 +145,17 @@ def test_the_folder(tmp_path: Path) -> None:
     assert "merged 3 matrices" in str(summary) and str(out) in str(summary)
 
 
+def test_leftover_buffers_stay_as_they_are(tmp_path: Path) -> None:
+    """Such as the rotary frequencies of old Llama checkpoints."""
+    base = save_base(tmp_path / "base")
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(4), "steps": torch.tensor([7])}
+    save_file(tensors(base) | extra, base / "model.safetensors", metadata={"format": "pt"})
+    make_adapter(tmp_path / "adapter", base)
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "out")
+    got = tensors(tmp_path / "out")
+    assert all(torch.equal(got[name], tensor) and got[name].dtype == tensor.dtype for name, tensor in extra.items())
+
+
 @pytest.mark.parametrize("where", ["_save", "_copy", "publish"])
 def test_a_failure_leaves_nothing(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = save_base(tmp_path / "base", shard="40KB")
@@ -200,20 +212,19 @@ print(peak() - before)
 
 
 def test_peak_memory(tmp_path: Path) -> None:
-    """A base of more than 6 shards, about a layer each; the process grows by less than 2.5 of them."""
+    """A base of 6 shards of 19 MB, a layer each; the process grows by less than 2.5 of them."""
     small = save_base(tmp_path / "small")
     make_adapter(tmp_path / "adapter-small", small)
     shape = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 6, "num_attention_heads": 8}
     base = save_base(tmp_path / "base", shard="22MB", dtype=torch.bfloat16, **shape)
     make_adapter(tmp_path / "adapter", base, load(base, torch.bfloat16))
     shards = [path.stat().st_size for path in base.glob("*.safetensors")]
-    assert len(shards) > 6
+    assert len(shards) == 6
     folders = [str(tmp_path / name) for name in ("base", "small", "adapter", "out")]
     result = subprocess.run([sys.executable, "-c", PEAK, *folders], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-2000:]
     grown = int(result.stdout.split()[-1]) / max(shards)
     assert grown < 2.5, f"{grown:.2f} shards"
-    print(grown)
 
 
 # --- 4-bit -----------------------------------------------------------------------------------------------------------

@@ -85,10 +85,22 @@ def test_other_methods_and_initialisations(folder: Path) -> None:
     refused(folder, r"no such file: .*adapter_config.json", FileNotFoundError)
 
 
-@pytest.mark.parametrize("rank", [0, "4", None])
-def test_a_rank_that_is_none(folder: Path, rank: Any) -> None:
-    edit_json(folder / "adapter" / "adapter_config.json", r=rank)
-    refused(folder, r"adapter_config.json: .*rank|adapter_config.json: .*r. ")
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"r": 0}, "`r` should be a positive|rank is 0"),
+        ({"r": "4"}, r"adapter_config.json: "),
+        ({"rank_pattern": {"q_proj": -1}}, "rank is -1, expected a positive number"),
+        ({"rank_pattern": {"q_proj": 3}}, r"expected \(3, 48\) for rank 3"),
+        ({"alpha_pattern": {"q_proj": float("nan")}}, "alpha is nan, expected a positive number"),
+        ({"target_modules": "(q_proj"}, "adapter_config.json: missing"),
+        ({"alpha_pattern": {"(q": 3}}, "adapter_config.json: missing"),
+    ],
+    ids=str,
+)
+def test_values_that_mean_nothing(folder: Path, values: dict[str, Any], match: str) -> None:
+    edit_json(folder / "adapter" / "adapter_config.json", **values)
+    refused(folder, match)
 
 
 # --- the adapter's tensors -------------------------------------------------------------------------------------------
@@ -300,6 +312,11 @@ def test_output(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_base_is_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         merge_adapter(folder / "base", folder / "adapter", folder / "same")
+        assert not caplog.messages
+        edit_json(folder / "adapter" / "adapter_config.json", base_model_name_or_path="org/a-model")
+        snapshot = folder / "models--org--a-model" / "snapshots" / "0123"
+        shutil.copytree(folder / "base", snapshot)
+        merge_adapter(snapshot, folder / "adapter", folder / "from the cache")
         assert not caplog.messages
         edit_json(folder / "adapter" / "adapter_config.json", base_model_name_or_path="org/another-model")
         merge_adapter(folder / "base", folder / "adapter", folder / "other")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -179,15 +181,11 @@ def test_a_failure_leaves_nothing(where: str, tmp_path: Path, monkeypatch: pytes
 
 def test_one_shard_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of an earlier shard is alive when the next is saved, and tensors come from their file one by one."""
-    import gc
-    import weakref
-
     base = save_base(tmp_path / "base", shard="40KB")
     make_adapter(tmp_path / "adapter", base)
     sizes, alive, save = [], [], module._save
 
     def record(shard: dict[str, Tensor], path: Path) -> None:
-        gc.collect()
         assert not any(reference() is not None for reference in alive)
         sizes.append(sum(t.numel() * t.element_size() for t in shard.values()))
         alive.extend(weakref.ref(t) for t in shard.values())
@@ -199,32 +197,41 @@ def test_one_shard_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert max(sizes) <= 40_000
 
 
+# Not ru_maxrss, which a child inherits from the process that started it.
 PEAK = """
-import resource, sys
+import sys
 from sparselora_dist.io.merge import merge_adapter
 base, small, adapter, out = sys.argv[1:]
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-merge_adapter(small, adapter + "-small", out + "-small", dtype="float32")  # Imports, pools.
-before = peak()
+def status(key):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+merge_adapter(small, adapter + "-small", out + "-small")  # What is imported, is imported here.
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # Forget the peak so far.
+before = status("VmRSS")
 merge_adapter(base, adapter, out)
-print(peak() - before)
+print(status("VmHWM") - before)
 """
 
 
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no /proc to read the peak from")
 def test_peak_memory(tmp_path: Path) -> None:
-    """A base of 6 shards of 19 MB, a layer each; the process grows by less than 2.5 of them."""
+    """A base of 5 shards of 30 MB, 5 layers each; the process grows by less than 1.75 of them: the shard that is made, the
+    tensor that is read, its fp32, and what libraries take at their first large product (10 to 20 MB)."""
     small = save_base(tmp_path / "small")
     make_adapter(tmp_path / "adapter-small", small)
-    shape = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 6, "num_attention_heads": 8}
-    base = save_base(tmp_path / "base", shard="22MB", dtype=torch.bfloat16, **shape)
+    shape = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 25, "num_attention_heads": 64}
+    base = save_base(tmp_path / "base", shard="32MB", dtype=torch.bfloat16, **shape)
     make_adapter(tmp_path / "adapter", base, load(base, torch.bfloat16))
     shards = [path.stat().st_size for path in base.glob("*.safetensors")]
-    assert len(shards) == 6
-    folders = [str(tmp_path / name) for name in ("base", "small", "adapter", "out")]
-    result = subprocess.run([sys.executable, "-c", PEAK, *folders], capture_output=True, text=True, timeout=120)
+    assert len(shards) == 5
+    command = [sys.executable, "-c", PEAK, *(str(tmp_path / name) for name in ("base", "small", "adapter", "out"))]
+    # Freed memory goes back to the system at once, instead of as the allocator likes.
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-2000:]
     grown = int(result.stdout.split()[-1]) / max(shards)
-    assert grown < 2.5, f"{grown:.2f} shards"
+    assert 0.9 < grown < 1.75, f"{grown:.2f} shards"
 
 
 # --- 4-bit -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,230 @@
+"""Merge a LoRA adapter into its base model offline, shard by shard.
+
+    merged = base + scaling · (B @ A)    in fp32, rounded once
+
+``base`` is what training saw: the checkpoint's weights, or what 4-bit storage makes of them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from ..codecs import NF4Codec
+from .manifest import publish
+from .merge_adapter import Adapter
+from .merge_base import EMBEDDING, HEAD, BaseWeights
+from .shard_files import INDEX_FILE
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+# Everything else in a model folder is weights in other formats, or code.
+_COPIED = (
+    "generation_config.json", "tokenizer*.json", "tokenizer.model*", "tekken.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template*.json", "chat_template*.jinja",
+    "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MergeSummary:
+    """What a merge has written."""
+
+    output: Path
+    files: int
+    """Weight files."""
+    size: int
+    """Bytes of all tensors."""
+    merged: int
+    """Matrices that a LoRA delta was added to."""
+    replaced: int
+    """Tensors that the adapter holds whole (``modules_to_save``, biases)."""
+    dequantized: int
+    """Matrices that are what 4-bit storage makes of them."""
+    dtype: str
+
+    def __str__(self) -> str:
+        words = [f"merged {self.merged} matrices"]
+        words += [f"replaced {self.replaced} tensors"] if self.replaced else []
+        words += [f"dequantised {self.dequantized} matrices"] if self.dequantized else []
+        files = "1 file" if self.files == 1 else f"{self.files} files"
+        return f"wrote {self.output}: {files}, {self.size / 1e9:.3g} GB in {self.dtype}; {', '.join(words)}"
+
+
+def merge_adapter(
+    base: str | Path,
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    load_in_4bit: bool = False,
+    double_quant: bool = True,
+) -> MergeSummary:
+    """Write the base model with the adapter merged into it, in the base's own shard layout.
+
+    Everything is checked before anything is written; ``output`` appears whole, or not at all. Tensors are read one at a
+    time and at most one output shard is held.
+
+    Args:
+        base: a local model folder in safetensors; bf16, fp16, fp32, or 4-bit by bitsandbytes (nf4), which is dequantised.
+        adapter: a folder that PEFT wrote.
+        output: must not exist.
+        dtype: of the result, and what training computed in: ``bfloat16``, ``float32`` or ``float16``.
+        load_in_4bit: the adapter was trained with ``quantization.load_in_4bit``.
+        double_quant: that run's ``quantization.bnb_4bit_use_double_quant``.
+
+    Raises:
+        ValueError, OSError: see :class:`BaseWeights` and :class:`Adapter`; an output that exists or does not fit on
+            the disk; a result that is not finite.
+    """
+    base, adapter, output = Path(base), Path(adapter), Path(output).absolute()
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if output.exists() or output.is_symlink():
+        raise FileExistsError(f"{output} exists already: choose another output, or remove it")
+    if not adapter.is_dir():
+        raise FileNotFoundError(f"--adapter {adapter} is not a folder")
+    lora = Adapter(adapter)
+    weights = BaseWeights(base, NF4Codec(double_quant=double_quant) if load_in_4bit else None, DTYPES[dtype])
+    has_head = HEAD in weights.shapes
+    lora.resolve(weights.shapes if has_head else {**weights.shapes, HEAD: weights.shapes[EMBEDDING]})
+    untied = _resolve_tied(weights, lora, has_head)
+    _warn_about_another_base(weights, lora)
+    return _write(weights, lora, output, dtype, untied)
+
+
+def _resolve_tied(weights: BaseWeights, lora: Adapter, has_head: bool) -> bool:
+    """Whether the output's LM head is no longer the embedding, because the adapter has trained one of them alone."""
+    if not weights.tied or not (lora.touches(HEAD) or lora.touches(EMBEDDING)):
+        return False
+    if has_head:
+        raise ValueError(
+            f"{weights.folder}: config.json says 'tie_word_embeddings', but the files hold {HEAD!r} too, and the adapter "
+            "changes one of them: it is not clear which one it was trained on"
+        )
+    keys = [lora.replaced[name] for name in (EMBEDDING, HEAD) if name in lora.replaced]
+    same = len(keys) == 2 and torch.equal(lora.files.get(keys[0]), lora.files.get(keys[1]))
+    if HEAD not in lora.deltas and (lora.config.ensure_weight_tying or same):
+        if len(keys) == 2 and not same:
+            raise ValueError(f"{lora.path}: 'ensure_weight_tying' is true, but {keys[0]!r} and {keys[1]!r} differ")
+        lora.replaced[EMBEDDING] = keys[0]
+        lora.replaced.pop(HEAD, None)
+        return False
+    weights.untie()
+    return True
+
+
+def _warn_about_another_base(weights: BaseWeights, lora: Adapter) -> None:
+    trained_on = str(lora.config.base_model_name_or_path or "")
+    # The name of the folder, or the folder of the hub's cache: models--org--name/snapshots/<revision>.
+    names = {weights.folder.resolve().name, *weights.folder.absolute().parts}
+    if trained_on and not names & {Path(trained_on).name, "models--" + trained_on.replace("/", "--")}:
+        log.warning(
+            "the adapter %s was trained on %r, the base is %s: the shapes fit, but is it the same model?",
+            lora.folder, trained_on, weights.folder,
+        )  # fmt: skip
+
+
+def _write(weights: BaseWeights, lora: Adapter, output: Path, dtype: str, untied: bool) -> MergeSummary:
+    target = DTYPES[dtype]
+    names = list(weights.shapes)
+    sizes = {name: math.prod(weights.shapes[name]) * _itemsize(weights, name, target) for name in names}
+    summary = MergeSummary(
+        output=output,
+        files=len(weights.shards),
+        size=sum(sizes.values()),
+        merged=sum(len(delta.keys) == 2 for delta in lora.deltas.values()),
+        replaced=len(lora.replaced),
+        dequantized=sum(weights.dequantized(name) and name not in lora.replaced for name in names),
+        dtype=dtype,
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(output.parent).free
+    if free < summary.size:
+        raise OSError(f"{output.parent} has {free} bytes free, the merged model needs {summary.size}")
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir()
+        for file, members in tqdm(weights.shards.items(), desc="merging", unit="shard", disable=None):
+            _save({name: _merged(weights, lora, name, target) for name in members}, temporary / file)
+        if weights.files.sharded:
+            total = {"total_parameters": sum(math.prod(shape) for shape in weights.shapes.values())}
+            total["total_size"] = summary.size
+            _dump(
+                {
+                    "metadata": total,
+                    "weight_map": {name: file for file, members in weights.shards.items() for name in members},
+                },
+                temporary / INDEX_FILE,
+            )
+        _dump(_config(weights.raw_config, dtype, untied), temporary / "config.json")
+        _copy(weights.folder, temporary)
+        if output.exists():
+            raise FileExistsError(f"{output} was made by something else meanwhile")
+        publish(temporary, output)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return summary
+
+
+def _itemsize(weights: BaseWeights, name: str, target: torch.dtype) -> int:
+    return target.itemsize if weights.is_float(name) else weights.files.get(name).dtype.itemsize
+
+
+def _merged(weights: BaseWeights, lora: Adapter, name: str, target: torch.dtype) -> Tensor:
+    """One tensor of the output."""
+    replacement = lora.replaced.get(name)
+    value = weights.get(name) if replacement is None else lora.files.get(replacement)
+    if not weights.is_float(name):
+        return value.contiguous()
+    result = lora.add(name, value).to(target).contiguous()
+    # The extremes are NaN where any value is; unlike isfinite() they take no memory.
+    if result.numel() and not all(extreme.isfinite() for extreme in result.aminmax()):
+        raise ValueError(
+            f"{name!r} holds NaN or Inf after merging in {target}: the base or the adapter is broken, or the dtype's range "
+            "is too small"
+        )
+    return result
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+
+
+def _config(raw: dict[str, Any], dtype: str, untied: bool) -> dict[str, Any]:
+    # auto_map names Python files, which are neither run nor copied.
+    config = {key: value for key, value in raw.items() if key not in ("quantization_config", "auto_map")}
+    config["dtype"] = dtype
+    if "torch_dtype" in config:  # What older versions of Transformers read.
+        config["torch_dtype"] = dtype
+    return config | ({"tie_word_embeddings": False} if untied else {})
+
+
+def _dump(data: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _copy(source: Path, target: Path) -> None:
+    for pattern in _COPIED:
+        for path in source.glob(pattern):
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            if path.is_file():
+                shutil.copyfile(path, copy)

@@ -1,0 +1,209 @@
+"""The adapter of a merge: PEFT's LoRA, checked tensor by tensor against the base model's shapes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapter import ADAPTER_FILE
+from .manifest import CorruptFileError
+from .shard_files import TensorFiles, read_json
+
+CONFIG_FILE = "adapter_config.json"
+_PREFIX = "base_model.model."
+# Keys of adapter_config.json that say nothing about the weights, or that are taken into account here. Any other key that
+# is set is a variant of LoRA, of this version of PEFT or of a later one.
+_UNDERSTOOD = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha",
+    "lora_bias", "lora_dropout", "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size",
+    "r", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
+}  # fmt: skip
+# Initialisations that leave the base weights alone; the others (PiSSA, OLoRA, CorDA, LoftQ ...) change them.
+_PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What is added to one base tensor: ``scaling * (B @ A)``, or ``scaling * bias``."""
+
+    scaling: float
+    keys: tuple[str, ...]
+    """In the adapter file: A and B, or the bias alone."""
+
+
+class Adapter:
+    """A PEFT folder with a LoRA adapter.
+
+    Attributes:
+        config: PEFT's ``LoraConfig``.
+        deltas: by the name of the base tensor.
+        replaced: key in the adapter file by the name of the base tensor (``modules_to_save``, trained biases).
+
+    Raises:
+        FileNotFoundError, CorruptFileError: a missing, truncated or inconsistent file.
+        ValueError: not plain LoRA; the key of ``adapter_config.json`` is named.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / ADAPTER_FILE
+        self.config = _read_config(folder / CONFIG_FILE)
+        self.files = TensorFiles(folder, [ADAPTER_FILE])
+        self.deltas: dict[str, Delta] = {}
+        self.replaced: dict[str, str] = {}
+
+    def resolve(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Find the base tensor of every adapter tensor, and check that no tensor is left over or missing.
+
+        Args:
+            shapes: of the base model's tensors, by name.
+        """
+        factors: dict[str, dict[str, str]] = {}
+        for key in self.files.tensors:
+            name = self._own_name(key)
+            module, lora, part = name.partition(".lora_")
+            if lora:
+                factors.setdefault(module, {})[part] = key
+            else:
+                self._replace(name.replace(".base_layer.", "."), key, shapes)
+        for module, parts in factors.items():
+            self._resolve_factors(module, parts, shapes)
+        if not factors and not self.replaced:
+            raise CorruptFileError(f"{self.path} is empty")
+        self._check_targets(set(factors), shapes)
+
+    def touches(self, name: str) -> bool:
+        return name in self.deltas or name in self.replaced
+
+    def add(self, name: str, value: Tensor) -> Tensor:
+        """``value`` (a base tensor, any dtype) plus its delta in fp32; as it is where there is none."""
+        delta = self.deltas.get(name)
+        if delta is None:
+            return value
+        tensors = [self.files.get(key).float() for key in delta.keys]
+        result = value.to(torch.float32, copy=True)
+        if len(tensors) == 1:
+            return result.add_(tensors[0], alpha=delta.scaling)
+        return result.addmm_(tensors[1], tensors[0], alpha=delta.scaling)
+
+    # --- resolution --------------------------------------------------------------------------------------------------
+
+    def _own_name(self, key: str) -> str:
+        if not key.startswith(_PREFIX):
+            raise CorruptFileError(f"{self.path}: {key!r} does not start with {_PREFIX!r}, as PEFT writes it")
+        return key.removeprefix(_PREFIX)
+
+    def _shape(self, key: str) -> tuple[int, ...]:
+        info = self.files.tensors[key]
+        if info.dtype not in ("F64", "F32", "F16", "BF16"):
+            raise CorruptFileError(f"{self.path}: {key!r} is stored as {info.dtype}, expected floating point")
+        return info.shape
+
+    def _replace(self, name: str, key: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        if name not in shapes:
+            raise CorruptFileError(f"{self.path}: {key!r} belongs to nothing in the base model (no tensor {name!r})")
+        if self._shape(key) != shapes[name]:
+            raise CorruptFileError(
+                f"{self.path}: {key!r} has shape {self._shape(key)}, the base model's {name!r} {shapes[name]}; "
+                "a base with another vocabulary must be resized first"
+            )
+        self.replaced[name] = key
+
+    def _resolve_factors(self, module: str, parts: dict[str, str], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        if unknown := sorted(set(parts) - {"A.weight", "B.weight", "B.bias"}):
+            raise ValueError(
+                f"{self.path}: {parts[unknown[0]]!r} is not plain LoRA of a linear layer (lora_A.weight, lora_B.weight, "
+                "lora_B.bias)"
+            )
+        for letter in "AB":
+            if f"{letter}.weight" not in parts:
+                raise CorruptFileError(f"{self.path}: {_PREFIX}{module}.lora_{letter}.weight is missing")
+        if f"{module}.weight" not in shapes:
+            raise CorruptFileError(
+                f"{self.path}: {parts['A.weight']!r} belongs to nothing in the base model (no tensor '{module}.weight')"
+            )
+        rank, scaling = self._rank_and_scaling(module)
+        shape = shapes[f"{module}.weight"]
+        expected = {"A.weight": (rank, *shape[1:]), "B.weight": (*shape[:1], rank), "B.bias": shape[:1]}
+        for part, key in parts.items():
+            if self._shape(key) != expected[part]:
+                raise CorruptFileError(
+                    f"{self.path}: {key!r} has shape {self._shape(key)}, expected {expected[part]} for rank {rank} and "
+                    f"the base model's '{module}.weight' {shape}"
+                )
+        self.deltas[f"{module}.weight"] = Delta(scaling, (parts["A.weight"], parts["B.weight"]))
+        if "B.bias" in parts:
+            if f"{module}.bias" not in shapes:
+                raise ValueError(
+                    f"{self.path}: {parts['B.bias']!r} (lora_bias) cannot be merged: the base layer has no bias"
+                )
+            self.deltas[f"{module}.bias"] = Delta(scaling, (parts["B.bias"],))
+
+    def _rank_and_scaling(self, module: str) -> tuple[int, float]:
+        """As PEFT resolves them: a pattern is a regular expression for the end of the module's name."""
+        from peft.utils.other import get_pattern_key
+
+        ranks, alphas = self.config.rank_pattern, self.config.alpha_pattern
+        rank = ranks.get(get_pattern_key(ranks, module), self.config.r)
+        alpha = alphas.get(get_pattern_key(alphas, module), self.config.lora_alpha)
+        return rank, alpha / (math.sqrt(rank) if self.config.use_rslora else rank)
+
+    def _check_targets(self, found: set[str], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        from peft.tuners.tuners_utils import check_target_module_exists
+
+        for name in self.config.modules_to_save or []:
+            if not any(f".{name}." in f".{saved}" for saved in self.replaced):
+                raise CorruptFileError(f"{self.path} lacks 'modules_to_save' {name!r} of {CONFIG_FILE}")
+        if self.config.target_modules in (None, "all-linear"):
+            return
+        for name, shape in shapes.items():
+            module = name.removesuffix(".weight")
+            if len(shape) != 2 or module == name:
+                continue
+            targeted = bool(check_target_module_exists(self.config, module))
+            if targeted and module not in found:
+                raise CorruptFileError(
+                    f"{self.path} is not whole: {module!r} is one of 'target_modules' of {CONFIG_FILE}, but has no tensors"
+                )
+            if module in found and not targeted:
+                raise CorruptFileError(
+                    f"{self.path} has tensors for {module!r}, which 'target_modules' of {CONFIG_FILE} do not name"
+                )
+
+
+def _read_config(path: Path) -> Any:
+    from peft import LoraConfig
+
+    data = read_json(path)
+    if data.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: 'peft_type' is {data.get('peft_type')!r}, only 'LORA' can be merged")
+    if data.get("init_lora_weights", True) not in _PLAIN_INIT:
+        raise ValueError(
+            f"{path}: 'init_lora_weights' is {data['init_lora_weights']!r}, which changes the base weights: convert the "
+            "adapter to plain LoRA first (path_initial_model_for_weight_conversion of PEFT's save_pretrained)"
+        )
+    for key, value in data.items():
+        if key not in _UNDERSTOOD and value:
+            raise ValueError(f"{path}: {key!r} is {value!r}: only plain LoRA can be merged")
+    try:
+        config = LoraConfig.from_pretrained(str(path.parent))
+        patterns = (config.target_modules, config.exclude_modules, *config.rank_pattern, *config.alpha_pattern)
+        for pattern in patterns:
+            re.compile(pattern if isinstance(pattern, str) else "")
+        for key, kinds, numbers in (
+            ("rank", int, [config.r, *config.rank_pattern.values()]),
+            ("alpha", (int, float), [config.lora_alpha, *config.alpha_pattern.values()]),
+        ):
+            if wrong := [n for n in numbers if not isinstance(n, kinds) or not math.isfinite(n) or n <= 0]:
+                raise ValueError(f"{key} is {wrong[0]!r}, expected a positive number")
+    except (TypeError, AttributeError, KeyError, ValueError, re.error) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return config

@@ -1,0 +1,197 @@
+"""The base model of a merge: checked against its config, read one matrix at a time, dequantised where it is 4-bit."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..codecs import NF4Codec
+from ..families import ATTENTION, FFN, check_family, matrix_name
+from .manifest import CorruptFileError
+from .shard_files import TensorFiles, read_json
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+FLOATS = ("F64", "F32", "F16", "BF16")
+# Stored with the channel as dim 0, so that their rows are the columns of the checkpoint's matrix.
+_TRANSPOSED = ("o_proj", "down_proj")
+_STATE = ".quant_state.bitsandbytes__"
+
+
+class BaseWeights:
+    """A model folder as whole matrices: what a matrix is stored as (bf16, or bitsandbytes' NF4) is hidden.
+
+    Args:
+        folder: ``config.json`` and safetensors; nothing in it is run or unpickled.
+        codec: given, the matrices of the decoder layers become what training with ``quantization.load_in_4bit`` saw.
+        dtype: that training computed in.
+
+    Attributes:
+        shapes: of every matrix and vector by name.
+        shards: the names by file, in the files' order.
+        raw_config: the contents of ``config.json``.
+
+    Raises:
+        FileNotFoundError, CorruptFileError: see :meth:`TensorFiles.of_model`; also a tensor that is missing or has
+            another shape than ``config.json`` asks for.
+        UnsupportedModelError: the family is not supported.
+        ValueError: quantised by something else than bitsandbytes' NF4.
+    """
+
+    def __init__(self, folder: Path, codec: NF4Codec | None, dtype: torch.dtype) -> None:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"--base {folder} is not a folder; download the model first")
+        self.folder, self.codec, self.dtype = folder, codec, dtype
+        self.raw_config = read_json(folder / "config.json")
+        config, self._expected = _expected(folder)
+        self.tied = bool(getattr(config, "tie_word_embeddings", False))
+        self._check_quantization()
+        self.files = TensorFiles.of_model(folder)
+        self._encoded = self._find_encoded()
+        if (self._encoded or codec is not None) and find_spec("bitsandbytes") is None:
+            raise ValueError("4-bit weights need bitsandbytes: pip install 'sparselora-dist[quantization]'")
+        self._head_is_embedding = False
+        states = {state for states in self._encoded.values() for state in states}
+        self.shapes = {name: info.shape for name, info in self.files.tensors.items() if name not in states}
+        self.shapes |= {name: self._encoded_shape(name) for name in self._encoded}
+        self._check()
+        names = [(layer, name) for layer in range(config.num_hidden_layers) for name in (*ATTENTION, *FFN)]
+        self._decoder = {f"model.{matrix_name(layer, name)}.weight": name for layer, name in names}
+
+    @property
+    def shards(self) -> dict[str, list[str]]:
+        shards: dict[str, list[str]] = {}
+        for name in self.shapes:
+            source = EMBEDDING if name == HEAD and self._head_is_embedding else name
+            shards.setdefault(self.files.tensors[source].file, []).append(name)
+        return shards
+
+    def is_float(self, name: str) -> bool:
+        """Whether a tensor is cast to the output's dtype: the model's own are, a leftover buffer in the files is not."""
+        if name in self._encoded or (name == HEAD and self._head_is_embedding):
+            return True
+        return name in self._expected and self._stored(name) in FLOATS
+
+    def _stored(self, name: str) -> str:
+        return self.files.tensors[name].dtype
+
+    def dequantized(self, name: str) -> bool:
+        """Whether :meth:`get` gives what 4-bit storage makes of the matrix."""
+        return name in self._encoded or (self.codec is not None and name in self._decoder)
+
+    def untie(self) -> None:
+        """Give the LM head, which a tied model shares with the embedding, a matrix of its own."""
+        self._head_is_embedding = True
+        self.shapes[HEAD] = self.shapes[EMBEDDING]
+
+    def get(self, name: str) -> Tensor:
+        """One tensor, whole; a 4-bit one in the training dtype, any other as the file has it."""
+        if name == HEAD and self._head_is_embedding:
+            return self.files.get(EMBEDDING)
+        value = self._decode(name) if name in self._encoded else self.files.get(name)
+        kind = self._decoder.get(name)
+        if self.codec is None or kind is None or (name in self._encoded and kind not in _TRANSPOSED):
+            return value
+        value = value.to(self.dtype)
+        try:
+            if kind in _TRANSPOSED:
+                return self.codec.roundtrip(value.t().contiguous()).t()
+            return self.codec.roundtrip(value)
+        except ValueError as error:
+            raise ValueError(f"{self.folder / self.files.tensors[name].file}: {name!r}: {error}") from error
+
+    # --- checks ------------------------------------------------------------------------------------------------------
+
+    def _check_quantization(self) -> None:
+        section = self.raw_config.get("quantization_config")
+        if not section:
+            return
+        method, kind = section.get("quant_method"), section.get("bnb_4bit_quant_type", "fp4")
+        if method != "bitsandbytes" or not section.get("load_in_4bit") or kind != "nf4":
+            what = f"{method} {kind if section.get('load_in_4bit') else ''}".strip()
+            raise ValueError(
+                f"{self.folder / 'config.json'}: 'quantization_config' is {what!r}; a base can be merged into when it is "
+                "not quantised, or when bitsandbytes quantised it with load_in_4bit and nf4"
+            )
+
+    def _find_encoded(self) -> dict[str, list[str]]:
+        """Names of 4-bit weights, and of all the tensors that describe each."""
+        names = self.files.tensors
+        weights = [name.split(_STATE)[0] for name in names if _STATE in name]
+        return {weight: [name for name in names if name.startswith(f"{weight}.")] for weight in weights}
+
+    def _encoded_shape(self, name: str) -> tuple[int, ...]:
+        key = next(state for state in self._encoded[name] if _STATE in state)
+        where = f"{self.folder / self.files.tensors[key].file}: {key!r}"
+        if not key.endswith("nf4"):
+            raise ValueError(f"{where} is not nf4, the only 4-bit code that is supported")
+        try:
+            state = json.loads(bytes(self.files.get(key).numpy()))
+            rows, columns = state["shape"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptFileError(f"{where} does not describe a 4-bit matrix ({error!r})") from error
+        nested = ("nested_absmax", "nested_quant_map") if "nested_blocksize" in state else ()
+        for part in (*nested, "absmax", "quant_map"):
+            if f"{name}.{part}" not in self.files.tensors:
+                raise CorruptFileError(f"{self.folder} has {key!r}, but no {name + '.' + part!r}")
+        packed = self.files.tensors.get(name)
+        if packed is None:
+            raise CorruptFileError(f"{self.folder} has {key!r}, but no {name!r}")
+        if packed.dtype != "U8" or packed.shape != (-(-rows * columns // 2), 1):
+            raise CorruptFileError(
+                f"{self.folder / packed.file}: {name!r} is {packed.dtype} {packed.shape}, expected U8 codes of a "
+                f"{(rows, columns)} matrix: {(-(-rows * columns // 2), 1)}"
+            )
+        return rows, columns
+
+    def _check(self) -> None:
+        for name, shape in self._expected.items():
+            if name not in self.shapes:
+                if name == HEAD and self.tied:
+                    continue
+                raise CorruptFileError(f"{self.folder} has no tensor {name!r}, which its config.json asks for")
+            if self.shapes[name] != shape:
+                raise CorruptFileError(
+                    f"{self.folder / self.files.tensors[name].file}: {name!r} has shape {self.shapes[name]}, "
+                    f"config.json asks for {shape}"
+                )
+            if not self.is_float(name):
+                raise ValueError(
+                    f"{self.folder / self.files.tensors[name].file}: {name!r} is stored as {self._stored(name)}, "
+                    f"expected one of {', '.join(FLOATS)}, or bitsandbytes' nf4"
+                )
+
+    # --- bitsandbytes ------------------------------------------------------------------------------------------------
+
+    def _decode(self, name: str) -> Tensor:
+        """A 4-bit weight in the training dtype; the product of level and absmax is rounded once."""
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        parts = {state.removeprefix(f"{name}."): self.files.get(state) for state in self._encoded[name]}
+        try:
+            state = QuantState.from_dict(parts, device=torch.device("cpu"))
+            state.dtype = self.dtype
+            return dequantize_4bit(self.files.get(name), state)
+        except (ValueError, KeyError, TypeError, RuntimeError, AssertionError) as error:
+            where = self.folder / self.files.tensors[name].file
+            raise CorruptFileError(f"{where}: {name!r} is not what bitsandbytes writes: {error!r}") from error
+
+
+def _expected(folder: Path) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    """The model's config, and the shape of every tensor of the model, without making any."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is not a config that Transformers knows: {error!r}") from error
+    check_family(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return config, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -1,0 +1,133 @@
+"""The safetensors files of a folder: headers read and checked first, tensors one at a time, nothing else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .manifest import CorruptFileError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a file's header says about a tensor."""
+
+    file: str
+    dtype: str
+    """In safetensors' names: ``BF16``, ``F32``, ``U8`` ..."""
+    shape: tuple[int, ...]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; a missing or broken file is named."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CorruptFileError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CorruptFileError(f"{path} holds no JSON object")
+    return data
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file by name, without reading them.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CorruptFileError: the file is not as long as its header says, or has none; file and sizes are named.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = int.from_bytes(file.read(8), "little") + 8
+        if not 8 < start <= size:
+            raise CorruptFileError(f"{path} is truncated or not a safetensors file. Pickle files are never loaded")
+        try:
+            header = json.loads(file.read(start - 8))
+            header.pop("__metadata__", None)
+            found = {
+                name: TensorInfo(path.name, str(entry["dtype"]), tuple(map(int, entry["shape"])))
+                for name, entry in header.items()
+            }
+            end = start + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            raise CorruptFileError(f"{path} has no valid safetensors header ({error!r})") from error
+    if end != size:
+        state = "truncated" if size < end else "longer than it should be"
+        raise CorruptFileError(f"{path} is {state}: its header describes {end} bytes, the file has {size}")
+    try:
+        with safe_open(path, framework="pt"):
+            return found
+    except SafetensorError as error:
+        raise CorruptFileError(f"{path} is not a valid safetensors file: {error}") from error
+
+
+class TensorFiles:
+    """The tensors of one or more safetensors files of a folder.
+
+    Attributes:
+        tensors: what the headers say, by tensor name, in the order of the files.
+        sharded: whether an index names the files.
+    """
+
+    def __init__(self, folder: Path, files: list[str], sharded: bool = False) -> None:
+        self.folder, self.sharded = folder, sharded
+        self.tensors: dict[str, TensorInfo] = {}
+        for file in files:
+            for name, info in read_header(folder / file).items():
+                if name in self.tensors:
+                    raise CorruptFileError(f"{folder}: {name!r} is in {self.tensors[name].file} and in {file}")
+                self.tensors[name] = info
+
+    @classmethod
+    def of_model(cls, folder: Path) -> TensorFiles:
+        """A model folder: one file, or shards that match their index.
+
+        Raises:
+            FileNotFoundError: no weights in safetensors, or a shard is missing.
+            CorruptFileError: a damaged file, or an index that does not tell what the files hold.
+        """
+        single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+        if single.is_file() and index.is_file():
+            raise CorruptFileError(f"{folder} holds both {SINGLE_FILE} and {INDEX_FILE}: keep the one that is meant")
+        if single.is_file():
+            return cls(folder, [SINGLE_FILE])
+        if not index.is_file():
+            raise FileNotFoundError(
+                f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}; pickled weights are never loaded"
+            )
+        named = read_json(index).get("weight_map")
+        if not isinstance(named, dict) or not named or not all(isinstance(file, str) for file in named.values()):
+            raise CorruptFileError(f"{index} has no 'weight_map' from tensor names to file names")
+        files = list(dict.fromkeys(named.values()))
+        if outside := [file for file in files if Path(file).name != file or not file.endswith(".safetensors")]:
+            raise CorruptFileError(f"{index} names {outside[0]!r}: expected .safetensors files of its own folder")
+        if missing := [file for file in files if not (folder / file).is_file()]:
+            raise FileNotFoundError(f"{folder}: {INDEX_FILE} names files that are not there: {', '.join(missing)}")
+        found = cls(folder, files, sharded=True)
+        for name, file in named.items():
+            if name not in found.tensors or found.tensors[name].file != file:
+                raise CorruptFileError(f"{folder / file} does not hold {name!r}, which {INDEX_FILE} says it does")
+        if extra := next((name for name in found.tensors if name not in named), None):
+            raise CorruptFileError(f"{index} does not name {extra!r}, which {found.tensors[extra].file} holds")
+        return found
+
+    def get(self, name: str) -> Tensor:
+        """One tensor; the file is mapped for as long as the tensor lives."""
+        path = self.folder / self.tensors[name].file
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CorruptFileError(f"cannot read {name!r} from {path}: {error}") from error

@@ -8,7 +8,7 @@ kept copy would undo that.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class EncodedWeight(NamedTuple):
     decode: Decode
 
 
-Weight = Tensor | EncodedWeight
+Weight: TypeAlias = "Tensor | EncodedWeight"
 
 
 def plain_rows(parts: tuple[Tensor, ...], channels: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -66,7 +66,7 @@ class RowShards(Placement):
 
     def parameter(self, rows: Tensor, start: int, shape: torch.Size) -> nn.Parameter:
         parameter = nn.Parameter(torch.empty(shape, dtype=rows.dtype, device="meta"), requires_grad=False)
-        parameter.shard_rows = rows  # type: ignore[attr-defined]
+        parameter.shard_rows = rows
         return parameter
 
 

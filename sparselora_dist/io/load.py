@@ -23,7 +23,8 @@ from ..layers.frozen import FrozenLinear
 from .manifest import CorruptFileError
 from .memory import check_fits, peak_bytes
 from .prequantized import check_quantization_config, prequantized
-from .weights import Checkpoint, CheckpointWeights, checkpoint_folder, weight_key
+from .shard_files import TensorFiles
+from .weights import CheckpointWeights, checkpoint_folder, weight_key
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def load_base(
     codec, dtype = frozen_codec(section, quantization), getattr(torch, section.dtype)
     check_quantization_config(config, codec, section.name_or_path)
     config.__dict__.pop("quantization_config", None)
-    checkpoint = Checkpoint(checkpoint_folder(section.name_or_path))
+    checkpoint = TensorFiles.of_model(checkpoint_folder(section.name_or_path))
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=section.attn_implementation)
     model.requires_grad_(False)
@@ -133,10 +134,10 @@ class _Job:
 class _Stream:
     """Fills a model on the meta device, tensor by tensor."""
 
-    def __init__(self, checkpoint: Checkpoint, codec: Codec, dtype: torch.dtype, placement: Placement) -> None:
+    def __init__(self, checkpoint: TensorFiles, codec: Codec, dtype: torch.dtype, placement: Placement) -> None:
         self.checkpoint, self.codec, self.dtype, self.placement = checkpoint, codec, dtype, placement
         self.kept = 0
-        self._is_quantized = any(".quant_state." in key for key in checkpoint.keys())  # noqa: SIM118
+        self._is_quantized = any(".quant_state." in key for key in checkpoint.tensors)
 
     # --- the matrices of the decoder layers -----------------------------------------------------------------------
 
@@ -167,7 +168,7 @@ class _Stream:
     def _codec_of(self, key: str, linear: nn.Linear) -> Codec:
         """The run's codec, but plain for a matrix that a quantised checkpoint left as it was."""
         found = prequantized(self.checkpoint, key)
-        shape = found.shape if found else self.checkpoint.shapes[key]
+        shape = found.shape if found else self.checkpoint.tensors[key].shape
         self._check_shape(key, shape, tuple(linear.weight.shape))
         return self.codec if found or not self._is_quantized else PlainCodec(self.dtype)
 
@@ -218,7 +219,7 @@ class _Stream:
                     yield _Job(0, lambda: self._tie(model))
                     continue
                 key = weight_key(self.checkpoint, f"{path}.{name}")
-                self._check_shape(key, self.checkpoint.shapes[key], tuple(parameter.shape))
+                self._check_shape(key, self.checkpoint.tensors[key].shape, tuple(parameter.shape))
                 kept = parameter.numel() * self.dtype.itemsize
 
                 def fill(

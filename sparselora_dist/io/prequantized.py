@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,7 @@ from sparselora_kernels.nf4 import BLOCK, NESTED_BLOCK, absmax_map
 
 from ..codecs import Codec, NF4Codec
 from ..codecs.nf4 import pack_scales
-
-if TYPE_CHECKING:
-    from .weights import Checkpoint
+from .shard_files import TensorFiles
 
 _STATE = ".quant_state.bitsandbytes__nf4"
 
@@ -31,7 +29,7 @@ class Prequantized:
         PrequantizedError: another block size, or another 8-bit map than bitsandbytes' own.
     """
 
-    def __init__(self, checkpoint: Checkpoint, key: str) -> None:
+    def __init__(self, checkpoint: TensorFiles, key: str) -> None:
         self._checkpoint, self._key = checkpoint, key
         state: dict[str, Any] = json.loads(bytes(checkpoint.read(key + _STATE).tolist()))
         self.shape: tuple[int, int] = tuple(state["shape"])
@@ -82,9 +80,9 @@ class Prequantized:
         return result
 
 
-def prequantized(checkpoint: Checkpoint, key: str) -> Prequantized | None:
+def prequantized(checkpoint: TensorFiles, key: str) -> Prequantized | None:
     """The matrix, if it is quantised."""
-    return Prequantized(checkpoint, key) if key + _STATE in checkpoint else None
+    return Prequantized(checkpoint, key) if key + _STATE in checkpoint.tensors else None
 
 
 def check_quantization_config(config: Any, codec: Codec, name: str) -> None:

@@ -1,4 +1,4 @@
-"""The safetensors files of a folder: headers read and checked first, tensors one at a time, nothing else."""
+"""The safetensors files of a folder: headers read and checked first, then tensors or slices of them, nothing else."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from .manifest import CorruptFileError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_SAMPLE_VALUES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,3 +132,24 @@ class TensorFiles:
                 return file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CorruptFileError(f"cannot read {name!r} from {path}: {error}") from error
+
+    def read(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
+        """A part of a tensor, in memory of its own; the rest of the file is not read."""
+        path = self.folder / self.tensors[name].file
+        try:
+            # Opened for each tensor, because closing gives back the mapped pages; cloned, because a slice is a view of them.
+            with safe_open(path, framework="pt") as file:
+                view = file.get_slice(name)
+                return (view[rows] if columns is None else view[rows, columns]).clone()
+        except (SafetensorError, OSError) as error:
+            raise CorruptFileError(f"cannot read {name!r} from {path}: {error}") from error
+
+    def sample(self, name: str) -> Tensor:
+        """Evenly spaced values of a tensor; only their pages are read."""
+        return spaced(self.get(name))
+
+
+def spaced(tensor: Tensor) -> Tensor:
+    """Some evenly spaced values of a tensor, a copy."""
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // _SAMPLE_VALUES)].clone()

@@ -68,7 +68,7 @@ class FrozenLinear(nn.Linear):
         return tuple(getattr(self, name) for name in self.part_names)
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """For PEFT, which puts adapters where a base layer's weight is: a view of the plain weight, or the codes."""
         first = self.parts[0]
         if (rows := waiting_rows(first)) is not None:  # FSDP2 has not sharded yet.

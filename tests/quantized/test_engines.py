@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparselora_dist.families import matrix_name
-from sparselora_dist.io.weights import Checkpoint
+from sparselora_dist.io.shard_files import TensorFiles
 from support.compare import assert_close
 from support.nf4_workers import MATRICES
 
@@ -19,7 +19,7 @@ TURNED = ("o_proj", "down_proj")
 
 def assert_bitsandbytes_bytes(parts: dict[str, Any], base: Path, dtype: torch.dtype, double: bool) -> None:
     """Codes, absmax codes or absmax, nested scales and offset of every matrix."""
-    checkpoint = Checkpoint(base)
+    checkpoint = TensorFiles.of_model(base)
     for layer, name in MATRICES:
         weight = checkpoint.read(f"model.{matrix_name(layer, name)}.weight").to(dtype)
         weight = weight.t().contiguous() if name in TURNED else weight

@@ -19,7 +19,8 @@ from sparselora_dist.engines.base import Engine, Ranks
 from sparselora_dist.engines.shards import is_dtensor, is_zero3
 from sparselora_dist.io import factors as factor_files
 from sparselora_dist.io.load import load_base
-from sparselora_dist.io.weights import Checkpoint, CheckpointWeights, ModelWeights
+from sparselora_dist.io.shard_files import TensorFiles
+from sparselora_dist.io.weights import CheckpointWeights, ModelWeights
 from sparselora_dist.method.tokens import loss_positions
 
 from .models import ALL_LINEAR, ATTENTION, batch, tiny_base, tiny_lora
@@ -437,7 +438,7 @@ def _factors(weights: Any, path: Path) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> CheckpointWeights:
-    return CheckpointWeights(Checkpoint(folder), PlainCodec(torch.float32), torch.float32)
+    return CheckpointWeights(TensorFiles.of_model(folder), PlainCodec(torch.float32), torch.float32)
 
 
 def factors(folder: str, bad_files: dict[str, str]) -> dict[str, Any]:

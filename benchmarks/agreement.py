@@ -1,6 +1,6 @@
 """Do the engines train the same model? One process, ZeRO-3, FSDP2 and an MPI start on the same global batches.
 
-    python benchmarks/agreement.py --model M --train T.jsonl --eval E.jsonl [--steps 60]
+    python benchmarks/agreement.py --model M --train T.jsonl --eval E.jsonl [--steps 60] [--load-in-4bit]
 
 Every run is sparse; one more is dense. Prints, against one process: the largest relative difference of a step's loss, the
 share of kept channels that differ (summed over steps, layers and groups: near-tied scores whose order the summation
@@ -64,6 +64,7 @@ def launch(name: str, start: list[str], engine: str, ranks: int, sparse: bool, o
             "per_device_train_batch_size": 8 // ranks,
             "disable_tqdm": True,
         },
+        "quantization": {"load_in_4bit": options.load_in_4bit},
         "engine": {"name": engine},
     }
     (output / "config.json").write_text(json.dumps(config))
@@ -95,6 +96,7 @@ def main() -> None:
     for name in ("--model", "--train", "--eval"):
         parser.add_argument(name, required=True)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--load-in-4bit", action="store_true", help="NF4 frozen weights")
     parser.add_argument("--output", default="runs/agreement")
     options = parser.parse_args()
     bin_ = Path(sys.executable).parent

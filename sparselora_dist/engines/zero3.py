@@ -143,9 +143,12 @@ class FlatShards(Placement):
         piece = self._init._aligned_size(parameter) // self.size
         begin = self.rank * piece - start * shape[1:].numel()
         own = rows.reshape(-1)[begin : begin + piece]
-        remote = self._init.remote_device if not parameter.ds_persist else self.device
-        partition = torch.zeros(piece, dtype=rows.dtype, device=remote, pin_memory=self._init.pin_memory)
-        partition[: own.numel()] = own
+        remote = torch.device(self._init.remote_device) if not parameter.ds_persist else self.device
+        if own.numel() == piece and own.nbytes == own.untyped_storage().nbytes() and own.device.type == remote.type:
+            partition = own
+        else:
+            partition = torch.zeros(piece, dtype=rows.dtype, device=remote, pin_memory=self._init.pin_memory)
+            partition[: own.numel()] = own
         parameter.ds_tensor = partition
         parameter.ds_tensor.ds_numel = piece
         parameter.ds_tensor.status = PartitionedParamStatus.AVAILABLE

@@ -21,7 +21,7 @@ from ..engines.placement import Placement
 from ..families import ATTENTION, FFN, check_family, decoder_layers
 from ..layers.frozen import FrozenLinear
 from .manifest import CorruptFileError
-from .memory import check_fits, peak_bytes
+from .memory import check_fits, peak_bytes, trim_heap
 from .prequantized import check_quantization_config, prequantized
 from .shard_files import TensorFiles
 from .weights import CheckpointWeights, checkpoint_folder, weight_key
@@ -29,6 +29,8 @@ from .weights import CheckpointWeights, checkpoint_folder, weight_key
 log = logging.getLogger(__name__)
 
 _TRANSPOSED = ("o_proj", "down_proj")
+# Tensors between returns of freed memory: about a decoder layer.
+_TRIM_EVERY = 7
 
 
 def load_tokenizer(section: ModelSection) -> Any:
@@ -107,8 +109,10 @@ def load_base(
     jobs = [*stream.matrices(model), *stream.others(model, whole)]
     check_fits(sum(job.kept for job in jobs) // placement.size, placement.device, local_ranks, placement.rank)
     with tqdm(jobs, "loading", disable=not progress, leave=False, unit="tensor") as bar:
-        for job in bar:
+        for number, job in enumerate(bar):
             job.fill()
+            if number % _TRIM_EVERY == 0:
+                trim_heap()
     for module in model.modules():  # Rotary frequencies; parameters are where they belong already.
         for name, buffer in list(module.named_buffers(recurse=False)):
             module._buffers[name] = buffer.to(placement.device)
@@ -196,7 +200,7 @@ class _Stream:
         if found:  # Blocks run along the stored rows: down and o are quantised again in the other direction.
             rows = found.columns(start, stop)
         elif transposed:
-            rows = self.checkpoint.read(key, columns=slice(start, stop)).t()
+            rows = self.checkpoint.read_columns(key, slice(start, stop))
         else:
             rows = self.checkpoint.read(key, slice(start, stop))
         rows = rows.to(self.dtype).contiguous().to(self.placement.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 from pathlib import Path
 
@@ -33,6 +34,13 @@ def peak_bytes(device: torch.device) -> tuple[int, int]:
     """Highest (host, device) memory of this process so far."""
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return host, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def trim_heap() -> None:
+    """Give freed memory back to the system: between the tensors that are kept, glibc would keep the holes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def check_fits(needed: int, device: torch.device, local_ranks: int, rank: int) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -133,14 +135,20 @@ class TensorFiles:
         except (SafetensorError, OSError) as error:
             raise CorruptFileError(f"cannot read {name!r} from {path}: {error}") from error
 
-    def read(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
-        """A part of a tensor, in memory of its own; the rest of the file is not read."""
+    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """Rows of a tensor, in memory of their own; the rest of the file is not read."""
+        return self._slice(name, lambda view: view[rows].clone())
+
+    def read_columns(self, name: str, columns: slice) -> Tensor:
+        """Columns of a matrix, transposed: (columns, rows), in memory of their own."""
+        return self._slice(name, lambda view: view[:, columns].t().clone(memory_format=torch.contiguous_format))
+
+    def _slice(self, name: str, take: Callable[[Any], Tensor]) -> Tensor:
         path = self.folder / self.tensors[name].file
         try:
-            # Opened for each tensor, because closing gives back the mapped pages; cloned, because a slice is a view of them.
+            # Opened for each tensor, because closing gives back the mapped pages; a slice is a view of them.
             with safe_open(path, framework="pt") as file:
-                view = file.get_slice(name)
-                return (view[rows] if columns is None else view[rows, columns]).clone()
+                return take(file.get_slice(name))
         except (SafetensorError, OSError) as error:
             raise CorruptFileError(f"cannot read {name!r} from {path}: {error}") from error
 

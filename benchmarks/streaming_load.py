@@ -1,0 +1,203 @@
+"""What does a rank hold while it loads, and how long does loading take?
+
+    python benchmarks/streaming_load.py [--gigabytes 1.2] [--json]
+
+Makes a Llama of random weights (bf16, several safetensors files), loads it on 2 ranks under each engine, plain and as
+NF4, and watches every rank's resident memory from outside, file pages included. The limit beside it: the rank's part
+after encoding, 15 % of the checkpoint, and what the process held before the load. Two loads that are not ours give the
+times to compare with: ``from_pretrained`` of the whole model with its values in memory (as sharding needs them; without
+that it only maps the files), and ``from_pretrained`` with bitsandbytes' NF4. All loads are of 2 processes at once, one
+thread each, files cached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from sparselora_dist.engines.base import free_port
+
+RANKS = 2
+SHAPE = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "vocab_size": 32000,
+}
+LAYER_BYTES, REST_BYTES = 2 * (3 * 2048 * 5632 + 2 * 2048 * 2048 + 2 * 2048 * 256), 2 * 2 * 32000 * 2048
+WAYS = ("zero3 bf16", "zero3 nf4", "fsdp2 bf16", "fsdp2 nf4")
+OTHERS = ("from_pretrained", "from_pretrained nf4")
+
+
+def make_checkpoint(folder: Path, gigabytes: float) -> None:
+    """A checkpoint of about that size, written a layer at a time."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    layers = max(1, round((gigabytes * 1e9 - REST_BYTES) / LAYER_BYTES))
+    config = LlamaConfig(**SHAPE, num_hidden_layers=layers, architectures=["LlamaForCausalLM"], dtype="bfloat16")
+    config.save_pretrained(folder)
+    hidden, width, kv = 2048, 5632, 256
+    part = {
+        "model.embed_tokens.weight": (32000, hidden),
+        "lm_head.weight": (32000, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    files: dict[str, str] = {}
+    for number in range(-1, layers):
+        if number >= 0:
+            at = f"model.layers.{number}."
+            part = {
+                **{f"{at}self_attn.{n}_proj.weight": (hidden if n in "qo" else kv, hidden) for n in "qkvo"},
+                **{f"{at}mlp.{n}_proj.weight": (width, hidden) for n in ("gate", "up")},
+                f"{at}mlp.down_proj.weight": (hidden, width),
+                **{f"{at}{n}_layernorm.weight": (hidden,) for n in ("input", "post_attention")},
+            }
+        name = f"model-{number + 2:05}-of-{layers + 1:05}.safetensors"
+        tensors = {key: torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02) for key, shape in part.items()}
+        save_file(tensors, folder / name, {"format": "pt"})
+        files |= dict.fromkeys(tensors, name)
+    index = {"metadata": {}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def worker(way: str, folder: Path, out: Path) -> None:
+    """One rank: says when it is ready, loads, says what it kept and how long it took."""
+    import torch
+
+    rank, kept = os.environ["RANK"], 0
+    if way in WAYS:
+        import torch.distributed as dist
+
+        from sparselora_dist.config import RunConfig
+        from sparselora_dist.engines.base import make_engine
+        from sparselora_dist.io.load import load_base
+
+        name, storage = way.split()
+        config = RunConfig.from_dict(
+            {
+                "model": {"name_or_path": str(folder), "dtype": "bfloat16"},
+                "quantization": {"load_in_4bit": storage == "nf4"},
+                "data": {"train": "none"},
+                "train": {"output_dir": str(out)},
+                "engine": {"name": name},
+            }
+        )
+        engine = make_engine(config)
+        placement = engine.placement()
+        import bitsandbytes  # noqa: F401
+
+        dist.barrier()
+        (out / f"{rank}.ready").touch()
+        time.sleep(0.5)
+        base = load_base(config.model, config.quantization, placement, local_ranks=RANKS)
+        seconds, kept = base.report.seconds, base.report.kept_bytes
+    else:
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+        options: dict[str, Any] = {"dtype": torch.bfloat16}
+        if way.endswith("nf4"):
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+            )
+        (out / f"{rank}.ready").touch()
+        time.sleep(0.5)
+        started = time.perf_counter()
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        for p in model.parameters():
+            p.data = p.data.clone()
+        seconds = time.perf_counter() - started
+    (out / f"{rank}.json").write_text(json.dumps({"seconds": seconds, "kept": kept}))
+    sys.stdout.flush()
+    os._exit(0)  # See launch/train.py.
+
+
+def resident(pid: int) -> int:
+    """Resident bytes of a process, mapped files included; 0 once it has gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS")), 0)
+
+
+def measure(way: str, folder: Path) -> dict[str, float]:
+    """Load one way; the worst rank's figures."""
+    with tempfile.TemporaryDirectory() as out:
+        env = {**os.environ, "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS), "OMP_NUM_THREADS": "1"}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "PYTHONSAFEPATH": "1"}
+        ranks = []
+        with open(Path(out) / "log.txt", "wb") as log:
+            for rank in range(RANKS):
+                ranks.append(
+                    subprocess.Popen(
+                        [sys.executable, __file__, "--worker", way, str(folder), out],
+                        env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+            base, peak = [0] * RANKS, [0] * RANKS
+            while any(process.poll() is None for process in ranks):
+                for rank, process in enumerate(ranks):
+                    now = resident(process.pid)
+                    if not base[rank] and (Path(out) / f"{rank}.ready").exists():
+                        base[rank] = now
+                    peak[rank] = max(peak[rank], now)
+                time.sleep(0.01)
+        reports = [Path(out) / f"{rank}.json" for rank in range(RANKS)]
+        if not all(path.is_file() for path in reports):
+            raise SystemExit(f"{way} failed:\n{(Path(out) / 'log.txt').read_text()[-3000:]}")
+        said = [json.loads(path.read_text()) for path in reports]
+    return {
+        "seconds": max(one["seconds"] for one in said),
+        "kept": max(one["kept"] for one in said),
+        "base": max(base),
+        "peak": max(peak),
+    }
+
+
+def run(gigabytes: float, others: bool) -> dict[str, Any]:
+    """All ways on one checkpoint; sizes in bytes."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_checkpoint(folder, gigabytes)
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        rows = {way: measure(way, folder) for way in (*WAYS, *(OTHERS if others else ()))}
+    for way in WAYS:
+        rows[way]["limit"] = rows[way]["kept"] + 0.15 * size + rows[way]["base"]
+    return {"checkpoint": size, "ranks": RANKS, "ways": rows}
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--worker"]:
+        return worker(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=1.2)
+    parser.add_argument("--ours-only", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    result = run(options.gigabytes, not options.ours_only)
+    if options.json:
+        return print(json.dumps(result))
+    print(f"Checkpoint of {result['checkpoint'] / 1e9:.2f} GB, {RANKS} ranks.\n")
+    print("| load | seconds | kept a rank, MB | peak resident, MB | limit, MB | before the load, MB |")
+    print("|---|---|---|---|---|---|")
+    for way, row in result["ways"].items():
+        kept, limit = (f"{row[key] / 1e6:,.0f}" if row.get(key) else "" for key in ("kept", "limit"))
+        print(
+            f"| {way} | {row['seconds']:.2f} | {kept} | {row['peak'] / 1e6:,.0f} | {limit} | {row['base'] / 1e6:,.0f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparselora_dist import SparseLoRAConfig, apply_sparselora
 from sparselora_dist.codecs import NF4Codec
-from sparselora_dist.config import QuantizationSection, RunConfig
+from sparselora_dist.config import EngineSection, QuantizationSection, RunConfig
 from sparselora_dist.engines.shards import full_tensor
 from sparselora_dist.families import decoder_layers, matrix_name
 from sparselora_dist.io.load import load_base
@@ -180,3 +180,30 @@ def peak(name: str, folder: str, four_bit: bool, out: str) -> dict[str, Any]:
     dist.barrier()
     Path(out, f"{rank}.loaded").write_text("")
     return {"seconds": base.report.seconds, "kept": base.report.kept_bytes}
+
+
+def layouts(folder: str) -> dict[str, Any]:
+    """Four ranks as two nodes of two: sharded inside a node, and replicated everywhere."""
+    seen: dict[str, Any] = {}
+    for layout, settings in {
+        "hsdp": {"name": "fsdp2", "fsdp": {"fsdp_version": 2, "dp_shard_size": 2}},
+        "replicated": {"name": "fsdp2", "fsdp": {"fsdp_version": 2, "dp_replicate_size": 4}},
+        "hpz": {"name": "zero3", "deepspeed": _with_hpz(2)},
+    }.items():
+        config = replace(nf4_config(settings["name"], folder), engine=EngineSection.from_dict(settings))
+        engine, model = stream(config)
+        seen[layout] = {"held": held(model), "run": follow(engine, model), "parts": gathered(model)}
+        if layout == "hpz":
+            seen[layout]["secondary"] = {
+                name: p.ds_secondary_tensor.numel()
+                for name, p in model.named_parameters()
+                if p.ds_secondary_tensor is not None and not p.requires_grad
+            }
+        close(engine)
+    return seen
+
+
+def _with_hpz(size: int) -> dict[str, Any]:
+    settings = run_config("zero3").engine.deepspeed_config()
+    settings["zero_optimization"]["zero_hpz_partition_size"] = size
+    return settings

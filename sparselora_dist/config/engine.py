@@ -70,10 +70,7 @@ _FSDP_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dp_shard_size": _SIZE,
     "fsdp_version": (lambda value: value == 2 and not isinstance(value, bool), "2"),
     "fsdp_reshard_after_forward": _BOOL,
-    "fsdp_cpu_ram_efficient_loading": (
-        lambda value: value is False,
-        'false or "auto": for now every rank loads the whole base model on its CPU before it is sharded',
-    ),
+    "fsdp_cpu_ram_efficient_loading": _BOOL,
     "fsdp_offload_params": _BOOL,
     "fsdp_activation_checkpointing": _BOOL,
     "fsdp_state_dict_type": (
@@ -185,6 +182,11 @@ def _check_deepspeed(config: dict[str, Any], at: str) -> None:
         raise ConfigError(f"'{at}.sparse_lora' is not DeepSpeed's: it is a section of its own, beside 'engine'")
     zero = config.get("zero_optimization", {})
     require(isinstance(zero, dict), f"{at}.zero_optimization", zero, 'an object such as {"stage": 3}')
+    if zero.get("mics_shard_size"):
+        raise ConfigError(
+            f"'{at}.zero_optimization.mics_shard_size': newer DeepSpeed has no MiCS. To gather inside a node only, use "
+            "'zero_hpz_partition_size' (ranks of a node), or engine.name \"fsdp2\" with 'engine.fsdp.dp_shard_size'"
+        )
     stage = zero.get("stage", 3)
     require(
         stage == 3 and not isinstance(stage, bool), f"{at}.zero_optimization.stage", stage, "3 (the engine is ZeRO-3)"

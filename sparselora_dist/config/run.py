@@ -130,6 +130,13 @@ class RunConfig:
                 f"'quantization.bnb_4bit_compute_dtype' is \"{compute}\", but 'model.dtype' is \"{self.model.dtype}\": the "
                 "products are computed in the model's dtype. Make them equal, or leave the first out"
             )
+        zero = self.engine.deepspeed_config().get("zero_optimization", {})
+        for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
+            if self.quantization.load_in_4bit and zero.get(key):
+                raise ConfigError(
+                    f"'engine.deepspeed.zero_optimization.{key}' with 'quantization.load_in_4bit': it would quantise the "
+                    "4-bit codes again, as if they were weights. Remove it"
+                )
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RunConfig:

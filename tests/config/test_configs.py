@@ -21,7 +21,20 @@ def test_all_are_there() -> None:
     names = {path.stem for path in FILES}
     assert {"single_sparse", "zero3_sparse", "fsdp2_sparse"} <= names
     for engine in ("zero3", "fsdp2"):
-        assert {f"llama3_8b_math_{engine}", f"llama3_8b_commonsense_{engine}", f"llama3_70b_math_{engine}"} <= names
+        assert {f"llama3_8b_math_{engine}", f"llama3_8b_commonsense_{engine}"} <= names
+        assert {f"llama3_70b_math_{engine}", f"llama3_70b_math_{engine}_multinode"} <= names
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if "_70b_" in path.stem], ids=lambda path: path.stem)
+def test_70b_weights_are_nf4_and_stay_inside_a_node(path: Path) -> None:
+    config = RunConfig.from_file(path)
+    assert config.quantization.load_in_4bit and config.quantization.bnb_4bit_use_double_quant
+    inside = "multinode" in path.stem
+    if config.engine.name == "fsdp2":
+        assert config.engine.fsdp_mesh(64) == ((8, 8) if inside else (1, 64))
+    else:
+        zero = config.engine.deepspeed_config()["zero_optimization"]
+        assert zero.get("zero_hpz_partition_size") == (8 if inside else None)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -163,8 +163,19 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "'engine.deepspeed' is given, but 'engine.name' is \"fsdp2\": remove",
     ),
     (
-        {"engine": {"name": "fsdp2", "fsdp": {"fsdp_cpu_ram_efficient_loading": True}}},
-        "'engine.fsdp.fsdp_cpu_ram_efficient_loading' is true: allowed: false",
+        {"engine": {"name": "fsdp2", "fsdp": {"fsdp_cpu_ram_efficient_loading": 1}}},
+        "'engine.fsdp.fsdp_cpu_ram_efficient_loading' is 1: allowed: true, false",
+    ),
+    (
+        {"engine": {"name": "zero3", "deepspeed": {"zero_optimization": {"mics_shard_size": 8}}}},
+        "mics_shard_size': newer DeepSpeed has no MiCS.*zero_hpz_partition_size",
+    ),
+    (
+        {
+            "quantization": {"load_in_4bit": True},
+            "engine": {"name": "zero3", "deepspeed": {"zero_optimization": {"zero_quantized_weights": True}}},
+        },
+        "zero_quantized_weights' with 'quantization.load_in_4bit'",
     ),
     ({"engine": {"name": "zero3", "fsdp": FSDP}}, "'engine.fsdp' is given, but .* set 'engine.name' to \"fsdp2\""),
     ({"engine": {"name": "single", "fsdp": {}}}, "'engine.fsdp' is given, but 'engine.name' is \"single\""),

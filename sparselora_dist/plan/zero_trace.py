@@ -159,6 +159,12 @@ class Fetched:
 def fetches(tree: Tree, limits: ZeroLimits, checkpointing: Checkpointing, micro_batches: int) -> Fetched:
     """Gathers of one optimizer step of ``micro_batches``, from the recorded trace."""
     replay = _Replay(tree, limits, events(tree, checkpointing))
+    if micro_batches > 1:
+        # The recorded trace is in use from the second micro-batch on. Where that one ends the first step, it starts
+        # without what persists, and DeepSpeed keeps what it decides then.
+        replay.start(set())
+        replay.run()
+    replay.start(replay.persistent)
     replay.run()
     first = dict(replay.counts)
     if micro_batches > 1:
@@ -175,7 +181,7 @@ class _Replay:
         everything = dict.fromkeys(tree.parameters())
         self.counts = dict.fromkeys(everything, 0)
         self.persistent = {p for p in everything if p.numel <= limits.persistence}
-        self.available = set(self.persistent)
+        self._decided: dict[tuple[Module, int], set[Parameter]] = {}
         self.peak: list[Parameter] = []
         self._peak_bytes = 0
         self.own: dict[Module, list[Parameter]] = {}
@@ -190,6 +196,11 @@ class _Replay:
         # DeepSpeed looks ahead with the recursion of the module that it lets go of: a leaf sees all below, others own.
         own = {m: [*m.parameters, *m.external] for m in self.own}
         self._ahead = {leaf: _Ahead(visits, self.below if leaf else own) for leaf in (False, True)}
+
+    def start(self, available: set[Parameter]) -> None:
+        """Begin to count, with ``available`` gathered."""
+        self.counts = dict.fromkeys(self.counts, 0)
+        self.available = set(available)
 
     def run(self) -> None:
         """One micro-batch."""
@@ -253,18 +264,28 @@ class _Replay:
 
     def _release(self, module: Module, forward: bool) -> None:
         own = set(self.own[module])
-        ahead = self._ahead[module.leaf]
-        going = {
-            p
-            for p in own - self.persistent
-            if self.fetched_for.get(p, _BEFORE) <= self.step and not ahead.within(p, self.step, self.limits.max_reuse)
-        }
+        going = set(self._going(module))
         if not forward:
             extra = self.recomputed.pop(module, {})
             going.update(p for p in extra if p not in self.persistent)
             own.update(extra)
             self.backward.pop(module, None)
         self._drop(module, going, own)
+
+    def _going(self, module: Module) -> set[Parameter]:
+        """What is let go of at this step: decided when the step is reached for the first time, and kept by DeepSpeed."""
+        known = self._decided.get((module, self.step))
+        if known is None:
+            ahead, distance = self._ahead[module.leaf], self.limits.max_reuse
+            known = {
+                p
+                for p in self.own[module]
+                if p not in self.persistent
+                and self.fetched_for.get(p, _BEFORE) <= self.step
+                and not ahead.within(p, self.step, distance)
+            }
+            self._decided[module, self.step] = known
+        return known
 
     def _drop(self, module: Module, going: set[Parameter], own: set[Parameter] | None = None) -> None:
         for p in own if own is not None else going:

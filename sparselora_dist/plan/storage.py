@@ -73,9 +73,11 @@ class Scheme:
         return self.part(p) * self.shards
 
     def gathered_bytes(self, p: Parameter) -> int:
-        """Bytes of the output of one gather."""
-        if self.shards == 1:
-            return 0
+        """Bytes of the output of one gather; none where nothing is cut up."""
+        return self.unsharded_bytes(p) if self.shards > 1 else 0
+
+    def unsharded_bytes(self, p: Parameter) -> int:
+        """Bytes of the whole parameter as the engine hands it to the forward."""
         dtype = p.dtype
         if self.engine == "fsdp2" and self.gathered is not None and dtype.is_floating_point:
             dtype = self.gathered

@@ -36,7 +36,7 @@ class Traffic:
 
 
 def traffic(tree: Tree, scheme: Scheme, checkpointing: Checkpointing, micro_batches: int) -> Traffic:
-    """Of one optimizer step of ``micro_batches``, in the steady state (ZeRO-3: from the third micro-batch on)."""
+    """Of one optimizer step of ``micro_batches``, in the steady state (ZeRO-3: from the second on)."""
     size = scheme.gathered_bytes
     trained = [p for p in tree.parameters() if p.trainable]
     if scheme.engine == "zero3" and scheme.shards > 1:
@@ -61,12 +61,19 @@ def _received(size: float, ranks: int) -> float:
 
 
 def _units(tree: Tree, scheme: Scheme, micro_batches: int, size: Callable[[Parameter], int]) -> tuple[int, int]:
-    root = sum(map(size, tree.root_parameters()))
-    layers = [sum(map(size, layer.walk())) for layer in tree.layers]
+    def sums(size: Callable[[Parameter], int]) -> tuple[int, list[int]]:
+        return sum(map(size, tree.root_parameters())), [sum(map(size, layer.walk())) for layer in tree.layers]
+
+    root, layers = sums(size)
+    if scheme.engine == "fsdp2":
+        # FSDP2 copies a unit also where nothing is cut up.
+        live_root, live = sums(scheme.unsharded_bytes)
+        # The root stays gathered while the layers run; one layer is in use and, where it is moved, the next one arrives.
+        live_root += (2 if scheme.shards > 1 else 1) * max(live) if scheme.reshard else sum(live)
+    else:
+        live_root = 0
     times = (2 if scheme.reshard else 1) * micro_batches
-    # The root stays gathered while the layers run; one layer is in use and the next one arrives.
-    held = 2 * max(layers) if scheme.reshard else sum(layers)
-    return times * (root + sum(layers)), root + held
+    return times * (root + sum(layers)), live_root
 
 
 def _zero3(

@@ -2,7 +2,7 @@
 
 DeepSpeed gathers a module's own parameters ahead of its forward and ahead of its backward and lets go of them behind
 each, unless they come up again within ``stage3_max_reuse_distance`` elements or were skipped by prefetching. What a step
-gathers is therefore no multiple of the model: this is the steady state, with the recorded trace in use (from the third
+gathers is therefore no multiple of the model: this is the steady state, with the recorded trace in use (from the second
 micro-batch on). Two rules of checkpointing matter, and both were measured with DeepSpeed 0.19.8:
 
 - recomputation fetches again, and frozen parameters it fetched stay until the module whose backward asked for it ends;
@@ -201,6 +201,7 @@ class _Replay:
         """Begin to count, with ``available`` gathered."""
         self.counts = dict.fromkeys(self.counts, 0)
         self.available = set(available)
+        self.bytes = 0
 
     def run(self) -> None:
         """One micro-batch."""
@@ -224,11 +225,11 @@ class _Replay:
         for p in parameters:
             self.counts[p] += 1
             self.live += p.numel
+            self.bytes += 0 if p in self.persistent else p.numel * p.dtype.itemsize
         self.available.update(parameters)
-        held = [p for p in self.available if p not in self.persistent] if parameters else []
-        size = sum(p.numel * p.dtype.itemsize for p in held)
-        if size > self._peak_bytes:
-            self._peak_bytes, self.peak = size, held
+        if self.bytes > self._peak_bytes:
+            self._peak_bytes = self.bytes
+            self.peak = [p for p in self.available if p not in self.persistent]
 
     def _fetch(self, event: Event) -> None:
         module, wanted = event.module, list(dict.fromkeys(self.own[event.module]))
@@ -293,6 +294,7 @@ class _Replay:
             if p in going and p in self.available and not self.active[p]:
                 self.available.discard(p)
                 self.live -= p.numel
+                self.bytes -= 0 if p in self.persistent else p.numel * p.dtype.itemsize
 
 
 class _Ahead:

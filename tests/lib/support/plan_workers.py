@@ -21,8 +21,8 @@ from sparselora_dist.engines.shards import is_zero3
 from .engine_workers import make_engine, train_step
 from .models import batch, tiny_base
 
-STEPS = 4
-"""ZeRO-3 records its trace in the second micro-batch and uses it from the third on."""
+STEPS = 3
+"""ZeRO-3 records its trace in the first micro-batch and uses it from the second on."""
 
 
 def build(config: RunConfig, shape: dict[str, Any]) -> Any:

@@ -15,20 +15,28 @@ from ..plan.work import Batch
 
 WIDTH = 116
 _COLUMNS = ("weights", "scales", "factors", "lora", "optimizer", "activations", "gather", "logits")
-_HEADS = ("weights", "scales", "factors", "lora", "optim", "activ", "gather", "logits")
+_HEADS = ("weights", "scales", "factor", "lora", "optim", "activ", "gather", "logits")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``sparselora-dist plan``."""
     parser.add_argument("--config", required=True, metavar="RUN.json", help="the run: adapter, sparsity, engine, batch")
-    parser.add_argument("--model", metavar="NAME_OR_CONFIG", help="a known name, a folder or a config.json; else the run's")
+    parser.add_argument(
+        "--model", metavar="NAME_OR_CONFIG", help="a known name, a folder or a config.json; else the run's"
+    )
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs in all")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a node (default 8)")
     parser.add_argument("--gpu", default="h100-80gb", metavar="KIND", help=", ".join(GPUS))
-    parser.add_argument("--intra-gbps", type=float, default=400.0, metavar="GB/s", help="a GPU, in a node (default 400)")
+    parser.add_argument(
+        "--intra-gbps", type=float, default=400.0, metavar="GB/s", help="a GPU, in a node (default 400)"
+    )
     parser.add_argument("--inter-gbps", type=float, default=50.0, metavar="GB/s", help="a GPU, over nodes (default 50)")
-    parser.add_argument("--tokens", type=int, metavar="N", help="tokens per GPU and micro-batch; else batch x max_length")
-    parser.add_argument("--context", type=float, default=0.75, metavar="SHARE", help="tokens without label (default 0.75)")
+    parser.add_argument(
+        "--tokens", type=int, metavar="N", help="tokens per GPU and micro-batch; else batch x max_length"
+    )
+    parser.add_argument(
+        "--context", type=float, default=0.75, metavar="SHARE", help="tokens without label (default 0.75)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
 
 
@@ -88,11 +96,12 @@ def _print(plan: Plan, shape: ModelShape, cluster: Cluster, batch: Batch, config
         f"{cluster.intra / 1e9:g} GB/s inside, {cluster.inter / 1e9:g} between"
     )
     print(
-        f"{batch.tokens} tokens a GPU and micro-batch, {steps} micro-batch(es) a step, {batch.context:.0%} context; "
-        f"{work.dense_flops / 1e12:.1f} TFLOP a GPU and step dense, {work.executed_flops / 1e12:.1f} executed ({saved:.0%})"
+        f"{batch.tokens} tokens a GPU and micro-batch, {batch.context:.0%} of them context, {steps} micro-batch(es) a step\n"
+        f"a GPU's step: {work.dense_flops / 1e12:.1f} TFLOP dense, {work.executed_flops / 1e12:.1f} executed ({saved:.0%})"
     )
-    print(f"GB a GPU of {gpu.usable / 1e9:.1f} usable; gathered GB and seconds a step; * the run's own layout\n")
-    print(f"{'':16}{''.join(f'{head:>8}' for head in _HEADS)}{'total':>8} {'fits':<4}{'gathered':>9}{'comp s':>8}{'comm s':>8} bound")
+    print(f"GB a GPU, {gpu.usable / 1e9:.1f} usable; gathered GB and seconds a step; * the run's own layout\n")
+    heads = "".join(f"{head:>7}" for head in _HEADS)
+    print(f"{'':17}{heads}{'total':>8} {'fits':<4}{'gathered':>9}{'comp s':>8}{'comm s':>8} bound")
     for layout in plan.layouts:
         print(_row(layout, layout is plan.configured))
     print()
@@ -100,9 +109,9 @@ def _print(plan: Plan, shape: ModelShape, cluster: Cluster, batch: Batch, config
 
 
 def _row(layout: Layout, own: bool) -> str:
-    sizes = "".join(f"{layout.bytes[kind] / 1e9:8.2f}" for kind in _COLUMNS)
+    sizes = "".join(f"{layout.bytes[kind] / 1e9:7.2f}" for kind in _COLUMNS)
     name = layout.name + ("*" if own else "")
     return (
-        f"{name:<16}{sizes}{layout.total / 1e9:8.2f} {'yes' if layout.fits else 'NO':<4}{layout.traffic.gathered / 1e9:9.1f}"
+        f"{name:<17}{sizes}{layout.total / 1e9:8.2f} {'yes' if layout.fits else 'NO':<4}{layout.traffic.gathered / 1e9:9.1f}"
         f"{layout.compute:8.2f}{layout.communication:8.2f} {'comm' if layout.bound == 'communication' else 'comp'}"
     )

@@ -64,9 +64,9 @@ class Cluster:
         for name, value in (("--gpus", self.gpus), ("--gpus-per-node", self.per_node)):
             if value < 1:
                 raise ConfigError(f"'{name}' is {value}: allowed: integers from 1")
-        for name, value in (("--intra-gbps", self.intra), ("--inter-gbps", self.inter)):
-            if not value > 0:
-                raise ConfigError(f"'{name}' is {value / 1e9:g}: allowed: numbers above 0 (GB/s a GPU)")
+        for name, speed in (("--intra-gbps", self.intra), ("--inter-gbps", self.inter)):
+            if not speed > 0:
+                raise ConfigError(f"'{name}' is {speed / 1e9:g}: allowed: numbers above 0 (GB/s a GPU)")
         if self.gpus > self.per_node and self.gpus % self.per_node:
             raise ConfigError(f"'--gpus' is {self.gpus}: allowed: a multiple of --gpus-per-node ({self.per_node})")
 

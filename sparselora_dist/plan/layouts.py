@@ -24,7 +24,7 @@ from .shapes import ModelShape
 from .storage import Scheme, checkpointing, configured_scheme, engine_settings, resident, tree_of
 from .traffic import Traffic, traffic
 from .work import Batch, Work, decode_buffer, work
-from .zero_trace import ZeroLimits
+from .zero_replay import ZeroLimits
 
 ORDER = ("zero3", "fsdp2", "zero3-hpz", "hsdp", "replicated")
 TIE = 0.05
@@ -100,7 +100,8 @@ class Plan:
             return None if self.choice else self.reason
         nearest = min((x for x in self.layouts if x.fits), key=lambda x: _distance(own, x), default=None)
         largest = max(own.bytes, key=lambda kind: own.bytes[kind])
-        text = f"the run's layout '{own.name}' needs {_gb(own.total)} a GPU ({_gb(own.bytes[largest])} {largest}) and does not fit"
+        most = f"{_gb(own.bytes[largest])} {largest}"
+        text = f"the run's layout '{own.name}' needs {_gb(own.total)} a GPU ({most}) and does not fit"
         if nearest is None:
             return f"{text}; {self.reason}"
         return f"{text}; the nearest layout that does is '{nearest.name}' with {_gb(nearest.total)}{_how(own, nearest)}"
@@ -226,7 +227,8 @@ def _reason(layouts: Sequence[Layout], choice: Layout | None, cluster: Cluster) 
             f"no layout fits {cluster.gpus} x {gpu.name} ({_gb(gpu.usable)} usable of each): the smallest is "
             f"'{least.name}' with {_gb(least.total)}; use more GPUs or larger ones, fewer tokens, or gradient checkpointing"
         )
-    text = f"take '{choice.name}': it fits with {_gb(choice.total)} of {_gb(gpu.usable)} usable a GPU and is {choice.bound}-bound"
+    text = f"take '{choice.name}': it fits with {_gb(choice.total)} of {_gb(gpu.usable)} usable a GPU"
+    text += f" and is {choice.bound}-bound"
     text += f", {choice.compute:.2f} s of compute against {choice.communication:.2f} s of communication a step"
     slow = [x for x in layouts if x.bound == "communication" and x is not choice]
     if slow:
@@ -238,7 +240,7 @@ def _reason(layouts: Sequence[Layout], choice: Layout | None, cluster: Cluster) 
     if choice.storage == "nf4":
         faster = [x for x in layouts if x.storage != "nf4" and x.fits]
         why = "none without quantisation is as fast" if faster else "nothing fits without quantisation"
-        text += f". NF4 because {why}; decoding it costs 4-6 % of compute, which is not in the bound"
+        text += f". NF4 because {why}; decoding is not in the bound (docs/planning.md)"
     return text
 
 

@@ -148,7 +148,7 @@ class _Builder:
             mlp.leaf = True
             mlp.gives_grad = any(p.trainable for p in mlp.walk())
             mlp.children.append(Module(f"{at}.mlp.estimator", self._factors(index, list(SCORED["ffn"]))))
-        norm = {"weight": (shape.hidden,)}
+        norm: dict[str, tuple[int, ...]] = {"weight": (shape.hidden,)}
         first, second = self.plain(f"{at}.input_layernorm", norm), self.plain(f"{at}.post_attention_layernorm", norm)
         return Module(at, children=[first, attention, second, mlp])
 
@@ -203,7 +203,9 @@ class _LoraRanks:
         values = config.lora.values
         for key in ("modules_to_save", "trainable_token_indices", "target_parameters"):
             if values.get(key):
-                raise ConfigError(f"'lora.{key}' is {values[key]!r}: it trains base parameters, which a plan does not count")
+                raise ConfigError(
+                    f"'lora.{key}' is {values[key]!r}: it trains base parameters, which a plan does not count"
+                )
         self.bias = bool(values.get("lora_bias"))
         self.all = values["target_modules"] == "all-linear"
         self.config: Any = config.lora.build()

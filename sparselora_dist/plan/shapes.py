@@ -128,7 +128,9 @@ def find_shape(name_or_path: str) -> ModelShape:
             raise ConfigError(f"{file}: expected a model's config, an object of keys and values")
         return from_hf_config(data, str(file))
     if path.is_dir():
-        raise ConfigError(f"{path} holds no config.json: give a model folder in Hugging Face format, or its config.json")
+        raise ConfigError(
+            f"{path} holds no config.json: give a model folder in Hugging Face format, or its config.json"
+        )
     from .known import KNOWN
 
     key = canonical(name_or_path)

@@ -13,7 +13,7 @@ tensor into ceil(elements / N), and keeps parameters up to ``stage3_param_persis
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -22,7 +22,8 @@ from ..codecs import Codec
 from ..config import ConfigError, RunConfig
 from .modules import Parameter, Tree, build_tree, codec_of
 from .shapes import ModelShape
-from .zero_trace import Checkpointing, ZeroLimits
+from .zero_replay import ZeroLimits
+from .zero_trace import Checkpointing
 
 EngineName = Literal["single", "zero3", "fsdp2"]
 KINDS = ("weights", "scales", "factors", "lora", "optimizer")
@@ -43,7 +44,7 @@ class Scheme:
     """FSDP2: let go of a layer behind its forward."""
     gathered: torch.dtype | None = None
     """FSDP2's ``param_dtype``: what floating point parameters are gathered in; None leaves each as it is stored."""
-    limits: ZeroLimits = ZeroLimits()
+    limits: ZeroLimits = field(default_factory=ZeroLimits)
     accumulated: torch.dtype = torch.float32
     """ZeRO-3: dtype of the gradient partitions."""
     bucket: int = 500_000_000
@@ -192,5 +193,3 @@ def resident_bytes(
     scheme = configured_scheme(config, shape, world_size, shard_size)
     held = resident(tree_of(shape, config, scheme), scheme)
     return held | {"total": sum(held.values())}
-
-

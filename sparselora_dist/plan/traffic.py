@@ -6,7 +6,7 @@ A gather is counted as the bytes of its output, padding included: what the rank 
 - FSDP2 gathers every decoder layer, and the rest of the model as one more unit, ahead of its forward and ahead of its
   backward; once only with ``fsdp_reshard_after_forward`` false. Recomputation of either kind adds nothing: it runs while
   its layer is gathered for backward.
-- ZeRO-3 gathers by module, see :mod:`.zero_trace`, and what persists once behind every optimizer step.
+- ZeRO-3 gathers by module, see :mod:`.zero_replay`, and what persists once behind every optimizer step.
 - hpZ gathers frozen weights inside the group of the secondary copy; what trains is gathered over all ranks first, and
   again once it was used.
 """
@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 from .modules import Parameter, Tree
 from .storage import Scheme
-from .zero_trace import Checkpointing, fetches
+from .zero_replay import fetches
+from .zero_trace import Checkpointing
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,9 +99,7 @@ def _recomputed(model: FlopModel, shape: ModelShape, dense: float, context: floa
     return dense * (every + shape.layers * 2 * (2 * attention + ffn)) + context * (every + kept)
 
 
-def _activations(
-    shape: ModelShape, config: RunConfig, tree: Tree, batch: Batch, context: float, size: int
-) -> int:
+def _activations(shape: ModelShape, config: RunConfig, tree: Tree, batch: Batch, context: float, size: int) -> int:
     q, kv = shape.heads.heads * shape.heads.head_dim, shape.heads.kv_heads * shape.heads.head_dim
     layers = []
     for module, share in zip(tree.layers, shares(shape, config)):

@@ -165,7 +165,8 @@ def resident(tree: Tree, scheme: Scheme) -> dict[str, int]:
         if scheme.engine == "zero3":
             if p.numel <= scheme.limits.persistence:
                 held[p.kind] += scheme.whole(p) * size if scheme.shards > 1 else 0
-            elif scheme.secondary > 1:
+            # The second copy of what trains is dropped at every optimizer step.
+            if scheme.secondary > 1 and not p.trainable:
                 held[p.kind] += scheme.whole(p) // scheme.secondary * size
         if p.trainable:
             held["optimizer"] += 2 * 4 * part

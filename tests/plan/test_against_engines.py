@@ -9,7 +9,7 @@ import pytest
 from sparselora_dist.config import RunConfig
 from sparselora_dist.plan.shapes import from_hf_config
 from sparselora_dist.plan.storage import checkpointing, configured_scheme, resident_bytes, tree_of
-from sparselora_dist.plan.traffic import traffic
+from sparselora_dist.plan.traffic import Traffic, traffic
 from support.harness import run_ranks
 from support.models import tiny_config
 from support.plan_runs import ALL_LINEAR, NOTHING_KEPT, SOME_KEPT, SPARSE, run_data
@@ -57,6 +57,8 @@ ON_FOUR: dict[str, Case] = {
         run_data("zero3", dtype="float32", sparse=SPARSE | {"rank": 3}, rank=3, zero=NOTHING_KEPT, reentrant=False),
         ODD,
     ),
+    "zero3-hpz": (run_data("zero3", sparse=SPARSE, zero=NOTHING_KEPT, hpz=2, reentrant=False), SHAPE),
+    "zero3-hpz kept": (run_data("zero3", sparse=SPARSE, zero=SOME_KEPT, hpz=2), SHAPE),
 }
 CASES = {(2, name): case for name, case in ON_TWO.items()} | {(4, name): case for name, case in ON_FOUR.items()}
 
@@ -69,7 +71,7 @@ def measured() -> dict[int, list[dict[str, Any]]]:
     }
 
 
-def planned(case: Case, ranks: int) -> tuple[dict[str, int], int]:
+def planned(case: Case, ranks: int) -> tuple[dict[str, int], Traffic]:
     data, model = case
     config = RunConfig.from_dict(data)
     family = model.get("family", "llama")
@@ -78,7 +80,7 @@ def planned(case: Case, ranks: int) -> tuple[dict[str, int], int]:
     scheme = configured_scheme(config, shape, ranks)
     tree = tree_of(shape, config, scheme)
     moved = traffic(tree, scheme, checkpointing(config), config.train.gradient_accumulation_steps)
-    return resident_bytes(shape, config, ranks), moved.gathered
+    return resident_bytes(shape, config, ranks), moved
 
 
 def test_there_are_enough_combinations() -> None:
@@ -99,4 +101,13 @@ def test_resident_bytes_by_kind(measured: Any, ranks: int, name: str) -> None:
 def test_gathered_bytes_are_equal(measured: Any, ranks: int, name: str) -> None:
     _, expected = planned(CASES[ranks, name], ranks)
     for rank in measured[ranks]:
-        assert rank[name]["gathered"] == expected
+        assert rank[name]["gathered"] == expected.gathered
+
+
+@pytest.mark.parametrize("name", [name for name in ON_FOUR if "hpz" in name])
+def test_hpz_gathers_in_its_own_groups(measured: Any, name: str) -> None:
+    """Groups of 2 get what the plan says; over all 4 come the adapters and what persists."""
+    _, expected = planned(ON_FOUR[name], 4)
+    for rank in measured[4]:
+        assert rank[name]["by group"][2] == expected.wire[2] * 2
+        assert rank[name]["by group"][4] < expected.wire[4] * 4 / 3  # There, gradients come on top.

@@ -89,9 +89,7 @@ def test_names_of_the_runs_own_layout() -> None:
         (run_config("zero3"), "zero3 bf16"),
         (run_config("zero3", dtype="float32"), "zero3 fp32"),
     ]
-    data = run_data("zero3")
-    data["engine"]["deepspeed"]["zero_optimization"]["zero_hpz_partition_size"] = 8
-    cases.append((RunConfig.from_dict(data), "zero3-hpz bf16"))
+    cases.append((run_config("zero3", hpz=8), "zero3-hpz bf16"))
     shape = find_shape("llama-3.2-1b")
     for config, name in cases:
         config = dataclasses.replace(config, sparse_lora=dataclasses.replace(config.sparse_lora, enabled=False))

@@ -35,12 +35,14 @@ def run_data(
     rank: int = 4,
     accumulation: int = 1,
     four_bit: bool = False,
+    hpz: int = 1,
     name: str = "tiny",
 ) -> dict[str, Any]:
     """A run file's content; ``reentrant`` None is without checkpointing."""
     section: dict[str, Any] = {"name": engine}
     if engine == "zero3":
         section["deepspeed"] = {"zero_optimization": {"stage": 3} | {f"stage3_{k}": v for k, v in (zero or {}).items()}}
+        section["deepspeed"]["zero_optimization"]["zero_hpz_partition_size"] = hpz
     if fsdp:
         section["fsdp"] = fsdp
     data: dict[str, Any] = {

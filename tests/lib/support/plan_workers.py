@@ -21,7 +21,7 @@ from sparselora_dist.engines.shards import is_zero3
 from .engine_workers import make_engine, train_step
 from .models import batch, tiny_base
 
-STEPS = 3
+STEPS = 2
 """ZeRO-3 records its trace in the first micro-batch and uses it from the second on."""
 
 
@@ -68,6 +68,8 @@ def resident(engine: Engine, model: Any) -> dict[str, int]:
         kind = kind_of(name, p.requires_grad)
         if is_zero3(p):
             found.add(kind, p.ds_tensor)
+            if p.ds_secondary_tensor is not None:
+                found.add(kind, p.ds_secondary_tensor)
             if p.numel() and p.ds_status.name == "AVAILABLE":
                 found.add(kind, p.data)
         else:
@@ -85,9 +87,9 @@ def resident(engine: Engine, model: Any) -> dict[str, int]:
 
 
 @contextmanager
-def counted() -> Iterator[list[int]]:
-    """Bytes of every all-gather's output while it is open, whoever asks for it."""
-    sizes: list[int] = []
+def counted() -> Iterator[dict[int, int]]:
+    """Bytes of every all-gather's output while it is open, whoever asks for it, by the number of ranks in its group."""
+    sizes: dict[int, int] = {}
     originals = {
         name: getattr(dist, name)
         for name in ("all_gather_into_tensor", "all_gather_single", "_all_gather_base", "all_gather")
@@ -100,7 +102,9 @@ def counted() -> Iterator[list[int]]:
             if inside[0]:
                 return call(*args, **kwargs)
             output = args[0] if args else kwargs["output_tensor"]
-            sizes.append(sum(t.nbytes for t in output) if isinstance(output, list) else output.nbytes)
+            ranks = dist.get_world_size(kwargs.get("group") or (args[2] if len(args) > 2 else None))
+            size = sum(t.nbytes for t in output) if isinstance(output, list) else output.nbytes
+            sizes[ranks] = sizes.get(ranks, 0) + size
             inside[0] = True
             try:
                 return call(*args, **kwargs)
@@ -139,7 +143,7 @@ def case(data: dict[str, Any], shape: dict[str, Any]) -> dict[str, Any]:
         inputs = batch(rows, 24, seed=step, vocabulary=shape["vocab_size"])
         with counted() as sizes:
             train_step(engine, inputs, accumulation)
-    seen = {"resident": resident(engine, model), "gathered": sum(sizes), "gathers": len(sizes)}
+    seen = {"resident": resident(engine, model), "gathered": sum(sizes.values()), "by group": sizes}
     if config.engine.name == "zero3":
         engine.model.destroy()
     del engine.model, engine.optimizer

@@ -85,6 +85,15 @@ def test_the_method_knows_neither_ranks_nor_models() -> None:
             assert not within(name, *(f"sparselora_dist.{part}" for part in own)), f"{path.name} imports {name}"
 
 
+def test_planning_knows_neither_ranks_nor_engines() -> None:
+    forbidden = ("torch.distributed", "transformers", "deepspeed", "accelerate")
+    own = {"layers", "engines", "sync", "io", "train", "data", "apply", "callback"}
+    for path in sources("sparselora_dist/plan"):
+        for name in imports(path):
+            assert not within(name, *forbidden), f"{path.name} imports {name}"
+            assert not within(name, *(f"sparselora_dist.{part}" for part in own)), f"{path.name} imports {name}"
+
+
 def test_each_engine_is_touched_in_one_file() -> None:
     assert importers("deepspeed") == {"sparselora_dist/engines/zero3.py"}
     assert importers("torch.distributed.fsdp", "torch.distributed._composable") == {"sparselora_dist/engines/fsdp2.py"}

@@ -1,0 +1,88 @@
+"""Bytes that a rank gathers and sends in one optimizer step.
+
+A gather is counted as the bytes of its output, padding included: what the rank ends up with. On the wire a rank receives
+(N - 1) / N of it.
+
+- FSDP2 gathers every decoder layer, and the rest of the model as one more unit, ahead of its forward and ahead of its
+  backward; once only with ``fsdp_reshard_after_forward`` false. Recomputation of either kind adds nothing: it runs while
+  its layer is gathered for backward.
+- ZeRO-3 gathers by module, see :mod:`.zero_replay`, and what persists once behind every optimizer step.
+- hpZ gathers frozen weights inside the group of the secondary copy; what trains is gathered over all ranks first, and
+  again once it was used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .modules import Parameter, Tree
+from .storage import Scheme
+from .zero_replay import fetches
+from .zero_trace import Checkpointing
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Per rank and optimizer step, in bytes."""
+
+    gathered: int
+    """Outputs of all gathers."""
+    wire: dict[int, float]
+    """Received over groups of so many ranks, gradients included: group size -> bytes. Adjacent ranks form a group."""
+    across: float
+    """Received by gradient all-reduce between replicas, on top."""
+    live: int
+    """The most that is gathered at once, without what persists."""
+
+
+def traffic(tree: Tree, scheme: Scheme, checkpointing: Checkpointing, micro_batches: int) -> Traffic:
+    """Of one optimizer step of ``micro_batches``, in the steady state (ZeRO-3: from the second on)."""
+    size = scheme.gathered_bytes
+    trained = [p for p in tree.parameters() if p.trainable]
+    if scheme.engine == "zero3" and scheme.shards > 1:
+        gathered, first, live = _zero3(tree, scheme, checkpointing, micro_batches, size)
+        # Gradients are reduced in every micro-batch, in the dtype of the parameters.
+        first += micro_batches * sum(map(size, trained))
+        wire = {scheme.world: _received(gathered + micro_batches * sum(map(size, trained)), scheme.world)}
+        if scheme.secondary > 1:
+            inside = gathered + micro_batches * sum(map(size, trained)) - first
+            wire = {scheme.world: _received(first, scheme.world), scheme.secondary: _received(inside, scheme.secondary)}
+        return Traffic(gathered, wire, 0.0, live)
+    gathered, live = _units(tree, scheme, micro_batches, size)
+    # fp32 gradients, once a step: cut over the shards, then added over the replicas of each shard.
+    reduced = 4 * sum(scheme.whole(p) for p in trained)
+    replicas = scheme.world // scheme.shards
+    across = 2 * _received(4 * sum(scheme.part(p) for p in trained), replicas)
+    return Traffic(gathered, {scheme.shards: _received(gathered + reduced, scheme.shards)}, across, live)
+
+
+def _received(size: float, ranks: int) -> float:
+    return size * (ranks - 1) / ranks
+
+
+def _units(tree: Tree, scheme: Scheme, micro_batches: int, size: Callable[[Parameter], int]) -> tuple[int, int]:
+    def sums(size: Callable[[Parameter], int]) -> tuple[int, list[int]]:
+        return sum(map(size, tree.root_parameters())), [sum(map(size, layer.walk())) for layer in tree.layers]
+
+    root, layers = sums(size)
+    if scheme.engine == "fsdp2":
+        # FSDP2 copies a unit also where nothing is cut up.
+        live_root, live = sums(scheme.unsharded_bytes)
+        # The root stays gathered while the layers run; one layer is in use and, where it is moved, the next one arrives.
+        live_root += (2 if scheme.shards > 1 else 1) * max(live) if scheme.reshard else sum(live)
+    else:
+        live_root = 0
+    times = (2 if scheme.reshard else 1) * micro_batches
+    return times * (root + sum(layers)), live_root
+
+
+def _zero3(
+    tree: Tree, scheme: Scheme, checkpointing: Checkpointing, micro_batches: int, size: Callable[[Parameter], int]
+) -> tuple[int, int, int]:
+    """(gathered, of it over all ranks also with hpZ, the most at once)."""
+    fetched = fetches(tree, scheme.limits, checkpointing, micro_batches)
+    persistent = sum(size(p) for p in tree.parameters() if p.numel <= scheme.limits.persistence)
+    gathered = persistent + sum(count * size(p) for p, count in fetched.counts.items())
+    first = persistent + sum(size(p) for p, count in fetched.counts.items() if count and p.trainable)
+    return gathered, first, sum(map(size, fetched.peak))

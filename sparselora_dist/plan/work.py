@@ -1,0 +1,121 @@
+"""What a GPU computes in a micro-batch, and what it keeps for that: FLOPs, activations, logits.
+
+Activations are an estimate, by what PyTorch keeps for backward. Per token and layer, in bytes, with e the bytes of a
+value, H, I the model's widths, q and kv those of the projections, r the adapter ranks:
+
+    e (4 H + 2 q + 2 kv + Σ r) + 8 H + 4 e I
+
+two norms (input and output, and their fp32 copies), rotated q and k, v and attention's output, and gate, up, their
+activation and product. A context token of a layer with sparse FFN keeps k instead of I neurons (with ``lora_branch``
+"dense" and adapters there, all of them). With checkpointing: every layer's input, e H, and one layer's working set. In
+both cases the gradients that flow through one layer are added, e (2 H + 2 I) a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sparselora_kernels import kept_count
+
+from ..config import RunConfig
+from ..method.flops import FlopModel, LayerShare
+from .modules import Tree
+from .shapes import FFN, ModelShape
+from .storage import checkpointing
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """What a GPU gets in a micro-batch."""
+
+    tokens: int
+    context: float = 0.75
+    """Share of the tokens that carry no label: the sparse layers compute these sparsely."""
+    length: int
+    """Tokens of a sequence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Of a GPU: FLOPs of an optimizer step, bytes of a micro-batch."""
+
+    dense_flops: float
+    """As plain LoRA, recomputation included."""
+    executed_flops: float
+    activations: int
+    logits: int
+
+
+def shares(shape: ModelShape, config: RunConfig) -> tuple[LayerShare, ...]:
+    """Kept share of every group in every layer."""
+    counts = {"ffn": shape.width, "qk": shape.heads.qk_channels, "vo": shape.heads.vo_channels}
+    sparse = config.sparse_lora
+    sparsity = sparse.sparsity(shape.layers) if sparse.enabled else {}
+    found = []
+    for layer in range(shape.layers):
+        kept = {g: kept_count(counts[g], by[layer]) / counts[g] for g, by in sparsity.items() if layer in by}
+        found.append(LayerShare(**kept))
+    return tuple(found)
+
+
+def flop_model(shape: ModelShape, config: RunConfig, tree: Tree) -> FlopModel:
+    """The FLOP model of a run, as :func:`sparselora_dist.train.metrics.flop_model` makes it of the loaded model."""
+    return FlopModel(
+        hidden=shape.hidden,
+        width=shape.width,
+        vocabulary=shape.vocabulary,
+        heads=shape.heads,
+        lora_elements=sum(p.numel for p in tree.parameters() if p.trainable),
+        layers=shares(shape, config),
+        estimator_rank=config.sparse_lora.rank,
+    )
+
+
+def work(shape: ModelShape, config: RunConfig, tree: Tree, batch: Batch) -> Work:
+    """Of a GPU, with the run's sparsity and checkpointing. Not counted: NF4 decoding, the optimizer, elementwise work."""
+    model = flop_model(shape, config, tree)
+    context = batch.tokens * batch.context if config.sparse_lora.enabled else 0.0
+    labels = batch.tokens * (1 - batch.context) if config.sparse_lora.skip_unused_logits else float(batch.tokens)
+    dense = model.dense(batch.tokens, batch.length)
+    executed = model.executed(batch.tokens - context, context, batch.length, labels)
+    if checkpointing(config) != "none":
+        dense += _recomputed(model, shape, batch.tokens, 0.0, batch.length)
+        executed += _recomputed(model, shape, batch.tokens - context, context, batch.length)
+    steps = config.train.gradient_accumulation_steps
+    size = 2 if config.model.dtype == "bfloat16" else 4
+    # The logits, their fp32 copy and its gradient, and the logits' gradient; in fp32 there is no copy.
+    logits = labels * shape.vocabulary * (2 * size + 8 if size == 2 else 3 * size)
+    return Work(steps * dense, steps * executed, _activations(shape, config, tree, batch, context, size), int(logits))
+
+
+def _recomputed(model: FlopModel, shape: ModelShape, dense: float, context: float, length: int) -> float:
+    """Forward FLOPs of the decoder layers: 2 a multiply-add, attention's products over half the square."""
+    q, kv = shape.heads.heads * shape.heads.head_dim, shape.heads.kv_heads * shape.heads.head_dim
+    attention, ffn = shape.hidden * (q + kv), 3 * shape.hidden * shape.width
+    every = shape.layers * 4 * q * length / 2 + 2 * model.lora_elements
+    kept = sum(2 * ((share.qk + share.vo) * attention + share.ffn * ffn) for share in model.layers)
+    return dense * (every + shape.layers * 2 * (2 * attention + ffn)) + context * (every + kept)
+
+
+def _activations(shape: ModelShape, config: RunConfig, tree: Tree, batch: Batch, context: float, size: int) -> int:
+    q, kv = shape.heads.heads * shape.heads.head_dim, shape.heads.kv_heads * shape.heads.head_dim
+    layers = []
+    for module, share in zip(tree.layers, shares(shape, config)):
+        adapters = [p for p in module.walk() if p.trainable and p.name.endswith("lora_A")]
+        ranks = sum(p.shape[0] for p in adapters)
+        full = config.sparse_lora.lora_branch == "dense" and any(name in p.name for p in adapters for name in FFN)
+        kept = 1.0 if full else share.ffn
+        neurons = ((batch.tokens - context) + context * kept) * shape.width
+        token = size * (4 * shape.hidden + 2 * q + 2 * kv + ranks) + 8 * shape.hidden
+        layers.append(batch.tokens * token + 4 * size * neurons)
+    flowing = batch.tokens * size * 2 * (shape.hidden + shape.width)
+    if checkpointing(config) == "none":
+        return int(sum(layers) + flowing)
+    return int(shape.layers * batch.tokens * size * shape.hidden + max(layers) + flowing)
+
+
+def decode_buffer(shape: ModelShape, dtype: torch.dtype) -> int:
+    """Bytes of the largest matrix of a layer, decoded from NF4 for its dense tokens."""
+    return max(rows * columns for rows, columns in map(shape.matrix, ("q_proj", *FFN))) * dtype.itemsize

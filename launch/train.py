@@ -9,6 +9,7 @@ Every key of the file can be set from here: ``--train.max_steps 100 --sparse_lor
 """
 
 import argparse
+import logging
 import os
 import sys
 import traceback
@@ -20,6 +21,11 @@ def main() -> int:
     # Given by the deepspeed launcher, ahead of the other arguments; the ranks come from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
     arguments, overrides = parser.parse_known_args()
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("sparselora_dist").setLevel(logging.INFO)
+    # PEFT imports bitsandbytes, which complains of an optional CPU kernel that nothing here uses.
+    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
 
     from sparselora_dist.config.run import RunConfig
 

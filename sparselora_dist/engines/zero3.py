@@ -185,8 +185,12 @@ class Zero3Engine(Engine):
         from transformers import AutoConfig
 
         base = AutoConfig.from_pretrained(self.config.model.name_or_path)
-        init = self._deepspeed.zero.Init(config_dict_or_path=self._resolved(base.hidden_size))
-        return FlatShards(init)
+        ds = self._resolved(base.hidden_size)
+        group = None
+        if ds["zero_optimization"].get("zero_hpz_partition_size", 1) > 1:
+            # DeepSpeed makes the node's group once in a process and refuses to make it again.
+            group = self._deepspeed.utils.groups._get_zero_param_intra_parallel_group()
+        return FlatShards(self._deepspeed.zero.Init(config_dict_or_path=ds, zero_param_parallel_group=group))
 
     def prepare(self, model: nn.Module) -> None:
         for module in model.modules():

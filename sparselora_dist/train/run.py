@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-from dataclasses import astuple
+from dataclasses import astuple, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import get_peft_model
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
@@ -68,7 +69,7 @@ def _run(config: RunConfig, engine: Engine) -> dict[str, Any]:
     engine.total_steps = total_steps
 
     set_seed(config.train.seed)
-    model = build_model(config, engine, resumed_from=path)
+    model, load = build_model(config, engine, resumed_from=path)
     state = find_state(model)
     assert state is not None
     flops = flop_model(model, state)
@@ -89,7 +90,7 @@ def _run(config: RunConfig, engine: Engine) -> dict[str, Any]:
     if engine.is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_text(output_dir / "run.json", json.dumps(config.to_dict(), indent=1))
-    summary = loop.run()
+    summary = loop.run() | {"load": load}
     parameters = engine.full_parameters()
     if engine.is_main:
         save_adapter(model, parameters, output_dir / "adapter")
@@ -99,8 +100,8 @@ def _run(config: RunConfig, engine: Engine) -> dict[str, Any]:
     return summary
 
 
-def build_model(config: RunConfig, engine: Engine, resumed_from: Path | None = None) -> Any:
-    """Base model, adapter and sparse layers, before the engine shards what is not sharded yet."""
+def build_model(config: RunConfig, engine: Engine, resumed_from: Path | None = None) -> tuple[Any, dict[str, float]]:
+    """Base model, adapter and sparse layers, before the engine shards what is not sharded yet; and what loading took."""
     lora = config.lora.build()
     base = load_base(
         config.model,
@@ -110,9 +111,13 @@ def build_model(config: RunConfig, engine: Engine, resumed_from: Path | None = N
         local_ranks=engine.ranks.local_world_size,
         progress=engine.is_main and not config.train.disable_tqdm,
     )
-    _report_load(base.report, config, engine)
-    # bf16 under ZeRO-3 keeps the fp32 masters in the optimizer; elsewhere the adapter's own weights are the masters.
-    model = get_peft_model(base.model, lora, autocast_adapter_dtype=config.engine.name != "zero3")
+    load = _report_load(base.report, config, engine)
+    model = get_peft_model(base.model, lora)
+    if config.engine.name == "zero3":
+        # The optimizer keeps fp32 masters; elsewhere the adapter's own weights, which PEFT makes fp32, are the masters.
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(getattr(torch, config.model.dtype))
     if resumed_from:
         load_adapter(model, resumed_from / "adapter")
     apply_sparselora(model, config.sparse_lora, weights=base.weights, timeout=config.train.ddp_timeout)
@@ -122,12 +127,13 @@ def build_model(config: RunConfig, engine: Engine, resumed_from: Path | None = N
         if options["use_reentrant"]:
             model.enable_input_require_grads()
     model.train()
-    return model
+    return model, load
 
 
-def _report_load(report: LoadReport, config: RunConfig, engine: Engine) -> None:
-    """The ranks' highest figures, on rank 0."""
-    seconds, kept, host, device = engine.all_max(*astuple(report))
+def _report_load(report: LoadReport, config: RunConfig, engine: Engine) -> dict[str, float]:
+    """The ranks' highest figures, said on rank 0."""
+    figures = engine.all_max(*astuple(report))
+    seconds, kept, host, device = figures
     if engine.is_main:
         gpu = f", {device / 1e9:.2f} GB device" if device else ""
         log.info(
@@ -138,6 +144,7 @@ def _report_load(report: LoadReport, config: RunConfig, engine: Engine) -> None:
             host / 1e9,
             gpu,
         )
+    return {field.name: value for field, value in zip(fields(report), figures)}
 
 
 def _datasets(config: RunConfig, tokenizer: Any) -> tuple[TokenDataset, TokenDataset | None]:

@@ -66,7 +66,7 @@ class Tiny:
             "engine": {"name": engine},
         }
         for name, values in sections.items():
-            config[name] = {**config[name], **copy.deepcopy(values)}
+            config[name] = {**config.get(name, {}), **copy.deepcopy(values)}
         return config
 
     def config_file(self, path: Path, *args: Any, **sections: dict[str, Any]) -> str:

@@ -103,6 +103,8 @@ def engine_runs(tiny: Tiny, work: Path, launched: dict[str, Path]) -> dict[str, 
         bf16["train"] = {"max_steps": 12, "learning_rate": 3e-2, "save_steps": 10}
         add(f"{engine}-bf16", engine, **bf16)
         add(f"{engine}-bf16-resumed", engine, (work / f"{engine}-bf16", 10), **bf16)
+        add(f"{engine}-nf4", engine, quantization={"load_in_4bit": True})
+        add(f"{engine}-nf4-resumed", engine, (work / f"{engine}-nf4", 2), quantization={"load_in_4bit": True})
     add("zero3-to-single", "single", (launched["mpirun"], 2))
     add("single-to-fsdp2", "fsdp2", (launched["python"], 2))
     add("fsdp2-to-zero3", "zero3", (launched["torchrun"], 2))
@@ -168,6 +170,26 @@ def test_tensorboard_gets_the_rows_when_asked(launched: dict[str, Path], rows_of
     assert losses == [(row["step"], row["loss"]) for row in rows_of(launched["python"])]
     assert "sparsity/active" in board.Tags()["scalars"]
     assert not (launched["torchrun"] / "tensorboard").exists()
+
+
+def test_nf4_runs_agree_resume_and_keep_less(
+    work: Path, engine_runs: dict[str, dict[str, Any]], launched: dict[str, Path], rows_of: Callable
+) -> None:
+    summaries = {}
+    for engine in ENGINES:
+        rows = rows_of(work / f"{engine}-nf4")
+        for one, other in zip(rows_of(work / "single-nf4"), rows, strict=True):
+            assert relative(other["loss"], one["loss"]) < LOSS_TOLERANCE, (engine, one["step"])
+        resumed = rows_of(work / f"{engine}-nf4-resumed")
+        assert [row["loss"] for row in resumed] == [row["loss"] for row in rows], engine
+        summaries[engine] = json.loads((work / f"{engine}-nf4" / "summary.json").read_text())
+        assert summaries[engine]["eval_loss"] < summaries[engine]["eval_loss_start"]
+    plain = json.loads((launched["python"] / "summary.json").read_text())["load"]
+    loads = {engine: summary["load"] for engine, summary in summaries.items()}
+    assert set(plain) == {"seconds", "kept_bytes", "host_peak_bytes", "device_peak_bytes"}
+    assert loads["single"]["kept_bytes"] < 0.5 * plain["kept_bytes"]
+    for engine in ("zero3", "fsdp2"):
+        assert loads[engine]["kept_bytes"] == pytest.approx(loads["single"]["kept_bytes"] / 2, rel=0.02)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)

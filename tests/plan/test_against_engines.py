@@ -19,7 +19,14 @@ ODD = SHAPE | {"vocab_size": 97}
 TIED = SHAPE | {"family": "qwen3", "tie_word_embeddings": True}
 Case = tuple[dict[str, Any], dict[str, Any]]
 
-# name: (run, model shape). A model that is stored in NF4 is a case with ``four_bit=True``.
+WHOLE_BLOCKS = SHAPE | {
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+# name: (run, model shape)
 ON_TWO: dict[str, Case] = {
     "fsdp2 bf16": (run_data("fsdp2", sparse=SPARSE), SHAPE),
     "fsdp2 bf16 dense": (run_data("fsdp2"), SHAPE),
@@ -44,6 +51,13 @@ ON_TWO: dict[str, Case] = {
         TIED,
     ),
     "zero3 reentrant": (run_data("zero3", sparse=SPARSE, reentrant=True, zero=SOME_KEPT), SHAPE),
+    "fsdp2 nf4": (run_data("fsdp2", sparse=SPARSE, four_bit=True), WHOLE_BLOCKS),
+    "fsdp2 nf4 dense, padded rows": (run_data("fsdp2", four_bit=True, reentrant=False), SHAPE),
+    "zero3 nf4": (run_data("zero3", sparse=SPARSE, four_bit=True, zero=NOTHING_KEPT), WHOLE_BLOCKS),
+    "zero3 nf4 kept, non-reentrant": (
+        run_data("zero3", sparse=SPARSE, four_bit=True, zero=SOME_KEPT, reentrant=False, accumulation=2),
+        SHAPE | {"family": "qwen2"},
+    ),
     "zero3 accumulated": (
         run_data("zero3", sparse=SPARSE, reentrant=False, zero=SOME_KEPT, accumulation=3),
         SHAPE | {"family": "qwen2"},
@@ -57,6 +71,11 @@ ON_FOUR: dict[str, Case] = {
         run_data("zero3", dtype="float32", sparse=SPARSE | {"rank": 3}, rank=3, zero=NOTHING_KEPT, reentrant=False),
         ODD,
     ),
+    "fsdp2 nf4": (run_data("fsdp2", sparse=SPARSE, four_bit=True), WHOLE_BLOCKS),
+    "zero3 nf4": (run_data("zero3", sparse=SPARSE, four_bit=True, zero=SOME_KEPT), SHAPE),
+    "hsdp nf4": (run_data("fsdp2", sparse=SPARSE, four_bit=True, fsdp={"dp_shard_size": 2}), WHOLE_BLOCKS),
+    "replicated nf4": (run_data("fsdp2", sparse=SPARSE, four_bit=True, fsdp={"dp_shard_size": 1}), WHOLE_BLOCKS),
+    "zero3-hpz nf4": (run_data("zero3", sparse=SPARSE, four_bit=True, zero=NOTHING_KEPT, hpz=2), WHOLE_BLOCKS),
     "zero3-hpz": (run_data("zero3", sparse=SPARSE, zero=NOTHING_KEPT, hpz=2, reentrant=False), SHAPE),
     "zero3-hpz kept": (run_data("zero3", sparse=SPARSE, zero=SOME_KEPT, hpz=2), SHAPE),
 }

@@ -32,9 +32,18 @@ def plan(*words: Any) -> int:
     return main(["plan", *map(str, words)])
 
 
-def test_70b_on_64_gpus(capsys: Any) -> None:
+def unquantized(name: str, folder: Path) -> Path:
+    """A ready-made run without its quantization section."""
+    data = json.loads((CONFIGS / f"{name}.json").read_text())
+    del data["quantization"]
+    path = folder / "run.json"
+    path.write_text(json.dumps(data))
+    return path
+
+
+def test_70b_on_64_gpus(tmp_path: Path, capsys: Any) -> None:
     """bf16 ZeRO-3 across nodes is bound by communication, and the layout that is not is named."""
-    config = CONFIGS / "llama3_70b_math_zero3.json"
+    config = unquantized("llama3_70b_math_zero3", tmp_path)
     words = ("--model", "meta-llama/Meta-Llama-3-70B", "--config", config, "--gpus", 64, "--gpu", "h100-80gb")
     assert plan(*words, "--gpus-per-node", 8, "--inter-gbps", 50, "--tokens", 4096) == 0
     printed = capsys.readouterr().out
@@ -60,8 +69,8 @@ def test_json(tiny: Path, capsys: Any) -> None:
     assert data["choice"] in names and data["configured"] == "fsdp2 bf16"
 
 
-def test_a_run_that_does_not_fit_exits_with_1(capsys: Any) -> None:
-    config = CONFIGS / "llama3_70b_math_fsdp2.json"
+def test_a_run_that_does_not_fit_exits_with_1(tmp_path: Path, capsys: Any) -> None:
+    config = unquantized("llama3_70b_math_fsdp2", tmp_path)
     assert plan("--config", config, "--gpus", 8, "--gpu", "rtx4090-24gb", "--json") == 1
     out, err = capsys.readouterr()
     assert "the run's layout 'fsdp2 bf16' needs" in err and "nearest layout that does is 'fsdp2 nf4'" in err

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from peft import get_peft_model
 from torch import Tensor
 
-from sparselora_dist import apply_sparselora
 from sparselora_dist.config import RunConfig
 from sparselora_dist.engines.base import Engine
 from sparselora_dist.engines.shards import is_zero3
+from sparselora_dist.train.run import build_model
 
 from .engine_workers import make_engine, train_step
 from .models import batch, tiny_base
@@ -25,18 +25,19 @@ STEPS = 2
 """ZeRO-3 records its trace in the first micro-batch and uses it from the second on."""
 
 
-def build(config: RunConfig, shape: dict[str, Any]) -> Any:
-    """A model as :func:`sparselora_dist.train.run.build_model` makes it, with random weights."""
-    base = tiny_base(dtype=getattr(torch, config.model.dtype), **shape)
-    base.requires_grad_(False)
-    model = get_peft_model(base, config.lora.build(), autocast_adapter_dtype=config.engine.name != "zero3")
-    apply_sparselora(model, config.sparse_lora)
-    if config.train.gradient_checkpointing:
-        options = {"use_reentrant": False, **config.train.gradient_checkpointing_kwargs}
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-        if options["use_reentrant"]:
-            model.enable_input_require_grads()
-    return model.train()
+def build(engine: Engine, data: dict[str, Any], shape: dict[str, Any]) -> Any:
+    """The model as a run builds it, from files that rank 0 writes."""
+    folder: list[Any] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folder)
+    if dist.get_rank() == 0:
+        tiny_base(**shape).save_pretrained(folder[0])
+    dist.barrier()
+    engine.config = RunConfig.from_dict(data | {"model": data["model"] | {"name_or_path": folder[0]}})
+    model, _ = build_model(engine.config, engine)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder[0])
+    return model
 
 
 def kind_of(name: str, trainable: bool) -> str:
@@ -135,7 +136,7 @@ def case(data: dict[str, Any], shape: dict[str, Any]) -> dict[str, Any]:
     """A few optimizer steps; the bytes gathered in the last one, and what is resident after it."""
     config = RunConfig.from_dict(data)
     engine = make_engine(config)
-    model = build(config, shape)
+    model = build(engine, data, shape)
     engine.prepare(model)
     accumulation = config.train.gradient_accumulation_steps
     rows = config.train.per_device_train_batch_size * engine.ranks.world_size * accumulation

@@ -32,7 +32,8 @@ class FSDP2Engine(TorchStateEngine):
 
     def placement(self) -> Placement:
         shards = self._mesh["shard"]
-        return RowShards(self.device, shards.get_local_rank(), shards.size(), shards.get_group())
+        home = torch.device("cpu") if self.options.get("fsdp_offload_params", False) else self.device
+        return RowShards(self.device, shards.get_local_rank(), shards.size(), shards.get_group(), home)
 
     def prepare(self, model: nn.Module) -> None:
         offload = self.options.get("fsdp_offload_params", False)

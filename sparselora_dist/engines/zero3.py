@@ -119,10 +119,9 @@ class FlatShards(Placement):
     """
 
     def __init__(self, init: Any) -> None:
-        super().__init__(init.local_device, init.rank, init.dp_world_size, init.ds_process_group)
+        home = torch.device(getattr(init.remote_device, "value", init.remote_device))  # DeepSpeed's enum, or a device.
+        super().__init__(init.local_device, init.rank, init.dp_world_size, init.ds_process_group, home)
         self._init = init
-        if str(init.remote_device) == "nvme":
-            raise ValueError('\'engine.deepspeed.zero_optimization.offload_param.device\' is "nvme": use "cpu" or none')
 
     def rows(self, total: int, widths: Sequence[int], rank: int | None = None) -> tuple[int, int]:
         rank = self.rank if rank is None else rank

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from ..codecs import Codec, NF4Codec, PlainCodec
 from ..config.quantization import QuantizationSection
 from ..config.run import ModelSection
-from ..engines.placement import Placement
+from ..engines.placement import OtherRankError, Placement
 from ..families import ATTENTION, FFN, check_family, decoder_layers
 from ..layers.frozen import FrozenLinear
 from .manifest import CorruptFileError
@@ -95,18 +95,22 @@ def load_base(
         CorruptFileError, PrequantizedError, InsufficientMemoryError, UnsupportedModelError: before anything is kept.
     """
     started = time.perf_counter()
-    config = check_model(section)
-    codec, dtype = frozen_codec(section, quantization), getattr(torch, section.dtype)
-    check_quantization_config(config, codec, section.name_or_path)
-    config.__dict__.pop("quantization_config", None)
-    checkpoint = TensorFiles.of_model(checkpoint_folder(section.name_or_path))
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=section.attn_implementation)
-    model.requires_grad_(False)
-    stream = _Stream(checkpoint, codec, dtype, placement)
-    jobs = [*stream.matrices(model), *stream.others(model, whole)]
-    check_fits(sum(job.kept for job in jobs) // placement.size, placement.device, local_ranks, placement.rank)
-    with tqdm(jobs, "loading", disable=not progress, leave=False, unit="tensor") as bar:
+    # Ranks read different parts, of files that may be their hosts' own: what one of them finds wrong must end all.
+    with placement.together():
+        config = check_model(section)
+        codec, dtype = frozen_codec(section, quantization), getattr(torch, section.dtype)
+        check_quantization_config(config, codec, section.name_or_path)
+        config.__dict__.pop("quantization_config", None)
+        checkpoint = TensorFiles.of_model(checkpoint_folder(section.name_or_path))
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=section.attn_implementation
+            )
+        model.requires_grad_(False)
+        stream = _Stream(checkpoint, codec, dtype, placement)
+        jobs = [*stream.matrices(model), *stream.others(model, whole)]
+        check_fits(sum(job.kept for job in jobs) // placement.size, placement.home, local_ranks, placement.rank)
+    with placement.together(), tqdm(jobs, "loading", disable=not progress, leave=False, unit="tensor") as bar:
         for job in bar:
             job.fill()
     for module in model.modules():  # Rotary frequencies; parameters are where they belong already.
@@ -170,6 +174,8 @@ class _Stream:
         found = prequantized(self.checkpoint, key)
         shape = found.shape if found else self.checkpoint.tensors[key].shape
         self._check_shape(key, shape, tuple(linear.weight.shape))
+        if found:
+            found.check_codec(self.codec)
         return self.codec if found or not self._is_quantized else PlainCodec(self.dtype)
 
     def _frozen(self, linear: nn.Linear, key: str, codec: Codec, transposed: bool) -> FrozenLinear:
@@ -202,6 +208,8 @@ class _Stream:
         rows = rows.to(self.dtype).contiguous().to(self.placement.device)
         try:
             return codec.encode(rows, start, share)
+        except OtherRankError:
+            raise
         except ValueError as error:
             raise CorruptFileError(f"{key} of {self.checkpoint.folder}: {error}") from error
 
@@ -210,6 +218,9 @@ class _Stream:
     def others(self, model: nn.Module, whole: Callable[[str], bool]) -> Iterator[_Job]:
         tied = model.config.tie_word_embeddings and model.get_output_embeddings() is not None
         head = model.get_output_embeddings() if tied else None
+        names = {module: path for path, module in model.named_modules()}
+        # What PEFT copies from the LM head is the embedding where the two are tied.
+        also = {names[model.get_input_embeddings()]: names[head]} if tied else {}
         matrices = {id(layer.matrix(name)) for layer in decoder_layers(model) for name in (*ATTENTION, *FFN)}
         for path, module in model.named_modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
@@ -225,7 +236,7 @@ class _Stream:
                 def fill(
                     path: str = path, name: str = name, key: str = key, shape: torch.Size = parameter.shape
                 ) -> None:
-                    parameter = self._parameter(key, shape, whole(path))
+                    parameter = self._parameter(key, shape, whole(path) or whole(also.get(path, path)))
                     model.get_submodule(path).register_parameter(name, parameter)
 
                 yield _Job(kept, fill)

@@ -22,7 +22,7 @@ from ..families import ATTENTION, FFN, check_family, decoder_layers
 from ..layers.frozen import FrozenLinear
 from .manifest import CorruptFileError
 from .memory import check_fits, peak_bytes
-from .prequantized import check_quantization_config, prequantized
+from .prequantized import check_quantization_config, codec_of, prequantized
 from .shard_files import TensorFiles
 from .weights import CheckpointWeights, checkpoint_folder, weight_key
 
@@ -141,7 +141,6 @@ class _Stream:
     def __init__(self, checkpoint: TensorFiles, codec: Codec, dtype: torch.dtype, placement: Placement) -> None:
         self.checkpoint, self.codec, self.dtype, self.placement = checkpoint, codec, dtype, placement
         self.kept = 0
-        self._is_quantized = any(".quant_state." in key for key in checkpoint.tensors)
 
     # --- the matrices of the decoder layers -----------------------------------------------------------------------
 
@@ -152,7 +151,10 @@ class _Stream:
                 parent = layer.attention if name in ATTENTION else layer.mlp
                 path = f"model.layers.{layer.index}.{'self_attn' if name in ATTENTION else 'mlp'}.{name}.weight"
                 key = weight_key(self.checkpoint, path)
-                codec = self._codec_of(key, linear)
+                found = prequantized(self.checkpoint, key)
+                shape = found.shape if found else self.checkpoint.tensors[key].shape
+                self._check_shape(key, shape, tuple(linear.weight.shape))
+                codec = codec_of(self.checkpoint, key, self.codec, self.dtype)
                 transposed = name in _TRANSPOSED
                 channels, length = tuple(linear.weight.shape)[:: -1 if transposed else 1]
                 kept = channels * sum(part.row_bytes for part in codec.parts(length).values())
@@ -168,15 +170,6 @@ class _Stream:
                     setattr(parent, name, self._frozen(linear, key, codec, transposed))
 
                 yield _Job(kept, fill)
-
-    def _codec_of(self, key: str, linear: nn.Linear) -> Codec:
-        """The run's codec, but plain for a matrix that a quantised checkpoint left as it was."""
-        found = prequantized(self.checkpoint, key)
-        shape = found.shape if found else self.checkpoint.tensors[key].shape
-        self._check_shape(key, shape, tuple(linear.weight.shape))
-        if found:
-            found.check_codec(self.codec)
-        return self.codec if found or not self._is_quantized else PlainCodec(self.dtype)
 
     def _frozen(self, linear: nn.Linear, key: str, codec: Codec, transposed: bool) -> FrozenLinear:
         channels, length = tuple(linear.weight.shape)[:: -1 if transposed else 1]

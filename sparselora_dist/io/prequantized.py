@@ -12,7 +12,7 @@ from torch import Tensor
 from sparselora_kernels import nf4_rows
 from sparselora_kernels.nf4 import BLOCK, NESTED_BLOCK, absmax_map
 
-from ..codecs import Codec, NF4Codec
+from ..codecs import Codec, NF4Codec, PlainCodec
 from ..codecs.nf4 import pack_scales
 from .manifest import CorruptFileError
 from .shard_files import TensorFiles
@@ -118,6 +118,18 @@ class Prequantized:
 def prequantized(checkpoint: TensorFiles, key: str) -> Prequantized | None:
     """The matrix, if it is quantised."""
     return Prequantized(checkpoint, key) if key + _STATE in checkpoint.tensors else None
+
+
+def codec_of(checkpoint: TensorFiles, key: str, codec: Codec, dtype: torch.dtype) -> Codec:
+    """How a matrix is stored: by the run's codec, but plain where a quantised checkpoint left it as it was.
+
+    Raises:
+        PrequantizedError: it is quantised in another way than the run asks for.
+    """
+    if found := prequantized(checkpoint, key):
+        found.check_codec(codec)
+        return codec
+    return PlainCodec(dtype) if any(".quant_state." in name for name in checkpoint.tensors) else codec
 
 
 def check_quantization_config(config: Any, codec: Codec, name: str) -> None:

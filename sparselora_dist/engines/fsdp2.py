@@ -41,7 +41,7 @@ class FSDP2Engine(TorchStateEngine):
             "mesh": self._mesh,
             "reshard_after_forward": self.options.get("fsdp_reshard_after_forward", True),
             "mp_policy": self._precision(),
-            "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+            "offload_policy": CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if offload else OffloadPolicy(),
         }
         stack: nn.ModuleList = causal_lm(model).model.layers
         # Layer by layer: what is whole moves to the device and leaves as a shard before the next layer moves.

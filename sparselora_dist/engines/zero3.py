@@ -142,8 +142,9 @@ class FlatShards(Placement):
         piece = self._init._aligned_size(parameter) // self.size
         begin = self.rank * piece - start * shape[1:].numel()
         own = rows.reshape(-1)[begin : begin + piece]
-        remote = self._init.remote_device if not parameter.ds_persist else self.device
-        partition = torch.zeros(piece, dtype=rows.dtype, device=remote, pin_memory=self._init.pin_memory)
+        home = self.device if parameter.ds_persist else self.home
+        pinned = self._init.pin_memory and home.type == "cpu" and torch.cuda.is_available()
+        partition = torch.zeros(piece, dtype=rows.dtype, device=home, pin_memory=pinned)
         partition[: own.numel()] = own
         parameter.ds_tensor = partition
         parameter.ds_tensor.ds_numel = piece

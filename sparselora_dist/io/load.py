@@ -92,7 +92,9 @@ def load_base(
         progress: show a bar.
 
     Raises:
-        CorruptFileError, PrequantizedError, InsufficientMemoryError, UnsupportedModelError: before anything is kept.
+        FileNotFoundError, CorruptFileError, PrequantizedError, InsufficientMemoryError, UnsupportedModelError: before
+            anything is kept; a value that is not finite, or a file that changes meanwhile, when it is read.
+        OtherRankError: another rank raised one of these.
     """
     started = time.perf_counter()
     # Ranks read different parts, of files that may be their hosts' own: what one of them finds wrong must end all.

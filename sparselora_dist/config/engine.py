@@ -191,6 +191,12 @@ def _check_deepspeed(config: dict[str, Any], at: str) -> None:
     require(
         stage == 3 and not isinstance(stage, bool), f"{at}.zero_optimization.stage", stage, "3 (the engine is ZeRO-3)"
     )
+    offload = zero.get("offload_param")
+    if isinstance(offload, dict) and offload.get("device") == "nvme":
+        raise ConfigError(
+            f"'{at}.zero_optimization.offload_param.device' is \"nvme\": frozen weights are streamed from their files to a "
+            'GPU or to the host\'s memory; use "cpu" or "none"'
+        )
 
 
 def _check_fsdp(config: dict[str, Any], at: str) -> None:

@@ -32,7 +32,8 @@ class FSDP2Engine(TorchStateEngine):
 
     def placement(self) -> Placement:
         shards = self._mesh["shard"]
-        return RowShards(self.device, shards.get_local_rank(), shards.size(), shards.get_group())
+        home = torch.device("cpu") if self.options.get("fsdp_offload_params", False) else self.device
+        return RowShards(self.device, shards.get_local_rank(), shards.size(), shards.get_group(), home)
 
     def prepare(self, model: nn.Module) -> None:
         offload = self.options.get("fsdp_offload_params", False)
@@ -40,7 +41,7 @@ class FSDP2Engine(TorchStateEngine):
             "mesh": self._mesh,
             "reshard_after_forward": self.options.get("fsdp_reshard_after_forward", True),
             "mp_policy": self._precision(),
-            "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+            "offload_policy": CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if offload else OffloadPolicy(),
         }
         stack: nn.ModuleList = causal_lm(model).model.layers
         # Layer by layer: what is whole moves to the device and leaves as a shard before the next layer moves.

@@ -119,10 +119,9 @@ class FlatShards(Placement):
     """
 
     def __init__(self, init: Any) -> None:
-        super().__init__(init.local_device, init.rank, init.dp_world_size, init.ds_process_group)
+        home = torch.device(getattr(init.remote_device, "value", init.remote_device))  # DeepSpeed's enum, or a device.
+        super().__init__(init.local_device, init.rank, init.dp_world_size, init.ds_process_group, home)
         self._init = init
-        if str(init.remote_device) == "nvme":
-            raise ValueError('\'engine.deepspeed.zero_optimization.offload_param.device\' is "nvme": use "cpu" or none')
 
     def rows(self, total: int, widths: Sequence[int], rank: int | None = None) -> tuple[int, int]:
         rank = self.rank if rank is None else rank
@@ -143,11 +142,12 @@ class FlatShards(Placement):
         piece = self._init._aligned_size(parameter) // self.size
         begin = self.rank * piece - start * shape[1:].numel()
         own = rows.reshape(-1)[begin : begin + piece]
-        remote = torch.device(self._init.remote_device) if not parameter.ds_persist else self.device
-        if own.numel() == piece and own.nbytes == own.untyped_storage().nbytes() and own.device.type == remote.type:
+        home = self.device if parameter.ds_persist else self.home
+        pinned = self._init.pin_memory and home.type == "cpu" and torch.cuda.is_available()
+        if own.numel() == piece and own.nbytes == own.untyped_storage().nbytes() and own.device == home and not pinned:
             partition = own
         else:
-            partition = torch.zeros(piece, dtype=rows.dtype, device=remote, pin_memory=self._init.pin_memory)
+            partition = torch.zeros(piece, dtype=rows.dtype, device=home, pin_memory=pinned)
             partition[: own.numel()] = own
         parameter.ds_tensor = partition
         parameter.ds_tensor.ds_numel = piece

@@ -17,12 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from ..codecs import Codec, NF4Codec, PlainCodec
 from ..config.quantization import QuantizationSection
 from ..config.run import ModelSection
-from ..engines.placement import Placement
+from ..engines.placement import OtherRankError, Placement
 from ..families import ATTENTION, FFN, check_family, decoder_layers
 from ..layers.frozen import FrozenLinear
 from .manifest import CorruptFileError
 from .memory import check_fits, peak_bytes, trim_heap
-from .prequantized import check_quantization_config, prequantized
+from .prequantized import check_quantization_config, codec_of, prequantized
 from .shard_files import TensorFiles
 from .weights import CheckpointWeights, checkpoint_folder, weight_key
 
@@ -94,21 +94,27 @@ def load_base(
         progress: show a bar.
 
     Raises:
-        CorruptFileError, PrequantizedError, InsufficientMemoryError, UnsupportedModelError: before anything is kept.
+        FileNotFoundError, CorruptFileError, PrequantizedError, InsufficientMemoryError, UnsupportedModelError: before
+            anything is kept; a value that is not finite, or a file that changes meanwhile, when it is read.
+        OtherRankError: another rank raised one of these.
     """
     started = time.perf_counter()
-    config = check_model(section)
-    codec, dtype = frozen_codec(section, quantization), getattr(torch, section.dtype)
-    check_quantization_config(config, codec, section.name_or_path)
-    config.__dict__.pop("quantization_config", None)
-    checkpoint = TensorFiles.of_model(checkpoint_folder(section.name_or_path))
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=section.attn_implementation)
-    model.requires_grad_(False)
-    stream = _Stream(checkpoint, codec, dtype, placement)
-    jobs = [*stream.matrices(model), *stream.others(model, whole)]
-    check_fits(sum(job.kept for job in jobs) // placement.size, placement.device, local_ranks, placement.rank)
-    with tqdm(jobs, "loading", disable=not progress, leave=False, unit="tensor") as bar:
+    # Ranks read different parts, of files that may be their hosts' own: what one of them finds wrong must end all.
+    with placement.together():
+        config = check_model(section)
+        codec, dtype = frozen_codec(section, quantization), getattr(torch, section.dtype)
+        check_quantization_config(config, codec, section.name_or_path)
+        config.__dict__.pop("quantization_config", None)
+        checkpoint = TensorFiles.of_model(checkpoint_folder(section.name_or_path))
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=section.attn_implementation
+            )
+        model.requires_grad_(False)
+        stream = _Stream(checkpoint, codec, dtype, placement)
+        jobs = [*stream.matrices(model), *stream.others(model, whole)]
+        check_fits(sum(job.kept for job in jobs) // placement.size, placement.home, local_ranks, placement.rank)
+    with placement.together(), tqdm(jobs, "loading", disable=not progress, leave=False, unit="tensor") as bar:
         for number, job in enumerate(bar):
             job.fill()
             if number % _TRIM_EVERY == 0:
@@ -141,7 +147,6 @@ class _Stream:
     def __init__(self, checkpoint: TensorFiles, codec: Codec, dtype: torch.dtype, placement: Placement) -> None:
         self.checkpoint, self.codec, self.dtype, self.placement = checkpoint, codec, dtype, placement
         self.kept = 0
-        self._is_quantized = any(".quant_state." in key for key in checkpoint.tensors)
 
     # --- the matrices of the decoder layers -----------------------------------------------------------------------
 
@@ -152,7 +157,10 @@ class _Stream:
                 parent = layer.attention if name in ATTENTION else layer.mlp
                 path = f"model.layers.{layer.index}.{'self_attn' if name in ATTENTION else 'mlp'}.{name}.weight"
                 key = weight_key(self.checkpoint, path)
-                codec = self._codec_of(key, linear)
+                found = prequantized(self.checkpoint, key)
+                shape = found.shape if found else self.checkpoint.tensors[key].shape
+                self._check_shape(key, shape, tuple(linear.weight.shape))
+                codec = codec_of(self.checkpoint, key, self.codec, self.dtype)
                 transposed = name in _TRANSPOSED
                 channels, length = tuple(linear.weight.shape)[:: -1 if transposed else 1]
                 kept = channels * sum(part.row_bytes for part in codec.parts(length).values())
@@ -168,13 +176,6 @@ class _Stream:
                     setattr(parent, name, self._frozen(linear, key, codec, transposed))
 
                 yield _Job(kept, fill)
-
-    def _codec_of(self, key: str, linear: nn.Linear) -> Codec:
-        """The run's codec, but plain for a matrix that a quantised checkpoint left as it was."""
-        found = prequantized(self.checkpoint, key)
-        shape = found.shape if found else self.checkpoint.tensors[key].shape
-        self._check_shape(key, shape, tuple(linear.weight.shape))
-        return self.codec if found or not self._is_quantized else PlainCodec(self.dtype)
 
     def _frozen(self, linear: nn.Linear, key: str, codec: Codec, transposed: bool) -> FrozenLinear:
         channels, length = tuple(linear.weight.shape)[:: -1 if transposed else 1]
@@ -206,6 +207,8 @@ class _Stream:
         rows = rows.to(self.dtype).contiguous().to(self.placement.device)
         try:
             return codec.encode(rows, start, share)
+        except OtherRankError:
+            raise
         except ValueError as error:
             raise CorruptFileError(f"{key} of {self.checkpoint.folder}: {error}") from error
 
@@ -214,6 +217,9 @@ class _Stream:
     def others(self, model: nn.Module, whole: Callable[[str], bool]) -> Iterator[_Job]:
         tied = model.config.tie_word_embeddings and model.get_output_embeddings() is not None
         head = model.get_output_embeddings() if tied else None
+        names = {module: path for path, module in model.named_modules()}
+        # What PEFT copies from the LM head is the embedding where the two are tied.
+        also = {names[model.get_input_embeddings()]: names[head]} if tied else {}
         matrices = {id(layer.matrix(name)) for layer in decoder_layers(model) for name in (*ATTENTION, *FFN)}
         for path, module in model.named_modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
@@ -229,7 +235,7 @@ class _Stream:
                 def fill(
                     path: str = path, name: str = name, key: str = key, shape: torch.Size = parameter.shape
                 ) -> None:
-                    parameter = self._parameter(key, shape, whole(path))
+                    parameter = self._parameter(key, shape, whole(path) or whole(also.get(path, path)))
                     model.get_submodule(path).register_parameter(name, parameter)
 
                 yield _Job(kept, fill)

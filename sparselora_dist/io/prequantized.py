@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 from sparselora_kernels import nf4_rows
 from sparselora_kernels.nf4 import BLOCK, NESTED_BLOCK, absmax_map
 
-from ..codecs import Codec, NF4Codec
+from ..codecs import Codec, NF4Codec, PlainCodec
 from ..codecs.nf4 import pack_scales
+from .manifest import CorruptFileError
 from .shard_files import TensorFiles
 
 _STATE = ".quant_state.bitsandbytes__nf4"
@@ -27,6 +29,7 @@ class Prequantized:
 
     Raises:
         PrequantizedError: another block size, or another 8-bit map than bitsandbytes' own.
+        CorruptFileError: codes or scales are missing, or not as many as the shape needs.
     """
 
     def __init__(self, checkpoint: TensorFiles, key: str) -> None:
@@ -41,10 +44,40 @@ class Prequantized:
                 f"{key} of {checkpoint.folder} has block sizes {sizes} and rows of {self.shape[1]} values: only "
                 f"{(BLOCK, NESTED_BLOCK)} and rows of a multiple of {BLOCK} are read. Quantise the bf16 checkpoint instead"
             )
+        self._check_sizes()
         if self.double_quant:
             stored = checkpoint.read(f"{key}.nested_quant_map")
             if not torch.equal(stored.float(), absmax_map(torch.device("cpu"))):
                 raise PrequantizedError(f"{key} of {checkpoint.folder} has another 8-bit map than bitsandbytes'")
+
+    def _check_sizes(self) -> None:
+        """Slices past the end of a tensor are cut short without a word, so the headers are looked at."""
+        values = self.shape[0] * self.shape[1]
+        absmax = values // BLOCK
+        sizes = {self._key: values // 2, f"{self._key}.absmax": absmax}
+        if self.double_quant:
+            sizes |= {f"{self._key}.nested_absmax": -(-absmax // NESTED_BLOCK), f"{self._key}.nested_quant_map": 256}
+        for name, want in sizes.items():
+            have = math.prod(self._checkpoint.tensors[name].shape) if name in self._checkpoint.tensors else 0
+            if have != want:
+                raise CorruptFileError(
+                    f"{name} of {self._checkpoint.folder} has {have} values, but a 4-bit matrix of shape {self.shape} needs "
+                    f"{want}"
+                )
+
+    def check_codec(self, codec: Codec) -> None:
+        """Refuse a run that stores its matrices in another way.
+
+        Raises:
+            PrequantizedError: the key of the run is named.
+        """
+        at = f"{self._key} of {self._checkpoint.folder}"
+        if not isinstance(codec, NF4Codec):
+            raise PrequantizedError(f"{at} is 4-bit: set quantization.load_in_4bit true")
+        if codec.double_quant != self.double_quant:
+            raise PrequantizedError(
+                f"{at} was quantised with bnb_4bit_use_double_quant {self.double_quant}: set the same in 'quantization'"
+            )
 
     def encoded(self, start: int, stop: int) -> dict[str, Tensor]:
         """Rows ``start`` ... ``stop - 1`` as :class:`NF4Codec` stores them, nothing quantised anew."""
@@ -74,6 +107,8 @@ class Prequantized:
     def columns(self, start: int, stop: int, block: int = 1024) -> Tensor:
         """Columns ``start`` ... ``stop - 1`` of all rows, (stop - start, out) fp32; a few rows at a time are decoded."""
         result = torch.empty(stop - start, self.shape[0])
+        if start == stop:
+            return result
         for row in range(0, self.shape[0], block):
             last = min(row + block, self.shape[0])
             result[:, row:last] = self.rows(row, last)[:, start:stop].t()
@@ -83,6 +118,18 @@ class Prequantized:
 def prequantized(checkpoint: TensorFiles, key: str) -> Prequantized | None:
     """The matrix, if it is quantised."""
     return Prequantized(checkpoint, key) if key + _STATE in checkpoint.tensors else None
+
+
+def codec_of(checkpoint: TensorFiles, key: str, codec: Codec, dtype: torch.dtype) -> Codec:
+    """How a matrix is stored: by the run's codec, but plain where a quantised checkpoint left it as it was.
+
+    Raises:
+        PrequantizedError: it is quantised in another way than the run asks for.
+    """
+    if found := prequantized(checkpoint, key):
+        found.check_codec(codec)
+        return codec
+    return PlainCodec(dtype) if any(".quant_state." in name for name in checkpoint.tensors) else codec
 
 
 def check_quantization_config(config: Any, codec: Codec, name: str) -> None:

@@ -14,7 +14,7 @@ from ..engines.shards import full_tensor
 from ..families import decoder_layers, matrix_name
 from ..layers.frozen import FrozenLinear
 from .manifest import CorruptFileError
-from .prequantized import prequantized
+from .prequantized import codec_of, prequantized
 from .shard_files import TensorFiles, spaced
 
 
@@ -88,14 +88,17 @@ class CheckpointWeights:
         key = weight_key(self.checkpoint, f"model.{matrix_name(layer, name)}.weight")
         if found := prequantized(self.checkpoint, key):
             return found.rows(0, found.shape[0]).to(self.dtype)
-        return self.codec.roundtrip(self.checkpoint.read(key).to(self.dtype))
+        return self._codec_of(key).roundtrip(self.checkpoint.read(key).to(self.dtype))
 
     def mark(self, layer: int, name: str) -> str:
         key = weight_key(self.checkpoint, f"model.{matrix_name(layer, name)}.weight")
         shape = self.checkpoint.tensors[key].shape
         if prequantized(self.checkpoint, key):
             return f"bitsandbytes:{_digest(self.checkpoint.sample(key), shape)}"
-        return self.codec.mark + _digest(self.checkpoint.sample(key).to(self.dtype), shape)
+        return self._codec_of(key).mark + _digest(self.checkpoint.sample(key).to(self.dtype), shape)
+
+    def _codec_of(self, key: str) -> Codec:
+        return codec_of(self.checkpoint, key, self.codec, self.dtype)
 
 
 def weight_key(checkpoint: TensorFiles, name: str) -> str:

@@ -40,7 +40,8 @@ def run_ranks(
                 "OMP_NUM_THREADS": "1",
                 "DS_ACCELERATOR": "cpu",
                 "PYTHONSAFEPATH": "1",
-                "PYTHONPATH": str(LIBRARY),
+                # What this process imports from, the ranks import from.
+                "PYTHONPATH": os.pathsep.join(filter(None, [str(LIBRARY), os.environ.get("PYTHONPATH")])),
                 # Beside the interpreter: the ninja that DeepSpeed builds with must be one and the same everywhere.
                 "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
                 # DeepSpeed names its shared memory by these; two jobs at once must not share it.

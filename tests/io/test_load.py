@@ -191,17 +191,19 @@ class Flat(FlatShards):
 def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     """Values read by tensor name."""
     seen: dict[str, int] = {}
-    original = TensorFiles.read
+    for method in ("read", "read_columns"):
+        original = getattr(TensorFiles, method)
 
-    def read(self: TensorFiles, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
-        got = original(self, name, rows, columns)
-        seen[name] = seen.get(name, 0) + got.numel()
-        return got
+        def read(self: TensorFiles, name: str, *part: slice, original: Callable[..., Tensor] = original) -> Tensor:
+            got = original(self, name, *part)
+            seen[name] = seen.get(name, 0) + got.numel()
+            return got
+
+        monkeypatch.setattr(TensorFiles, method, read)
 
     def get(self: TensorFiles, name: str) -> Tensor:
         raise AssertionError(f"{name} was asked for whole")
 
-    monkeypatch.setattr(TensorFiles, "read", read)
     monkeypatch.setattr(TensorFiles, "get", get)
     yield seen
 

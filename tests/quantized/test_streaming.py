@@ -1,0 +1,30 @@
+"""What a rank holds while it loads a model of more than 1 GB, watched from outside (benchmarks/streaming_load.py)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from support.harness import ROOT
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, Any]:
+    command = [sys.executable, str(ROOT / "benchmarks" / "streaming_load.py"), "--ours-only", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("way", ["zero3 bf16", "zero3 nf4", "fsdp2 bf16", "fsdp2 nf4"])
+def test_peak_memory(measured: dict[str, Any], way: str) -> None:
+    """Its part after encoding, 15 % of the checkpoint, and what the process held before."""
+    assert measured["checkpoint"] > 1e9
+    row = measured["ways"][way]
+    assert 0 < row["base"] < row["peak"] <= row["limit"], row
+    # Half of the matrices in bf16 or in NF4's 4.1 bits and fp32 nested scales, half of the rest in bf16.
+    assert row["kept"] == pytest.approx(measured["checkpoint"] / 2 if "bf16" in way else 257e6, rel=0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -23,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words[:1] == [name]:
             import_module(f".{name}", __package__).add_arguments(command)
     arguments = parser.parse_args(words)
+    # PEFT imports bitsandbytes, which complains of an optional CPU kernel that nothing here uses.
+    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
     try:
         return import_module(f".{arguments.command}", __package__).run(arguments)
     except (ValueError, OSError) as error:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.torch_version import TorchVersion
 
 from ..config.run import RunConfig
 from ..families import causal_lm
@@ -31,6 +32,11 @@ class FSDP2Engine(TorchStateEngine):
         self._mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
 
     def placement(self) -> Placement:
+        if self.config.quantization.load_in_4bit and TorchVersion(torch.__version__) < "2.12":
+            raise ValueError(
+                f"engine.name 'fsdp2' with quantization.load_in_4bit needs torch 2.12 (this is {torch.__version__}, which "
+                "cannot shard uint8 parameters): use engine.name 'zero3', or a newer torch"
+            )
         shards = self._mesh["shard"]
         home = torch.device("cpu") if self.options.get("fsdp_offload_params", False) else self.device
         return RowShards(self.device, shards.get_local_rank(), shards.size(), shards.get_group(), home)

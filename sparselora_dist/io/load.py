@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -46,8 +47,17 @@ def check_model(section: ModelSection) -> Any:
 
 
 def frozen_codec(section: ModelSection, quantization: QuantizationSection) -> Codec:
-    """How the matrices of the decoder layers are stored."""
+    """How the matrices of the decoder layers are stored.
+
+    Raises:
+        ValueError: 4-bit without bitsandbytes.
+    """
     if quantization.load_in_4bit:
+        if find_spec("bitsandbytes") is None:
+            raise ValueError(
+                "quantization.load_in_4bit needs bitsandbytes, which is not installed: pip install "
+                "'sparselora-dist[quantization]'"
+            )
         return NF4Codec(double_quant=quantization.bnb_4bit_use_double_quant)
     return PlainCodec(getattr(torch, section.dtype))
 

@@ -366,3 +366,9 @@ def test_a_matrix_with_nan(base: Path, tmp_path: Path) -> None:
     model.model.layers[1].mlp.down_proj.weight.data[3, 5] = float("nan")
     model.save_pretrained(tmp_path)
     refused(tmp_path, str(tmp_path), "model.layers.1.mlp.down_proj.weight", "NaN or Inf", quantization=NF4)
+
+
+def test_4_bit_without_bitsandbytes(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparselora_dist.io.load.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs bitsandbytes.*sparselora-dist\[quantization\]"):
+        stream(base, quantization=NF4)

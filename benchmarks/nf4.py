@@ -64,8 +64,8 @@ def measure(matrix: Tensor) -> dict[str, float]:
 
 def model_matrices(folder: str) -> dict[str, Tensor]:
     """The seven kinds of matrices of all decoder layers, each kind as one matrix."""
-    from sparselora_dist.families import ATTENTION, FFN
     from sparselora_dist.io.shard_files import TensorFiles
+    from sparselora_dist.method.channels import ATTENTION, FFN
 
     files = TensorFiles.of_model(Path(folder))
     kinds = {

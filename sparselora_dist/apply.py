@@ -13,7 +13,7 @@ from sparselora_kernels import kept_count
 
 from .config.sparse import SparseLoRAConfig
 from .engines.shards import full_tensor, is_dtensor, is_initialized_zero3, is_zero3, shard_like
-from .families import ATTENTION, FFN, DecoderLayer, causal_lm, decoder_layers, geometry
+from .families import DecoderLayer, causal_lm, decoder_layers, geometry
 from .io.factors import FactorSet, Matrix, load_or_build
 from .io.weights import ModelWeights, WeightSource
 from .layers.context import SparseContext
@@ -24,10 +24,9 @@ from .layers.hooks import BeginHook, FinishHook, LayerHook
 from .layers.linear import AttentionChannels, SparseProjection
 from .layers.logits import pack_logits
 from .layers.lora import base_linear, set_base_linear
+from .method.channels import ATTENTION, FFN, SCORED, TRANSPOSED
 from .sync.masks import MaskSync
 
-# Matrices whose factors a group's scores need.
-SCORED = {"ffn": ("gate_proj", "up_proj"), "qk": ("q_proj", "k_proj"), "vo": ("v_proj",)}
 _STATE = "_sparselora"
 _ESTIMATOR = "sparse_estimator"
 _ARCHITECTURE_KEYS = (
@@ -279,7 +278,7 @@ def _replace_ffn(layer: DecoderLayer, state: SparseState, factors: FactorSet) ->
     )
     for name in FFN:
         original: nn.Linear = layer.matrix(name)
-        set_base_linear(sparse, name, _freeze(original, transposed=name == "down_proj"))
+        set_base_linear(sparse, name, _freeze(original, transposed=name in TRANSPOSED))
         state.linears.append((sparse, name, original))
     state.mlps.append((layer.module, mlp))
     layer.module.mlp = sparse
@@ -305,7 +304,7 @@ def _replace_attention(layer: DecoderLayer, state: SparseState, factors: FactorS
     for role in roles:
         name = f"{role}_proj"
         original: nn.Linear = layer.matrix(name)
-        frozen = _freeze(original, transposed=role == "o")
+        frozen = _freeze(original, transposed=name in TRANSPOSED)
         set_base_linear(layer.attention, name, SparseProjection(frozen, role=role, channels=channels))
         state.linears.append((layer.attention, name, original))
 

@@ -13,14 +13,11 @@ from torch import nn
 
 from .layers.frozen import FrozenLinear
 from .layers.lora import base_linear
-from .method.channels import HeadGeometry
+from .method.channels import ATTENTION, HeadGeometry
 
 # Families whose layers have the layout below and rotate-half RoPE over the whole head. Their differences (biases on
 # q/k/v, RMS norm on q and k, sliding windows, any ratio of query to key/value heads) need nothing here.
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
-
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-FFN = ("gate_proj", "up_proj", "down_proj")
 
 
 class UnsupportedModelError(ValueError):

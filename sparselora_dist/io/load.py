@@ -19,8 +19,9 @@ from ..codecs import Codec, NF4Codec, PlainCodec
 from ..config.quantization import QuantizationSection
 from ..config.run import ModelSection
 from ..engines.placement import OtherRankError, Placement
-from ..families import ATTENTION, FFN, check_family, decoder_layers
+from ..families import check_family, decoder_layers
 from ..layers.frozen import FrozenLinear
+from ..method.channels import ATTENTION, FFN, TRANSPOSED
 from .manifest import CorruptFileError
 from .memory import check_fits, peak_bytes, trim_heap
 from .prequantized import check_quantization_config, codec_of, prequantized
@@ -29,7 +30,6 @@ from .weights import CheckpointWeights, checkpoint_folder, weight_key
 
 log = logging.getLogger(__name__)
 
-_TRANSPOSED = ("o_proj", "down_proj")
 # Tensors between returns of freed memory: about a decoder layer.
 _TRIM_EVERY = 7
 
@@ -171,7 +171,7 @@ class _Stream:
                 shape = found.shape if found else self.checkpoint.tensors[key].shape
                 self._check_shape(key, shape, tuple(linear.weight.shape))
                 codec = codec_of(self.checkpoint, key, self.codec, self.dtype)
-                transposed = name in _TRANSPOSED
+                transposed = name in TRANSPOSED
                 channels, length = tuple(linear.weight.shape)[:: -1 if transposed else 1]
                 kept = channels * sum(part.row_bytes for part in codec.parts(length).values())
 

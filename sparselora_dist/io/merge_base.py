@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from ..codecs import NF4Codec
-from ..families import ATTENTION, FFN, check_family, matrix_name
+from ..families import check_family, matrix_name
+from ..method.channels import ATTENTION, FFN, TRANSPOSED
 from .manifest import CorruptFileError
 from .shard_files import TensorFiles, read_json
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 FLOATS = ("F64", "F32", "F16", "BF16")
 # Stored with the channel as dim 0, so that their rows are the columns of the checkpoint's matrix.
-_TRANSPOSED = ("o_proj", "down_proj")
 _STATE = ".quant_state.bitsandbytes__"
 
 
@@ -94,11 +94,11 @@ class BaseWeights:
             return self.files.get(EMBEDDING)
         value = self._decode(name) if name in self._encoded else self.files.get(name)
         kind = self._decoder.get(name)
-        if self.codec is None or kind is None or (name in self._encoded and kind not in _TRANSPOSED):
+        if self.codec is None or kind is None or (name in self._encoded and kind not in TRANSPOSED):
             return value
         value = value.to(self.dtype)
         try:
-            if kind in _TRANSPOSED:
+            if kind in TRANSPOSED:
                 return self.codec.roundtrip(value.t().contiguous()).t()
             return self.codec.roundtrip(value)
         except ValueError as error:

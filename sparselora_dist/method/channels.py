@@ -16,6 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# The frozen matrices of a decoder layer, by the names that all supported families give them.
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+FFN = ("gate_proj", "up_proj", "down_proj")
+TRANSPOSED = ("o_proj", "down_proj")
+"""Those whose channel is their input: stored as (in, out)."""
+SCORED = {"ffn": ("gate_proj", "up_proj"), "qk": ("q_proj", "k_proj"), "vo": ("v_proj",)}
+"""Whose factors a group's scores need."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadGeometry:

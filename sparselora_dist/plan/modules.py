@@ -14,11 +14,10 @@ import torch
 
 from ..codecs import Codec, NF4Codec, PlainCodec
 from ..config import ConfigError, RunConfig
-from .shapes import ATTENTION, FFN, ModelShape
+from ..method.channels import ATTENTION, FFN, SCORED, TRANSPOSED
+from .shapes import ModelShape
 
 Kind = Literal["weights", "scales", "factors", "lora"]
-TRANSPOSED = ("o_proj", "down_proj")
-SCORED = {"ffn": ("gate_proj", "up_proj"), "qk": ("q_proj", "k_proj"), "vo": ("v_proj",)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

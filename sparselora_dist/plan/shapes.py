@@ -10,10 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..config import ConfigError
-from ..method.channels import HeadGeometry
-
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-FFN = ("gate_proj", "up_proj", "down_proj")
+from ..method.channels import ATTENTION, FFN, HeadGeometry
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,9 +20,10 @@ import torch
 from sparselora_kernels import kept_count
 
 from ..config import RunConfig
+from ..method.channels import FFN
 from ..method.flops import FlopModel, LayerShare
 from .modules import Tree
-from .shapes import FFN, ModelShape
+from .shapes import ModelShape
 from .storage import checkpointing
 
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from sparselora_dist.codecs import PlainCodec
-from sparselora_dist.families import FFN
 from sparselora_dist.io import factors
 from sparselora_dist.io.factors import FactorMismatchError, load_or_build
 from sparselora_dist.io.manifest import CorruptFileError, read_safetensors
 from sparselora_dist.io.shard_files import TensorFiles
 from sparselora_dist.io.weights import CheckpointWeights, ModelWeights, WeightSource, fingerprint
+from sparselora_dist.method.channels import FFN
 from support.models import tiny_base
 
 MATRICES = [(layer, name) for layer in range(3) for name in ("gate_proj", "k_proj", "q_proj", "up_proj", "v_proj")]

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sparselora_dist import families
 from sparselora_dist.config import ConfigError
-from sparselora_dist.plan import modules, shapes
 from sparselora_dist.plan.known import KNOWN
 from sparselora_dist.plan.shapes import find_shape, from_hf_config
 from support.models import FAMILIES, tiny_base
@@ -58,14 +56,6 @@ def test_a_config_gives_the_size_of_its_model(family: str, tied: bool, tmp_path:
 def test_biases_of_llama() -> None:
     model = tiny_base("llama", attention_bias=True, mlp_bias=True)
     assert from_hf_config(model.config.to_dict(), "x").elements == sum(p.numel() for p in model.parameters())
-
-
-def test_the_names_are_those_of_the_library() -> None:
-    """Written down again, so that a plan loads neither PEFT nor Transformers to start."""
-    from sparselora_dist import apply
-
-    assert (shapes.ATTENTION, shapes.FFN) == (families.ATTENTION, families.FFN)
-    assert apply.SCORED == modules.SCORED
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:

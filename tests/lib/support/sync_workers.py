@@ -221,7 +221,7 @@ def four_ranks() -> dict[str, Any]:
     # Rank 1 computes layer 1's FFN densely, so that its next mask is that of layer 2. The same shape, the same group.
     mlp = layers[1].mlp
     if rank == 1:
-        mlp.forward = mlp._dense
+        mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
     seen["skipped"] = failure(lambda: forward(model, mine))
     mlp.__dict__.pop("forward", None)
     seen["global again"] = masks(model, mine)

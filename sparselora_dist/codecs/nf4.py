@@ -28,6 +28,8 @@ from .base import Codec, Part, Share, alone
 # between two levels are searched. 6 ns a value on one core against 37 ns by bitsandbytes, and the same codes.
 _CELLS = 1 << 15
 _EDGE = 255
+# Two values of the level 0.0.
+_ZEROS = 0x77
 _CHUNK = 1 << 18
 
 
@@ -80,11 +82,15 @@ def _quantize(rows: Tensor, length: int) -> tuple[Tensor, Tensor]:
         return rows.new_empty((0, padded // 2), dtype=torch.uint8), rows.new_empty((0, padded // BLOCK)).float()
     if rows.device.type == "cpu":
         codes, absmax = _quantize_cpu(rows)
+        finite = bool(absmax.isfinite().all())
     else:
         import bitsandbytes  # noqa: F401  (registers the operators)
 
         codes, absmax = torch.ops.bitsandbytes.quantize_4bit(rows, BLOCK, "nf4", torch.uint8)
-    if not torch.isfinite(absmax).all():
+        # Divided by their absmax of zero, the values of an empty block become NaN there, and the lowest level.
+        codes.view(-1, BLOCK // 2).masked_fill_((absmax.view(-1, 1) == 0), _ZEROS)
+        finite = all(bool(end.isfinite()) for end in rows.aminmax())  # The kernel's absmax passes over NaN.
+    if not finite:
         raise ValueError(f"a matrix with rows of {length} values holds NaN or Inf, which 4-bit codes cannot store")
     return codes.view(n, padded // 2), absmax.view(n, padded // BLOCK)
 
@@ -155,7 +161,8 @@ def quantize_absmax(absmax: Tensor, first: int, everyone: Tensor) -> tuple[Tenso
     """
     from bitsandbytes.functional import quantize_blockwise
 
-    # A mean over threads is another sum on another machine: in one thread all ranks of every world size agree.
+    # On a CPU a mean over threads is another sum on another machine: in one thread all world sizes agree. GPUs of one
+    # kind sum in one order; another kind, or a CPU, may differ in the last bit.
     with _one_thread():
         offset = everyone.reshape(-1).mean()
     begin, end = first * absmax.shape[1], (first + absmax.shape[0]) * absmax.shape[1]

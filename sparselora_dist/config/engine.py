@@ -182,6 +182,11 @@ def _check_deepspeed(config: dict[str, Any], at: str) -> None:
         raise ConfigError(f"'{at}.sparse_lora' is not DeepSpeed's: it is a section of its own, beside 'engine'")
     zero = config.get("zero_optimization", {})
     require(isinstance(zero, dict), f"{at}.zero_optimization", zero, 'an object such as {"stage": 3}')
+    if zero.get("zero_quantized_nontrainable_weights"):
+        raise ConfigError(
+            f"'{at}.zero_optimization.zero_quantized_nontrainable_weights': frozen weights are stored by 'quantization': "
+            "set 'quantization.load_in_4bit' true instead"
+        )
     if zero.get("mics_shard_size"):
         raise ConfigError(
             f"'{at}.zero_optimization.mics_shard_size': newer DeepSpeed has no MiCS. To gather inside a node only, use "

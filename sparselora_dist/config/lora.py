@@ -35,6 +35,8 @@ _REFUSED = {
     "velora_config": _VARIANT,
     "alora_invocation_tokens": _VARIANT,
     "layer_replication": "it changes the number of layers under the sparsity ranges; remove the key",
+    "trainable_token_indices": "it trains rows of an embedding that is sharded as it is loaded: use modules_to_save",
+    "target_parameters": "it adapts bare parameters, and frozen matrices are stored in parts: use target_modules",
     "auto_mapping": _IMPORT,
     "megatron_config": _IMPORT,
     "megatron_core": _IMPORT,

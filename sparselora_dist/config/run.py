@@ -131,12 +131,11 @@ class RunConfig:
                 "products are computed in the model's dtype. Make them equal, or leave the first out"
             )
         zero = self.engine.deepspeed_config().get("zero_optimization", {})
-        for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
-            if self.quantization.load_in_4bit and zero.get(key):
-                raise ConfigError(
-                    f"'engine.deepspeed.zero_optimization.{key}' with 'quantization.load_in_4bit': it would quantise the "
-                    "4-bit codes again, as if they were weights. Remove it"
-                )
+        if self.quantization.load_in_4bit and zero.get("zero_quantized_weights"):
+            raise ConfigError(
+                "'engine.deepspeed.zero_optimization.zero_quantized_weights' with 'quantization.load_in_4bit': it would "
+                "quantise the 4-bit codes again, as if they were weights. Remove it"
+            )
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RunConfig:

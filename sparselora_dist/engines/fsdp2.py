@@ -14,7 +14,7 @@ from torch.torch_version import TorchVersion
 from ..config.run import RunConfig
 from ..families import causal_lm
 from .base import Ranks, adamw, start_distributed
-from .placement import Placement, RowShards, waiting_rows
+from .placement import Placement, RowShards, take_rows, waiting_rows
 from .torch_state import TorchStateEngine
 
 _DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
@@ -80,12 +80,15 @@ class FSDP2Engine(TorchStateEngine):
 
 def _waiting(unit: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
     """(module, name, rows of this rank) of the parameters that have no values yet."""
-    return [
-        (module, name, rows)
+    waiting = [
+        (module, name, parameter)
         for module in unit.modules()
         for name, parameter in module.named_parameters(recurse=False)
-        if (rows := waiting_rows(parameter)) is not None
+        if waiting_rows(parameter) is not None
     ]
+    # Tied weights are one parameter.
+    rows = {key: take_rows(parameter) for key, parameter in {id(entry[2]): entry[2] for entry in waiting}.items()}
+    return [(module, name, rows[id(parameter)]) for module, name, parameter in waiting]
 
 
 def _fill(waiting: list[tuple[nn.Module, str, Tensor]]) -> None:
@@ -94,8 +97,7 @@ def _fill(waiting: list[tuple[nn.Module, str, Tensor]]) -> None:
     for module, name, rows in waiting:
         empty: Any = getattr(module, name)
         if id(empty) not in made:  # Tied weights are one parameter.
-            shard = DTensor.from_local(
-                rows, empty.device_mesh, empty.placements, run_check=False, shape=empty.shape, stride=empty.stride()
-            )
+            # Not from_local, which would move the rows of an offloaded parameter to the mesh's device.
+            shard = DTensor(rows, empty._spec, requires_grad=False)
             made[id(empty)] = nn.Parameter(shard, requires_grad=False)
         module.register_parameter(name, made[id(empty)])

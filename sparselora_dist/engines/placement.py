@@ -117,3 +117,9 @@ class RowShards(Placement):
 def waiting_rows(parameter: Tensor) -> Tensor | None:
     """The rows that :class:`RowShards` laid beside a parameter."""
     return getattr(parameter, "shard_rows", None)
+
+
+def take_rows(parameter: Tensor) -> Tensor:
+    """The same, once: what still refers to the parameter does not keep them alive."""
+    rows: Tensor = parameter.__dict__.pop("shard_rows")
+    return rows

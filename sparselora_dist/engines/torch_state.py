@@ -20,7 +20,7 @@ def like(value: Tensor, target: Tensor) -> Tensor:
         target.device_mesh,
         target.placements,
         src_data_rank=None,
-    )
+    ).to(target.device)
 
 
 class TorchStateEngine(Engine):

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..engines.placement import OtherRankError
 from ..families import matrix_name
 from ..method.estimator import low_rank_factors
 from .manifest import CorruptFileError, publish, read_safetensors, tensors_sha256
@@ -93,12 +94,16 @@ def load_or_build(
         raise state[0]
     owners = dict.fromkeys(state[1], ranks[0])
     missing = [matrix for matrix in matrices if matrix not in owners]
-    for number, matrix in enumerate(missing):
-        owner = owners[matrix] = ranks[number % len(ranks)]
-        if owner == me or weights.collective:
-            weight = weights.get(*matrix)
-            if owner == me:
-                found[matrix] = low_rank_factors(weight, rank, seed=_seed(matrix))
+    owners |= {matrix: ranks[number % len(ranks)] for number, matrix in enumerate(missing)}
+
+    def build() -> None:
+        for matrix in missing:
+            if owners[matrix] == me or weights.collective:
+                weight = weights.get(*matrix)
+                if owners[matrix] == me:
+                    found[matrix] = low_rank_factors(weight, rank, seed=_seed(matrix))
+
+    _together(build, ranks, group)
     if len(ranks) > 1:
         found = {matrix: _share(found.get(matrix), owners[matrix], group) for matrix in matrices}
     if missing and me == ranks[0]:
@@ -116,9 +121,32 @@ def _marks(
     if weights.collective or len(ranks) == 1:
         return {matrix: weights.mark(*matrix) for matrix in matrices}
     own = matrices[ranks.index(dist.get_rank()) :: len(ranks)]
-    everyone: list[Any] = [None] * len(ranks)
-    dist.all_gather_object(everyone, {matrix: weights.mark(*matrix) for matrix in own}, group=group)
+    everyone = _together(lambda: {matrix: weights.mark(*matrix) for matrix in own}, ranks, group)
     return {matrix: mark for marks in everyone for matrix, mark in marks.items()}
+
+
+def _together(work: Callable[[], Any], ranks: Sequence[int], group: dist.ProcessGroup | None) -> list[Any]:
+    """What every rank's ``work`` returns. If it fails on one rank, it fails on all.
+
+    Raises:
+        OtherRankError: on the ranks that have no error of their own.
+    """
+    result: Any = None
+    error: Exception | None = None
+    try:
+        result = work()
+    except Exception as problem:
+        error = problem
+    mine = None if error is None else str(error) or type(error).__name__, result
+    told: list[Any] = [mine] * len(ranks)
+    if len(ranks) > 1:
+        dist.all_gather_object(told, mine, group=group)
+    if error is not None:
+        raise error
+    for rank, (message, _) in zip(ranks, told):
+        if message is not None:
+            raise OtherRankError(f"rank {rank} could not go on: {message}")
+    return [value for _, value in told]
 
 
 def _seed(matrix: Matrix) -> int:

@@ -123,7 +123,7 @@ def load_base(
         model.requires_grad_(False)
         stream = _Stream(checkpoint, codec, dtype, placement)
         jobs = [*stream.matrices(model), *stream.others(model, whole)]
-        check_fits(sum(job.kept for job in jobs) // placement.size, placement.home, local_ranks, placement.rank)
+        check_fits(sum(job.kept for job in jobs), placement.home, local_ranks, placement.rank)
     with placement.together(), tqdm(jobs, "loading", disable=not progress, leave=False, unit="tensor") as bar:
         for number, job in enumerate(bar):
             job.fill()
@@ -147,7 +147,7 @@ class _Job:
     """One tensor to read."""
 
     kept: int
-    """Bytes of it that all ranks together keep."""
+    """Bytes of it that this rank keeps."""
     fill: Callable[[], None]
 
 
@@ -173,7 +173,7 @@ class _Stream:
                 codec = codec_of(self.checkpoint, key, self.codec, self.dtype)
                 transposed = name in TRANSPOSED
                 channels, length = tuple(linear.weight.shape)[:: -1 if transposed else 1]
-                kept = channels * sum(part.row_bytes for part in codec.parts(length).values())
+                kept = channels * sum(part.row_bytes for part in codec.parts(length).values()) // self.placement.size
 
                 def fill(
                     parent: Any = parent,
@@ -240,12 +240,17 @@ class _Stream:
                     continue
                 key = weight_key(self.checkpoint, f"{path}.{name}")
                 self._check_shape(key, self.checkpoint.tensors[key].shape, tuple(parameter.shape))
-                kept = parameter.numel() * self.dtype.itemsize
+                copied = whole(path) or whole(also.get(path, path))
+                kept = parameter.numel() * self.dtype.itemsize // (1 if copied else self.placement.size)
 
                 def fill(
-                    path: str = path, name: str = name, key: str = key, shape: torch.Size = parameter.shape
+                    path: str = path,
+                    name: str = name,
+                    key: str = key,
+                    shape: torch.Size = parameter.shape,
+                    copied: bool = copied,
                 ) -> None:
-                    parameter = self._parameter(key, shape, whole(path) or whole(also.get(path, path)))
+                    parameter = self._parameter(key, shape, copied)
                     model.get_submodule(path).register_parameter(name, parameter)
 
                 yield _Job(kept, fill)

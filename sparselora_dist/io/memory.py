@@ -24,8 +24,11 @@ def free_bytes(device: torch.device, local_ranks: int) -> int:
     try:
         limit = (_CGROUP / "memory.max").read_text().strip()
         if limit != "max":
-            free = min(free, int(limit) - int((_CGROUP / "memory.current").read_text()))
-    except (OSError, ValueError):
+            # What files left in the cache counts as used, and is given up when asked for.
+            statistics = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+            cache = int(statistics["inactive_file"]) + int(statistics["active_file"])
+            free = min(free, int(limit) - int((_CGROUP / "memory.current").read_text()) + cache)
+    except (OSError, ValueError, KeyError):
         pass
     return free // local_ranks
 

@@ -81,7 +81,7 @@ class BaseWeights:
 
     def dequantized(self, name: str) -> bool:
         """Whether :meth:`get` gives what 4-bit storage makes of the matrix."""
-        return name in self._encoded or (self.codec is not None and name in self._decoder)
+        return name in self._encoded or (not self._encoded and self.codec is not None and name in self._decoder)
 
     def untie(self) -> None:
         """Give the LM head, which a tied model shares with the embedding, a matrix of its own."""
@@ -95,6 +95,8 @@ class BaseWeights:
         value = self._decode(name) if name in self._encoded else self.files.get(name)
         kind = self._decoder.get(name)
         if self.codec is None or kind is None or (name in self._encoded and kind not in TRANSPOSED):
+            return value
+        if self._encoded and name not in self._encoded:  # Training keeps what a quantised checkpoint left as it was.
             return value
         value = value.to(self.dtype)
         try:

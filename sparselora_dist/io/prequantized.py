@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -83,7 +84,9 @@ class Prequantized:
         """Rows ``start`` ... ``stop - 1`` as :class:`NF4Codec` stores them, nothing quantised anew."""
         count = self.shape[1] // BLOCK
         begin, end = start * count, stop * count
-        codes = self._checkpoint.read(self._key, slice(begin * BLOCK // 2, end * BLOCK // 2)).view(stop - start, -1)
+        codes = self._checkpoint.read(self._key, slice(begin * BLOCK // 2, end * BLOCK // 2)).view(
+            stop - start, self.shape[1] // 2
+        )
         absmax = self._checkpoint.read(f"{self._key}.absmax", slice(begin, end)).view(stop - start, count)
         if not self.double_quant:
             return {"codes": codes, "scales": absmax.float().contiguous().view(torch.uint8)}
@@ -115,6 +118,7 @@ class Prequantized:
         return result
 
 
+@lru_cache(maxsize=8)
 def prequantized(checkpoint: TensorFiles, key: str) -> Prequantized | None:
     """The matrix, if it is quantised."""
     return Prequantized(checkpoint, key) if key + _STATE in checkpoint.tensors else None

@@ -24,7 +24,9 @@ def checkpoint_folder(name_or_path: str) -> Path:
         return Path(name_or_path)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name_or_path, allow_patterns=["*.safetensors", "*.json"]))
+    # Some repositories hold the weights again, in folders or under other names.
+    patterns = ["model*.safetensors", "*.json"]
+    return Path(snapshot_download(name_or_path, allow_patterns=patterns, ignore_patterns=["*/*"]))
 
 
 def fingerprint(weight: Tensor) -> str:

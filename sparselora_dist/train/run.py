@@ -23,6 +23,7 @@ from ..io.adapter import is_adapted, load_adapter, save_adapter
 from ..io.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, resolve_resume
 from ..io.load import LoadReport, check_model, load_base, load_tokenizer
 from ..io.manifest import write_text
+from ..io.weights import checkpoint_folder
 from .loop import TrainingLoop
 from .metrics import flop_model
 
@@ -34,6 +35,8 @@ def run(config: RunConfig) -> dict[str, Any]:
 
     Everything that can be refused is refused before the model is loaded.
     """
+    # Before the ranks wait for each other: a download takes as long as it takes.
+    checkpoint_folder(config.model.name_or_path)
     engine = make_engine(config)
     summary = _run(config, engine)
     # After an error the group is left alone: closing it could wait for ranks that are stuck, ahead of the message.

@@ -177,6 +177,19 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         },
         "zero_quantized_weights' with 'quantization.load_in_4bit'",
     ),
+    (
+        {
+            "engine": {
+                "name": "zero3",
+                "deepspeed": {"zero_optimization": {"zero_quantized_nontrainable_weights": True}},
+            },
+        },
+        "zero_quantized_nontrainable_weights': frozen weights are stored by 'quantization'",
+    ),
+    (
+        {"lora": {"trainable_token_indices": [1, 2]}},
+        "'lora.trainable_token_indices' is refused.*modules_to_save",
+    ),
     ({"engine": {"name": "zero3", "fsdp": FSDP}}, "'engine.fsdp' is given, but .* set 'engine.name' to \"fsdp2\""),
     ({"engine": {"name": "single", "fsdp": {}}}, "'engine.fsdp' is given, but 'engine.name' is \"single\""),
     ({"engine": {"name": "zero3", "deepspeed": {"zero_optimization": {"stage": 2}}}}, "stage' is 2: allowed: 3"),

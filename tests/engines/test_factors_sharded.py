@@ -112,3 +112,10 @@ def test_a_good_file_is_accepted(two: Any, bad_files: dict[str, str], weights: M
     path = Path(bad_files["good"])
     found = read_factors(path, MATRICES, marks, rank=RANK, dtype=torch.float32, model_id="tiny")
     assert list(found) == MATRICES
+
+
+def test_one_ranks_failure_ends_all(two: Any) -> None:
+    """The other rank does not wait for factors that never come."""
+    *others, last = (rank["one fails"] for rank in two)
+    assert "cannot read layer" in last and "rank" not in last
+    assert all("rank 1 could not go on: cannot read layer" in message for message in others)

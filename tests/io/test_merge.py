@@ -311,12 +311,25 @@ def test_prequantized(tmp_path: Path) -> None:
         assert torch.equal(ours[o], twice) and not torch.equal(twice, got[o])
 
 
-def prequantize(tmp_path: Path, shard: str = "40KB") -> Path:
+def test_what_a_quantised_base_left_plain_stays_so(tmp_path: Path) -> None:
+    """As in training: a module that bitsandbytes skipped is not quantised by --load-in-4bit either."""
+    pytest.importorskip("bitsandbytes")
+    base = prequantize(tmp_path, llm_int8_skip_modules=["q_proj", "lm_head"])
+    make_adapter(tmp_path / "adapter", tmp_path / "base", load(tmp_path / "base"), target_modules=["v_proj"])
+    summary = merge_adapter(base, tmp_path / "adapter", tmp_path / "out", load_in_4bit=True)
+    assert summary.dequantized == 18
+    name = "model.layers.1.self_attn.q_proj.weight"
+    assert torch.equal(tensors(tmp_path / "out")[name], tensors(base)[name].bfloat16())
+
+
+def prequantize(tmp_path: Path, shard: str = "40KB", **options: Any) -> Path:
     """``tmp_path/base`` and, in ``tmp_path/nf4``, the same as Transformers saves it in 4 bits."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     base = save_base(tmp_path / "base", dtype=torch.bfloat16, **BLOCKS)
-    section = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    section = BitsAndBytesConfig(
+        load_in_4bit=True, **options, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=section)
     model.save_pretrained(tmp_path / "nf4", max_shard_size=shard)
     return tmp_path / "nf4"

@@ -19,7 +19,8 @@ from sparselora_dist.engines.placement import Placement
 from sparselora_dist.families import decoder_layers, matrix_name
 from sparselora_dist.io.load import LoadedBase, load_base
 from sparselora_dist.io.manifest import CorruptFileError
-from sparselora_dist.io.prequantized import PrequantizedError
+from sparselora_dist.io.prequantized import PrequantizedError, prequantized
+from sparselora_dist.io.shard_files import TensorFiles
 from support.merging import BLOCKS, logits, save_base
 from support.models import ALL_LINEAR
 
@@ -245,3 +246,10 @@ def test_other_block_sizes(copy: Path, key: str, value: int) -> None:
     save_file(tensors, copy / FILE, {"format": "pt"})
     with pytest.raises(PrequantizedError, match=r"q_proj.weight .* block sizes .*128"):
         stream(copy)
+
+
+def test_a_rank_without_rows_gets_none(checkpoint: Path) -> None:
+    found = prequantized(TensorFiles.of_model(checkpoint), "model.layers.0.self_attn.k_proj.weight")
+    assert found is not None
+    parts = found.encoded(found.shape[0], found.shape[0])
+    assert parts["codes"].shape == (0, found.shape[1] // 2) and parts["scales"].shape[0] == 0

@@ -467,6 +467,15 @@ def factors(folder: str, bad_files: dict[str, str]) -> dict[str, Any]:
     assert all(is_dtensor(p) for p in sharded.parameters())
     seen["dtensors"] = _factors(ModelWeights(sharded), root / "fsdp2")
 
+    class Failing(CheckpointWeights):
+        def get(self, layer: int, name: str) -> Tensor:
+            if dist.get_rank() == dist.get_world_size() - 1:
+                raise ValueError(f"cannot read layer {layer}")
+            return super().get(layer, name)
+
+    broken = Failing(TensorFiles.of_model(root / "model"), PlainCodec(torch.float32), torch.float32)
+    seen["one fails"] = refusal(lambda: _factors(broken, root / "failing"))
+
     seen["bad"] = {}
     for name, path in bad_files.items():
         try:

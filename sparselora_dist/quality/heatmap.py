@@ -15,7 +15,7 @@ _NAMES = {"ffn": "FFN neurons", "qk": "query/key pairs", "vo": "value/output cha
 # From nothing to the largest value: light to dark, so that it also reads in grey.
 _STOPS = ((247, 251, 255), (198, 219, 239), (107, 174, 214), (33, 113, 181), (8, 48, 107))
 _INK, _GRID, _MARK = (30, 30, 30), (225, 225, 225), (214, 39, 40)
-_ROW, _LEFT, _RIGHT, _TOP, _GAP = 24, 90, 150, 96, 44
+_ROW, _LEFT, _RIGHT, _TOP, _GAP = 24, 90, 40, 118, 44
 _STRIP = 16  # Height of the importance strip.
 
 
@@ -44,7 +44,7 @@ class HeatMap:
     def size(self) -> tuple[int, int]:
         """Width and height of the picture, pixels."""
         panel = _ROW * len(self.levels) + _GAP
-        return max(760, _LEFT + self.cell * self.layers + _RIGHT), _TOP + panel * len(self.groups) + _STRIP + 70
+        return max(720, _LEFT + self.cell * self.layers + _RIGHT), _TOP + panel * len(self.groups) + _STRIP + 104
 
 
 def check_drawable() -> None:
@@ -130,15 +130,13 @@ def _ticks(pen: Any, picture: HeatMap, y: int, ink: dict[str, Any]) -> None:
 
 
 def _legend(pen: Any, picture: HeatMap, most: float, ink: dict[str, Any]) -> None:
-    height = picture.size[1]
-    bar, left, y = 160, 16, height - 24
+    bar, left, y = 160, 16, picture.size[1] - 50
     for x in range(bar):
         pen.line((left + x, y, left + x, y + 12), fill=colour((x / (bar - 1)) ** 2 * most, most))
     pen.rectangle((left, y, left + bar, y + 12), outline=_INK)
-    for share in (0.0, 0.25, 1.0):
-        pen.text((left + int(share**0.5 * bar), y - 3), f"{share * most:.2g}", anchor="mb", **ink)
-    end = left + bar + 12
-    pen.text((end, y + 6), f"{picture.unit} (square-root scale)", anchor="lm", **ink)
-    end += int(pen.textlength(f"{picture.unit} (square-root scale)", font=ink["font"])) + 24
-    pen.rectangle((end, y, end + 18, y + 12), outline=_MARK, width=2)
-    pen.text((end + 26, y + 6), "chosen; no box: the layer stays dense", anchor="lm", **ink)
+    for share, anchor in ((0.0, "lb"), (0.25, "mb"), (1.0, "rb")):
+        pen.text((left + int(share**0.5 * bar), y - 3), f"{share * most:.2g}", anchor=anchor, **ink)
+    pen.text((left + bar + 12, y + 6), f"{picture.unit} (square-root scale)", anchor="lm", **ink)
+    y += 26
+    pen.rectangle((left, y, left + 18, y + 12), outline=_MARK, width=2)
+    pen.text((left + 26, y + 6), "chosen; a layer without a box stays dense", anchor="lm", **ink)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+import torch
+
 from ..config.run import RunConfig
 from ..config.sparse import SparseLoRAConfig
 from ..method.flops import FlopModel, LayerShare
@@ -33,8 +35,6 @@ class Budget:
 
     def __init__(self, shape: ModelShape, config: RunConfig, data: DataShape) -> None:
         plain = replace(config, sparse_lora=SparseLoRAConfig(enabled=False, rank=config.sparse_lora.rank))
-        import torch
-
         tree = build_tree(shape, plain, codec_of(config), torch.float32)
         self._model: FlopModel = flop_model(shape, plain, tree)
         self._counts = channel_counts(shape)
@@ -65,10 +65,9 @@ class Budget:
         Raises:
             ValueError: with the range that can be reached.
         """
-        lowest = {
-            (layer, group): max(keeps[group], key=lambda k, group=group: self.saving(group, k))
-            for layer, group in sites
-        }
+        # The fewest channels save most, unless the estimator costs more than is left out.
+        fewest = {group: min(channels) for group, channels in keeps.items()}
+        lowest = {(i, group): fewest[group] for i, group in sites if self.saving(group, fewest[group]) > 0}
         low, high = self.share(lowest), self.share({})
         if low <= target < high:
             return

@@ -136,7 +136,7 @@ class _Run:
 
     def _identity(self) -> dict[str, Any]:
         """What a measured loss depends on, beside site and kept channels."""
-        config, sparse = self.config, self.config.sparse_lora
+        config, sparse, stored = self.config, self.config.sparse_lora, self.config.quantization
         files = TensorFiles.of_model(checkpoint_folder(config.model.name_or_path))
         weights = CheckpointWeights(files, PlainCodec(torch.float32), torch.float32)
         marks = [weights.mark(i, name) for i in range(self.shape.layers) for name in ("q_proj", "v_proj", "gate_proj")]
@@ -145,7 +145,8 @@ class _Run:
             "model": config.model.name_or_path,
             "model_sha256": hashlib.sha256(content).hexdigest(),
             "dtype": config.model.dtype,
-            "quantization": config.quantization.load_in_4bit and config.quantization.bnb_4bit_use_double_quant + 1,
+            "load_in_4bit": stored.load_in_4bit,
+            "bnb_4bit_use_double_quant": stored.load_in_4bit and stored.bnb_4bit_use_double_quant,
             "data": config.data.train,
             "data_sha256": self.sample.sha256,
             "rows": self.sample.rows,

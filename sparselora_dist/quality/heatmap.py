@@ -92,7 +92,8 @@ def colour(value: float, most: float) -> tuple[int, int, int]:
     place = (min(max(value, 0.0) / most, 1.0) if most > 0 else 0.0) ** 0.5 * (len(_STOPS) - 1)
     below = min(int(place), len(_STOPS) - 2)
     part = place - below
-    return tuple(round(a + (b - a) * part) for a, b in zip(_STOPS[below], _STOPS[below + 1]))  # type: ignore[return-value]
+    red, green, blue = (round(a + (b - a) * part) for a, b in zip(_STOPS[below], _STOPS[below + 1]))
+    return red, green, blue
 
 
 def _panel(pen: Any, picture: HeatMap, group: str, top: int, most: float, ink: dict[str, Any]) -> None:
@@ -106,9 +107,9 @@ def _panel(pen: Any, picture: HeatMap, group: str, top: int, most: float, ink: d
             box = (x, y, x + cell - 1, y + _ROW - 1)
             pen.rectangle(box, fill=colour(picture.values[layer, group][level], most), outline=_GRID)
     for layer in range(picture.layers):
-        level = picture.chosen.get((layer, group))
-        if level is not None:
-            x, y = _LEFT + layer * cell, top + (len(picture.levels) - 1 - picture.levels.index(level)) * _ROW
+        chosen = picture.chosen.get((layer, group))
+        if chosen is not None:
+            x, y = _LEFT + layer * cell, top + (len(picture.levels) - 1 - picture.levels.index(chosen)) * _ROW
             pen.rectangle((x, y, x + cell - 1, y + _ROW - 1), outline=_MARK, width=2)
     _ticks(pen, picture, top + _ROW * len(picture.levels), ink)
     pen.text((16, top - 4), "sparsity", anchor="lb", **ink)

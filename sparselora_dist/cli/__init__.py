@@ -10,6 +10,7 @@ from importlib import import_module
 
 COMMANDS = {
     "plan": "what fits on which GPUs, what a step moves and computes, and which layout to choose",
+    "calibrate": "measure every layer's sensitivity to sparsity on your data, and choose for a FLOP target",
     "merge": "merge an adapter into its base model, shard by shard",
 }
 
@@ -17,6 +18,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``sparselora-dist <command> ...``; the exit status: 0, 1 (the command says no) or 2 (bad input)."""
     words = list(sys.argv[1:] if argv is None else argv)
+    # Given by the deepspeed launcher, ahead of the other arguments; the ranks come from the environment.
+    words = words[1:] if words and words[0].startswith(("--local_rank=", "--local-rank=")) else words
     parser = argparse.ArgumentParser(prog="sparselora-dist", description="Tools around sparse LoRA fine-tuning.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():

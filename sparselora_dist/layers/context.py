@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -81,6 +81,9 @@ class SparseContext:
         self.enabled = True
         self.skip_unused_logits = False
         self.check_each_forward = False
+        self.probe: Mapping[tuple[int, str], int] | None = None
+        """Channels to keep by (layer, group). While it is set, every forward with labels is sparse at these sites and
+        dense elsewhere, in evaluation too and whatever the schedule says. Set it between forwards, on every rank."""
         self._current: MicroBatch | None = None
         self._opened_by: object = None
         self._replayed: MicroBatch | None = None
@@ -122,9 +125,11 @@ class SparseContext:
         shifted: bool = False,
         opened_by: object = None,
     ) -> None:
-        """Open the micro-batch of a forward. Without labels, or in evaluation, everything is dense."""
+        """Open the micro-batch of a forward. Without labels, or in evaluation, everything is dense (see ``probe``)."""
         partition = None
-        if training and labels is not None and self.is_sparse:
+        if self.probe is not None and labels is not None:
+            partition = partition_tokens(labels, attention_mask, shifted=shifted)
+        elif training and labels is not None and self.is_sparse:
             partition = partition_tokens(labels, attention_mask, shifted=shifted)
             self.counts.dense += partition.dense.numel()
             self.counts.context += partition.context.numel()
@@ -136,7 +141,7 @@ class SparseContext:
                 stacklevel=2,
             )
         self._current, self._opened_by = MicroBatch(partition), opened_by
-        if training and labels is not None and not shifted and self.skip_unused_logits:
+        if (training or self.probe is not None) and labels is not None and not shifted and self.skip_unused_logits:
             rows, targets = loss_positions(labels)
             self._current.loss = LossPositions(labels.shape, rows, targets)
         if training:
@@ -181,10 +186,16 @@ class SparseContext:
                     "forwards were waiting for their backward, or the checkpointing moves its inputs (offloading)"
                 )
 
-    def active(self) -> MicroBatch | None:
-        """The micro-batch that the running layer belongs to, or ``None`` where everything is dense."""
+    def active(self, layer: int, group: str) -> MicroBatch | None:
+        """The micro-batch that the running layer belongs to, or ``None`` where its ``group`` is computed densely."""
+        if self.probe is not None and (layer, group) not in self.probe:
+            return None
         batch = self._current or (self._replayed if _in_backward() else None)
         return batch if batch is not None and batch.partition is not None else None
+
+    def keep(self, layer: int, group: str, usual: int) -> int:
+        """How many channels to choose: ``usual``, or what the probe says."""
+        return usual if self.probe is None else self.probe.get((layer, group), usual)
 
     def choose(
         self,
@@ -198,14 +209,15 @@ class SparseContext:
             return
         if self._current is not batch:
             raise RuntimeError(f"{site} has no mask of its first forward; a mask is never chosen in recomputation")
+        hold = self.interval > 1 and self.probe is None
         now = self._training_forwards if self.step is None else self.step
         held = [self._held.get((site.layer, group)) for group in groups]
-        if self.interval > 1 and all(entry is not None and 0 <= now - entry[0] < self.interval for entry in held):
+        if hold and all(entry is not None and 0 <= now - entry[0] < self.interval for entry in held):
             chosen = {group: entry[1] for group, entry in zip(groups, held) if entry is not None}
         else:
             with torch.no_grad():
                 chosen = select()
-            if self.interval > 1:
+            if hold:
                 self._held.update({(site.layer, group): (now, mask) for group, mask in chosen.items()})
         batch.masks.update({(site.layer, group): mask for group, mask in chosen.items()})
 

@@ -48,7 +48,7 @@ class SparseFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (..., H) -> (..., H)."""
-        batch = self.context.active()
+        batch = self.context.active(self.site.layer, "ffn")
         if batch is None:
             return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
         assert batch.partition is not None
@@ -61,7 +61,8 @@ class SparseFFN(nn.Module):
     def _select(self, x: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
         assert batch.partition is not None
         sums = self.estimator(x, batch.partition.context)
-        return {"ffn": select_channels(self.context.sync.reduce(self.site, sums), self.keep)}
+        keep = self.context.keep(self.site.layer, "ffn", self.keep)
+        return {"ffn": select_channels(self.context.sync.reduce(self.site, sums), keep)}
 
     def _split(self, x: Pair, channels: Tensor) -> Pair:
         """Both kinds of tokens through the FFN; every frozen weight is read (and decoded) once for both."""

@@ -18,6 +18,7 @@ from .estimator import AttentionEstimator
 from .frozen import FrozenLinear, compute_input
 
 Role = Literal["q", "k", "v", "o"]
+_GROUP = {"q": "qk", "k": "qk", "v": "vo", "o": "vo"}
 
 
 class AttentionChannels:
@@ -37,7 +38,10 @@ class AttentionChannels:
         assert batch.partition is not None
         sums = self.estimator(x, batch.partition.context)
         scores = self.estimator.scores(self.context.sync.reduce(self.site, sums))
-        return {group: select_channels(scores[group], keep) for group, keep in self.keep.items()}
+        return {
+            group: select_channels(scores[group], self.context.keep(self.site.layer, group, keep))
+            for group, keep in self.keep.items()
+        }
 
     def rows(self, role: Role, x: Tensor, batch: MicroBatch) -> Tensor:
         """Kept rows of the projection ``role`` (columns for o). ``x`` (T, H) is read where the mask is new."""
@@ -70,7 +74,7 @@ class SparseProjection(FrozenLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (..., in) -> (..., out)."""
-        batch = self.channels.context.active()
+        batch = self.channels.context.active(self.channels.site.layer, _GROUP[self.role])
         if batch is None:
             return super().forward(x)
         assert batch.partition is not None

@@ -1,0 +1,310 @@
+"""Sensitivity of every layer and group to sparsity, and the sparsities that meet a FLOP target at the least loss."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm import tqdm
+from transformers import set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from sparselora_kernels import kept_count
+
+from ..apply import find_state
+from ..codecs import PlainCodec
+from ..config.parse import ConfigError, unknown_key
+from ..config.ranges import compact_ranges
+from ..config.run import RunConfig
+from ..config.sparse import GROUPS, SparseLoRAConfig
+from ..data import TokenDataset, load_dataset_tokens, padding_id
+from ..engines.base import Engine, make_engine
+from ..io.load import check_model, load_tokenizer
+from ..io.manifest import write_text
+from ..io.shard_files import TensorFiles
+from ..io.weights import CheckpointWeights, checkpoint_folder
+from ..plan.shapes import ModelShape, from_hf_config
+from ..train.run import build_model
+from .allocate import Allocation, allocate
+from .budget import Budget, Site, channel_counts
+from .heatmap import HeatMap, check_drawable, draw
+from .importance import layer_importance
+from .probe import Prober
+from .record import Record, from_main
+from .sample import DataShape, Sample, data_shape, take_sample
+
+log = logging.getLogger(__name__)
+
+LEVELS = (0.25, 0.5, 0.75, 0.9, 0.97, 0.99)
+RECORD = "measurements.jsonl"
+# Rows of a micro-batch over all ranks, at least: the channels are chosen over that many.
+_BATCH = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """What is asked for."""
+
+    target_flops: float
+    """Share of dense LoRA's FLOPs that a sparse step may execute, in (0, 1)."""
+    output: Path
+    """The folder that everything is written to."""
+    groups: tuple[str, ...] = GROUPS
+    levels: tuple[float, ...] = LEVELS
+    """Sparsities that are measured and chosen from, in (0, 1)."""
+    rows: int = 64
+    """Rows of the training data that are measured on."""
+    batch: int | None = None
+    """Rows of a micro-batch over all ranks; None is the smallest multiple of the ranks from 8 on."""
+    criterion: Literal["loss", "importance"] = "loss"
+    command: str = ""
+    """Kept in ``curves.json``."""
+
+    def __post_init__(self) -> None:
+        for group in self.groups:
+            if group not in GROUPS:
+                raise unknown_key("--groups", group, GROUPS)
+        if not self.groups or len(set(self.groups)) < len(self.groups):
+            raise ConfigError(f"'--groups' is {','.join(self.groups)!r}: allowed: {', '.join(GROUPS)}, each once")
+        if not self.levels or not all(0 < level < 1 for level in self.levels):
+            raise ConfigError(
+                f"'--levels' is {','.join(map(str, self.levels))!r}: allowed: sparsities above 0, below 1"
+            )
+        if not 0 < self.target_flops < 1:
+            raise ConfigError(f"'--target-flops' is {self.target_flops:g}: allowed: a share above 0, below 1")
+        if self.rows < 1 or (self.batch is not None and self.batch < 1):
+            raise ConfigError(f"'--rows' is {self.rows}, '--batch' is {self.batch}: allowed: integers from 1")
+        object.__setattr__(self, "levels", tuple(sorted(set(self.levels))))
+
+    def batch_size(self, ranks: int) -> int:
+        """Rows of a micro-batch over all ranks."""
+        size = self.batch or -(-_BATCH // ranks) * ranks
+        if size % ranks:
+            raise ConfigError(f"'--batch' is {size}: allowed: multiples of the number of ranks ({ranks})")
+        return size
+
+
+def calibrate(config: RunConfig, calibration: Calibration) -> dict[str, Any]:
+    """Measure what is not measured yet, choose, and write; returns what ``curves.json`` holds. Every rank calls it.
+
+    Everything that can be refused is refused before the model is loaded.
+
+    Raises:
+        ValueError: a target out of reach (with the range), data without context tokens, a record of another model.
+    """
+    check_drawable()
+    engine = make_engine(config)
+    curves = _Run(config, calibration, engine).run()
+    engine.close()
+    return curves
+
+
+class _Run:
+    def __init__(self, config: RunConfig, calibration: Calibration, engine: Engine) -> None:
+        self.config, self.asked, self.engine = config, calibration, engine
+        if not engine.is_main:
+            disable_progress_bar()
+        self.shape: ModelShape = from_hf_config(check_model(config.model).to_dict(), config.model.name_or_path)
+        tokenizer = load_tokenizer(config.model)
+        data = config.data
+        self.dataset: TokenDataset = load_dataset_tokens(
+            data.train, tokenizer, data.max_length, "train", data.train_limit
+        )
+        self.pad_token_id = padding_id(tokenizer)
+        size = calibration.batch_size(engine.ranks.world_size)
+        self.sample: Sample = take_sample(self.dataset, calibration.rows, size, config.train.seed)
+        self.data: DataShape = data_shape(self.dataset)
+        self.sites: list[Site] = [(layer, g) for g in calibration.groups for layer in range(self.shape.layers)]
+        counts = channel_counts(self.shape)
+        self.keep = {
+            (group, level): kept_count(counts[group], level)
+            for group in calibration.groups
+            for level in calibration.levels
+        }
+        self.budget = Budget(self.shape, config, self.data)
+        keeps = {group: [self.keep[group, level] for level in calibration.levels] for group in calibration.groups}
+        self.budget.check(calibration.target_flops, self.sites, keeps)
+        identity = from_main(engine, self._identity)
+        self.record = Record(calibration.output / RECORD, identity, engine)
+        self._prober: Prober | None = None
+
+    def _identity(self) -> dict[str, Any]:
+        """What a measured loss depends on, beside site and kept channels."""
+        config, sparse, stored = self.config, self.config.sparse_lora, self.config.quantization
+        files = TensorFiles.of_model(checkpoint_folder(config.model.name_or_path))
+        weights = CheckpointWeights(files, PlainCodec(torch.float32), torch.float32)
+        marks = [weights.mark(i, name) for i in range(self.shape.layers) for name in ("q_proj", "v_proj", "gate_proj")]
+        content = json.dumps([str(self.shape), marks]).encode()
+        return {
+            "model": config.model.name_or_path,
+            "model_sha256": hashlib.sha256(content).hexdigest(),
+            "dtype": config.model.dtype,
+            "load_in_4bit": stored.load_in_4bit,
+            "bnb_4bit_use_double_quant": stored.load_in_4bit and stored.bnb_4bit_use_double_quant,
+            "data": config.data.train,
+            "data_sha256": self.sample.sha256,
+            "rows": self.sample.rows,
+            "batch": self.sample.batch_size,
+            "rank": sparse.rank,
+            "lora_branch": sparse.lora_branch,
+        }
+
+    # --- measuring ----------------------------------------------------------------------------------------------------
+
+    @property
+    def prober(self) -> Prober:
+        """Loads the model when something has to be measured. All ranks know the same values, so all do or none does."""
+        if self._prober is None:
+            config, asked = self.config, self.asked
+            everywhere = {group: {f"0-{self.shape.layers - 1}": max(asked.levels)} for group in asked.groups}
+            sparse = SparseLoRAConfig(
+                rank=config.sparse_lora.rank, lora_branch=config.sparse_lora.lora_branch, layers=everywhere
+            )
+            set_seed(config.train.seed)
+            model, _ = build_model(replace(config, sparse_lora=sparse), self.engine)
+            state = find_state(model)
+            assert state is not None
+            self.engine.prepare(model)
+            self._prober = Prober(self.engine, state.context, self.dataset, self.sample, self.pad_token_id)
+        return self._prober
+
+    def _loss(self, keep: Mapping[Site, int], name: str) -> float:
+        if name not in self.record.values:
+            self.record.add(name, self.prober.loss(keep))
+        return float(self.record.values[name])
+
+    def _importance(self) -> list[float]:
+        if "importance" not in self.record.values:
+            self.record.add("importance", layer_importance(self.prober))
+        return list(self.record.values["importance"])
+
+    def _curves(self) -> dict[str, dict[int, dict[float, float]]]:
+        """Loss by group, layer and level, one site sparse at a time. Levels that keep the same channels are one."""
+        jobs = [(layer, group, level) for layer, group in self.sites for level in self.asked.levels]
+        names = {job: f"layer {job[0]} {job[1]} keep {self.keep[job[1:]]}" for job in jobs}
+        done = sum(names[job] in self.record.values for job in jobs)
+        if done and self.engine.is_main:
+            log.info("%s: %d of %d measurements are there already", self.record.path, done, len(jobs))
+        losses: dict[str, dict[int, dict[float, float]]] = {group: {} for group in self.asked.groups}
+        hidden = not self.engine.is_main or self.config.train.disable_tqdm
+        with tqdm(total=len(jobs), initial=done, disable=hidden, unit="probe", desc="calibrating") as bar:
+            for layer, group, level in jobs:
+                name = names[layer, group, level]
+                new = name not in self.record.values
+                bar.set_postfix_str(f"layer {layer} {group} {level:g}", refresh=False)
+                loss = self._loss({(layer, group): self.keep[group, level]}, name)
+                losses[group].setdefault(layer, {})[level] = loss
+                bar.update(new)
+        return losses
+
+    # --- choosing -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        dense = self._loss({}, "dense")
+        importance = self._importance()
+        losses = self._curves() if self.asked.criterion == "loss" else None
+        predicted = self._predicted(losses, dense, importance)
+        found: Allocation = from_main(self.engine, lambda: self._allocate(predicted))
+        chosen = {site: self.asked.levels[n - 1] for site, n in zip(self.sites, found.choice) if n}
+        keep = {site: self.keep[site[1], level] for site, level in chosen.items()}
+        digest = hashlib.sha256(json.dumps(sorted((*site, k) for site, k in keep.items())).encode()).hexdigest()[:16]
+        together = self._loss(keep, f"together {digest}")
+        section = self._section(chosen)
+        curves = {
+            "format": "sparselora-curves/1",
+            **{key: value for key, value in self.record.identity.items() if key != "format"},
+            "command": self.asked.command,
+            "criterion": self.asked.criterion,
+            "groups": list(self.asked.groups),
+            "levels": list(self.asked.levels),
+            "channels": channel_counts(self.shape),
+            "context_share": self.data.context / self.data.tokens,
+            "label_tokens": self.sample.labels,
+            "dense_loss": dense,
+            "losses": losses,
+            "layer_importance": importance,
+            "flops": {
+                "target_share": self.asked.target_flops,
+                "chosen_share": self.budget.share(keep),
+                "dense_of_the_data": self.budget.dense,
+                "saving_of_a_layer": {
+                    group: {level: self.budget.saving(group, self.keep[group, level]) for level in self.asked.levels}
+                    for group in self.asked.groups
+                },
+            },
+            "choice": {
+                "layers": section.layers,
+                "proven_least": found.exact,
+                "predicted_loss_increase": found.loss if losses else None,
+                "measured_loss_increase": together - dense,
+            },
+        }
+        if self.engine.is_main:
+            self._write(section, curves, predicted, chosen)
+        self.engine.barrier()
+        return curves
+
+    def _predicted(
+        self, losses: dict[str, dict[int, dict[float, float]]] | None, dense: float, importance: list[float]
+    ) -> dict[Site, dict[float, float]]:
+        """What a level costs at a site: the measured increase, or for ``importance`` the layer's times level²."""
+        if losses is None:
+            return {site: {level: importance[site[0]] * level**2 for level in self.asked.levels} for site in self.sites}
+        return {
+            (layer, group): {level: loss - dense for level, loss in losses[group][layer].items()}
+            for layer, group in self.sites
+        }
+
+    def _allocate(self, predicted: dict[Site, dict[float, float]]) -> Allocation:
+        need = self.budget.executed({}) - self.asked.target_flops * self.budget.dense
+        # A measured gain is noise of a finite sample: it counts as no loss, and is no reason to be sparse.
+        options = [
+            [(self.budget.saving(group, self.keep[group, level]), max(cost, 0.0)) for level, cost in costs.items()]
+            for (_, group), costs in predicted.items()
+        ]
+        return allocate(options, need)
+
+    def _section(self, chosen: dict[Site, float]) -> SparseLoRAConfig:
+        layers = {}
+        for group in self.asked.groups:
+            found = {layer: level for (layer, of), level in chosen.items() if of == group}
+            if found:
+                layers[group] = compact_ranges(found)
+        return replace(self.config.sparse_lora, enabled=True, layers=layers, factors=None)
+
+    def _write(
+        self,
+        section: SparseLoRAConfig,
+        curves: dict[str, Any],
+        predicted: dict[Site, dict[float, float]],
+        chosen: dict[Site, float],
+    ) -> None:
+        folder, choice = self.asked.output, curves["choice"]
+        write_text(folder / "sparse_lora.json", json.dumps(section.to_dict(), indent=1))
+        write_text(folder / "curves.json", json.dumps(curves, indent=1))
+        measured = self.asked.criterion == "loss"
+        draw(
+            HeatMap(
+                groups=self.asked.groups,
+                levels=self.asked.levels,
+                layers=self.shape.layers,
+                values=predicted,
+                chosen=chosen,
+                importance=curves["layer_importance"],
+                unit="loss increase, nats per label token" if measured else "layer importance x sparsity²",
+                caption=(
+                    f"{Path(self.config.model.name_or_path).name} on {Path(self.config.data.train).name}: "
+                    f"{self.sample.rows} rows, {self.sample.labels} label tokens, dense loss {curves['dense_loss']:.4f}",
+                    f"Chosen by {self.asked.criterion} for {self.asked.target_flops:.1%} of dense LoRA's FLOPs: "
+                    f"{curves['flops']['chosen_share']:.1%} executed, {curves['context_share']:.1%} of the tokens sparse",
+                    f"Loss {choice['measured_loss_increase']:+.4f} with all chosen sites together",
+                ),
+            ),
+            folder / "sensitivity.png",
+        )

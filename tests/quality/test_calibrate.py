@@ -1,0 +1,227 @@
+"""The command: one process, ZeRO-3 and FSDP2 alike; killed and continued; its output trains; what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from sparselora_dist import SparseLoRAConfig
+from sparselora_dist.cli import main
+from sparselora_dist.engines.base import free_port
+from support.harness import ROOT, run_launch
+from support.models import tiny_base
+
+from ..integration.conftest import VOCABULARY, Tiny, byte_tokenizer, write_rows
+
+LEVELS = (0.5, 0.9)
+GROUPS = {"ffn", "qk", "vo"}
+PROBES = 3 * len(LEVELS) * 3  # Groups, levels, layers; every level keeps channels of its own.
+# 13 rows in batches of 8: stand-ins fill the second.
+OPTIONS = ["--target-flops", "0.6", "--levels", ",".join(map(str, LEVELS)), "--rows", "13"]
+# Sums in fp32, in another order on several ranks.
+LOSS_TOLERANCE = 5e-6
+
+
+def words(config: str, output: Path) -> list[str]:
+    return ["calibrate", "--config", config, *OPTIONS, "--output", str(output)]
+
+
+def curves_of(folder: Path) -> dict[str, Any]:
+    curves = json.loads((folder / "curves.json").read_text(encoding="utf-8"))
+    del curves["command"]
+    return curves
+
+
+def losses_of(curves: dict[str, Any]) -> dict[tuple[str, str, str], float]:
+    return {
+        (group, layer, level): loss
+        for group, layers in curves["losses"].items()
+        for layer, levels in layers.items()
+        for level, loss in levels.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("calibrations")
+
+
+@pytest.fixture(scope="module")
+def single(tiny: Tiny, work: Path) -> Path:
+    """A calibration by one process."""
+    config = tiny.config_file(work / "single.json", "single", work / "run", sparse_lora={"start_step": 0})
+    result = run_launch([sys.executable, "-m", "sparselora_dist.cli", *words(config, work / "single")])
+    assert "sparse_lora.json" in result.stderr
+    return work / "single"
+
+
+def test_what_is_written(single: Path) -> None:
+    curves = curves_of(single)
+    assert set(curves["losses"]) == GROUPS and len(losses_of(curves)) == PROBES
+    assert len(set(losses_of(curves).values())) > PROBES // 2, "sparsity changes the loss"
+    assert len(curves["layer_importance"]) == 3 and all(0 <= value <= 1 for value in curves["layer_importance"])
+    assert 0.5 < curves["context_share"] < 0.9
+    section = SparseLoRAConfig.from_file(single / "sparse_lora.json")
+    assert section.layers == curves["choice"]["layers"]
+    assert section.enabled and section.rank == 4 and section.interval == 2, "what is not chosen is the run's"
+    chosen = [(g, i, s) for g, layers in section.sparsity(3).items() for i, s in layers.items()]
+    assert chosen and {level for _, _, level in chosen} <= set(LEVELS)
+    assert curves["choice"]["proven_least"] and curves["flops"]["chosen_share"] <= 0.6
+    gains = {key: max(loss - curves["dense_loss"], 0) for key, loss in losses_of(curves).items()}
+    predicted = sum(gains[group, str(layer), str(level)] for group, layer, level in chosen)
+    assert curves["choice"]["predicted_loss_increase"] == pytest.approx(predicted, abs=1e-12)
+
+
+def test_the_last_layers_ffn_is_free(single: Path) -> None:
+    """What a context token's FFN adds after the last attention enters no label's logits."""
+    curves = curves_of(single)
+    assert set(curves["losses"]["ffn"]["2"].values()) == {curves["dense_loss"]}
+
+
+def test_the_picture(single: Path) -> None:
+    with Image.open(single / "sensitivity.png") as image:
+        image.load()
+        assert image.format == "PNG" and image.width >= 720
+        assert image.height > 3 * 24 * len(LEVELS) + 200, "three panels, captions, legend"
+        colours = {colour: count for count, colour in image.convert("RGB").getcolors(1 << 24)}
+    assert colours[214, 39, 40] > 200, "the choice is outlined"
+    assert len(colours) > 20
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_two_ranks_measure_the_same(engine: str, tiny: Tiny, single: Path, work: Path) -> None:
+    config = tiny.config_file(work / f"{engine}.json", engine, work / "run", sparse_lora={"start_step": 0})
+    starters = {
+        "zero3": ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "--module", "sparselora_dist.cli"],
+        "fsdp2": ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "sparselora_dist.cli"],
+    }
+    run_launch([*starters[engine], *words(config, work / engine)], timeout=400)
+    ours, theirs = curves_of(work / engine), curves_of(single)
+    assert losses_of(ours) == pytest.approx(losses_of(theirs), abs=LOSS_TOLERANCE)
+    assert ours["layer_importance"] == pytest.approx(theirs["layer_importance"], abs=1e-6)
+    assert ours["choice"]["layers"] == theirs["choice"]["layers"]
+    assert ours["flops"] == theirs["flops"] and ours["data_sha256"] == theirs["data_sha256"]
+
+
+def test_killed_and_continued(tiny: Tiny, single: Path, work: Path, alone: None) -> None:
+    output, record = work / "killed", work / "killed" / "measurements.jsonl"
+    config = str(work / "single.json")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sparselora_dist.cli", *words(config, output)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (not record.is_file() or record.read_bytes().count(b"\n") < 6):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = record.read_bytes()
+    # Should it have been too quick for us: as if it had been killed there.
+    kept = b"".join(before.splitlines(keepends=True)[:9])
+    record.write_bytes(kept + b'{"measured": "layer 2 ff')
+    for name in ("curves.json", "sparse_lora.json", "sensitivity.png"):
+        (output / name).unlink(missing_ok=True)
+    assert kept.count(b"\n") >= 6
+    assert main(words(config, output)) == 0
+    assert record.read_bytes().startswith(kept), "nothing is measured twice"
+    assert record.read_bytes() == (single / "measurements.jsonl").read_bytes()
+    assert curves_of(output) == curves_of(single)
+
+
+def test_another_target_only_chooses_again(
+    tiny: Tiny, single: Path, work: Path, alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparselora_dist.quality import calibrate as module
+
+    output = work / "again"
+    output.mkdir()
+    (output / "measurements.jsonl").write_bytes((single / "measurements.jsonl").read_bytes())
+    probes: list[Any] = []
+    plain = module.Prober.loss
+    monkeypatch.setattr(module.Prober, "loss", lambda self, keep: (probes.append(keep), plain(self, keep))[1])
+    again = words(str(work / "single.json"), output)
+    again[again.index("0.6")] = "0.75"
+    assert main(again) == 0
+    assert len(probes) == 1 and probes[0], "only the new choice as a whole"
+    chosen = curves_of(output)["flops"]["chosen_share"]
+    assert curves_of(single)["flops"]["chosen_share"] < chosen <= 0.75
+
+
+def test_the_output_trains(tiny: Tiny, single: Path, work: Path) -> None:
+    """Unchanged, and with the share of FLOPs that was promised for a pass over the data."""
+    run = tiny.config("single", work / "trained", train={"max_steps": -1, "num_train_epochs": 1, "save_steps": None})
+    run["sparse_lora"] = json.loads((single / "sparse_lora.json").read_text(encoding="utf-8"))
+    (work / "trained.json").write_text(json.dumps(run), encoding="utf-8")
+    run_launch([sys.executable, "launch/train.py", "--config", str(work / "trained.json")])
+    summary = json.loads((work / "trained" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["steps"] == 8
+    assert summary["executed_flops_share"] == pytest.approx(curves_of(single)["flops"]["chosen_share"], abs=1e-9)
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def refusal(capsys: pytest.CaptureFixture, arguments: list[str]) -> str:
+    assert main(arguments) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--target-flops": "0.05"}, r"--target-flops 0.05 cannot be met: .* 0.\d+ to 0.\d+ of dense LoRA's FLOPs"),
+        ({"--target-flops": "0.95"}, r"--target-flops 0.95 cannot be met: .*; nothing needs sparsity"),
+        ({"--target-flops": "1.5"}, "allowed: a share above 0, below 1"),
+        ({"--groups": "ffn,vq"}, r"unknown .*vq.*vo"),
+        ({"--groups": "ffn,ffn"}, "allowed: ffn, qk, vo, each once"),
+        ({"--levels": "0.5,1"}, "allowed: sparsities above 0, below 1"),
+        ({"--levels": "half"}, "'--levels' is 'half'"),
+        ({"--rows": "0"}, "'--rows' is 0"),
+    ],
+)
+def test_bad_requests(
+    change: dict[str, str], message: str, tiny: Tiny, tmp_path: Path, alone: None, capsys: pytest.CaptureFixture
+) -> None:
+    import re
+
+    config = tiny.config_file(tmp_path / "run.json", "single", tmp_path / "run")
+    arguments = words(config, tmp_path / "out") + [word for pair in change.items() for word in pair]
+    assert re.search(message, refusal(capsys, arguments))
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_without_context_tokens(tiny: Tiny, tmp_path: Path, alone: None, capsys: pytest.CaptureFixture) -> None:
+    rows = write_rows(tmp_path / "text.jsonl", [{"text": f"every token is trained on {i}"} for i in range(9)])
+    config = tiny.config_file(tmp_path / "run.json", "single", tmp_path / "run", data={"train": rows})
+    assert "text.jsonl has context tokens" in refusal(capsys, words(config, tmp_path / "out"))
+
+
+def test_a_record_of_something_else(
+    tiny: Tiny, single: Path, tmp_path: Path, alone: None, capsys: pytest.CaptureFixture
+) -> None:
+    other = tmp_path / "other"
+    tiny_base(seed=5, vocab_size=VOCABULARY).save_pretrained(other)
+    byte_tokenizer().save_pretrained(other)
+    model = tiny.config_file(tmp_path / "model.json", "single", tmp_path / "run", model={"name_or_path": str(other)})
+    error = refusal(capsys, words(model, single))
+    assert f"measurements.jsonl was measured on another model ({tiny.model}, " in error and str(other) in error
+    data = tiny.config_file(tmp_path / "data.json", "single", tmp_path / "run", data={"train": tiny.eval})
+    assert "measurements.jsonl was measured with data_sha256" in refusal(capsys, words(data, single))
+
+
+def test_model_and_data_instead_of_a_run_file(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    options = [*OPTIONS, "--output", str(tmp_path)]
+    assert "give either --config, or" in refusal(capsys, ["calibrate", *options])
+    assert "belong together" in refusal(capsys, ["calibrate", "--model", tiny.model, *options])

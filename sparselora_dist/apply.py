@@ -310,4 +310,12 @@ def _replace_attention(layer: DecoderLayer, state: SparseState, factors: FactorS
         state.linears.append((layer.attention, name, original))
 
 
-__all__ = ["SparseState", "apply_sparselora", "estimator_factors", "find_state", "remove_sparselora", "selection", "set_step"]
+__all__ = [
+    "SparseState",
+    "apply_sparselora",
+    "estimator_factors",
+    "find_state",
+    "remove_sparselora",
+    "selection",
+    "set_step",
+]

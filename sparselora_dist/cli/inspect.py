@@ -61,7 +61,9 @@ def _ranks(text: str | None) -> list[int] | None:
     try:
         return [int(word) for word in text.split(",")]
     except ValueError as error:
-        raise ConfigError(f"'--ranks' is {text!r}: allowed: integers from 1 with commas between, such as 8,32") from error
+        raise ConfigError(
+            f"'--ranks' is {text!r}: allowed: integers from 1 with commas between, such as 8,32"
+        ) from error
 
 
 def _print(fidelity: dict[str, Any]) -> None:

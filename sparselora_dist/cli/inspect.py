@@ -88,6 +88,10 @@ def _print(fidelity: dict[str, Any]) -> None:
                 kept = f"{site['kept']}/{site['channels']}"
                 print(_line(group, str(site["layer"]), kept, site, choices))
         print(_line(group, "mean", "", means, choices))
+    adapted = {group: means["adapted_recall"] for group, means in fidelity["groups"].items()}
+    if any(value is not None for value in adapted.values()):
+        figures = ", ".join(f"{group} {_percent(value)}" for group, value in adapted.items() if value is not None)
+        print(f"\nrecall at rank {fidelity['own_rank']} against the activations with the LoRA branch: {figures}")
 
 
 def _line(group: str, layer: str, kept: str, figures: dict[str, Any], choices: list[str]) -> str:

@@ -145,7 +145,8 @@ class Site:
     """Overlap with the batch before."""
     ranks: list[float] = field(default_factory=list)
     """Overlap of two halves of a batch."""
-    _before: Tensor | None = None
+    last: Tensor | None = None
+    """Kept channels of the newest batch at the own rank."""
 
     def add(
         self,
@@ -178,9 +179,9 @@ class Site:
         if all(filled):
             first, second = (select_channels(scores_of(half).cpu(), self.keep) for half in estimates[self.own_rank])
             self.ranks.append(overlap(first, second))
-        if self._before is not None:
-            self.steps.append(overlap(own, self._before))
-        self._before = own
+        if self.last is not None:
+            self.steps.append(overlap(own, self.last))
+        self.last = own
 
     def to_dict(self) -> dict[str, object]:
         """Means and spreads over batches; ``None`` where nothing could be compared."""

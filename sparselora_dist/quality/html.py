@@ -19,6 +19,10 @@ _INK, _FAINT, _GRID = "#1d2530", "#57616e", "#dde3ea"
 _DARKEST = (11, 74, 130)
 # Points drawn per line; more are averaged in between.
 _POINTS = 240
+# Of a view box: 12 units of text are 10 to 11 pixels on a screen of 400, and 14 on a wide one.
+_WIDTH = 400
+# Of a heat map, so that its heading fits; more columns than the width holds scroll on a narrow screen.
+_COLUMN = 58
 
 STYLE = """
 :root{color-scheme:light}
@@ -29,13 +33,13 @@ h1{font-size:1.6rem;line-height:1.25;margin:0 0 4px;overflow-wrap:anywhere}
 h2{font-size:1.2rem;margin:36px 0 12px}
 p{margin:0 0 12px;max-width:75ch;overflow-wrap:anywhere}
 .lead,.missing,figcaption{color:#57616e}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(210px,1fr));gap:12px;margin:20px 0 8px}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(240px,1fr));gap:12px;margin:20px 0 8px}
 .card{background:#fff;border:1px solid #dde3ea;border-radius:8px;padding:12px 16px}
-.card b{display:block;font-size:1.45rem;font-weight:600;font-variant-numeric:tabular-nums}
+.card b{display:block;font-size:1.35rem;font-weight:600;font-variant-numeric:tabular-nums}
 .card span{font-size:.875rem;color:#57616e}
 .figures{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:16px;align-items:start}
 figure{margin:0;background:#fff;border:1px solid #dde3ea;border-radius:8px;padding:14px 16px}
-figure svg{display:block;width:100%;max-width:520px;height:auto;margin:0 auto}
+figure svg{display:block;width:100%;max-width:480px;height:auto;margin:0 auto}
 figure h3{margin:0 0 6px;font-size:1rem}
 figcaption{font-size:.875rem;margin-top:8px}
 .unit{display:block}
@@ -44,7 +48,11 @@ table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:t
 th,td{text-align:right;padding:6px 12px;border-bottom:1px solid #e8ecf1}
 th{font-weight:600}
 td:first-child,th:first-child{text-align:left}
-table.text td{text-align:left;overflow-wrap:anywhere}
+table.text td,table.text th{text-align:left;overflow-wrap:anywhere}
+details{margin:8px 0 0}
+summary{cursor:pointer;margin-bottom:8px}
+.wide{margin-bottom:16px}
+.scroll{overflow-x:auto}
 tr:last-child td{border-bottom:0}
 .missing{border-left:3px solid #9aa7b5;padding-left:12px}
 @media (max-width:760px){
@@ -103,6 +111,11 @@ def paragraph(text: str) -> str:
     return f"<p>{escape(text)}</p>"
 
 
+def folded(title: str, inner: str) -> str:
+    """Long things that few want to read."""
+    return f"<details><summary>{escape(title)}</summary>{inner}</details>"
+
+
 def missing(text: str) -> str:
     """A sentence in the place of what is not there."""
     return f'<p class="missing">{escape(text)}</p>'
@@ -136,7 +149,7 @@ def figure(title: str, svg: str, caption: str, units: str) -> str:
 
 def line_chart(label: str, lines: Sequence[Line], x_unit: str, y_unit: str, *, zero: bool = False) -> str:
     """Lines over a common axis; ``zero`` begins the vertical axis at 0. Points that are not finite are left out."""
-    width, height, left, right, top, bottom = 440, 250, 52, 14, 24 + 16 * (len(lines) > 1), 40
+    width, height, left, right, top, bottom = _WIDTH, 240, 50, 14, 24 + 16 * (len(lines) > 1), 40
     drawn = [Line(line.name, thin(line.points), line.dots) for line in lines]
     xs = [x for line in drawn for x, _ in line.points] or [0.0, 1.0]
     ys = [y for line in drawn for _, y in line.points] or [0.0, 1.0]
@@ -180,7 +193,8 @@ def heat_map(label: str, columns: Sequence[str], rows: Sequence[str], values: Se
     """Shares in [0, 1] as shaded cells with their per cent in them; ``None`` is an empty cell. One row per layer."""
     tall = 18 if len(rows) <= 40 else 13
     size = 12 if tall == 18 else 10
-    left, top, width = 44, 24, 440
+    left, top = 44, 24
+    width = max(_WIDTH, left + 4 + _COLUMN * len(columns))
     cell = (width - left - 4) / max(len(columns), 1)
     parts = [_text(4, 15, "layer", "start", _FAINT)]
     parts += [_text(left + cell * (i + 0.5), 15, name, "middle") for i, name in enumerate(columns)]
@@ -201,10 +215,11 @@ def heat_map(label: str, columns: Sequence[str], rows: Sequence[str], values: Se
     return _svg(width, top + tall * len(rows) + 6, label, parts)
 
 
-def _svg(width: int, height: int, label: str, parts: Sequence[str]) -> str:
+def _svg(width: float, height: float, label: str, parts: Sequence[str]) -> str:
+    least = f' style="min-width:{width:.0f}px"' if width > _WIDTH else ""
     return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}" '
-        f'font-family="inherit">{"".join(parts)}</svg>'
+        f'<div class="scroll"><svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}" '
+        f'font-family="inherit"{least}>{"".join(parts)}</svg></div>'
     )
 
 
@@ -249,9 +264,9 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 def number(value: float) -> str:
     """Short: 0.25, 12, 3.5k, 1.2M."""
-    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= size:
-            return f"{value / min(size, 1e3 if suffix == 'k' else size):.4g}{suffix}"
+    for limit, size, suffix in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / size:.4g}{suffix}"
     return f"{value:.4g}"
 
 

@@ -16,6 +16,7 @@ from . import html
 from .html import Line
 
 _PACKAGES = ("sparselora-dist", "torch", "transformers", "peft", "deepspeed", "accelerate")
+_WHOSE = {"global": "all ranks", "node": "a node's ranks", "local": "each rank alone"}
 _CHANNELS = {"ffn": "intermediate neurons", "qk": "rotary pairs of q and k", "vo": "value channels"}
 
 
@@ -39,7 +40,9 @@ def render(config: RunConfig, run: Path | None, fidelity: dict[str, Any] | None)
         _training(rows, run),
         *_sparsity(config, fidelity),
         *_fidelity(fidelity),
-        html.section("Settings", html.table(("key", "value"), _settings(config), text=True)),
+        html.section(
+            "Settings", html.folded("Every key of run.json", html.table(("key", "value"), _settings(config), text=True))
+        ),
         html.section(
             "Versions",
             html.paragraph("Of the environment that made this page."),
@@ -48,7 +51,7 @@ def render(config: RunConfig, run: Path | None, fidelity: dict[str, Any] | None)
     ]
     model = Path(config.model.name_or_path).name
     title = f"Run {run.resolve().name}" if run else f"Estimator on {model}"
-    lead = f"Model {model}, data {Path(config.data.train).name}, engine {config.engine.name}. Sparse LoRA fine-tuning."
+    lead = f"Model {config.model.name_or_path}, data {config.data.train}, engine {config.engine.name}."
     return html.page(title, lead, body, {"summary": summary, "metrics": rows, "fidelity": fidelity})
 
 
@@ -187,8 +190,8 @@ def _sparsity(config: RunConfig, fidelity: Mapping[str, Any] | None) -> list[str
     sparse = config.sparse_lora
     state = "" if sparse.enabled else " The run was dense (sparse_lora.enabled is false)."
     text = (
-        f"Estimator of rank {sparse.rank}, masks chosen by {sparse.mask_sync} ranks' tokens, kept for {sparse.interval} "
-        f"step(s), sparse from {sparse.start_step:g} to {'the end' if sparse.end_step is None else sparse.end_step}.{state}"
+        f"Estimator of rank {sparse.rank}, masks chosen from the tokens of {_WHOSE[sparse.mask_sync]}, kept for "
+        f"{sparse.interval} step(s), sparse from {sparse.start_step:g} to {'the end' if sparse.end_step is None else sparse.end_step}.{state}"
     )
     return [html.section("Sparsity", html.paragraph(text), html.figures(drawn))]
 
@@ -245,19 +248,14 @@ def _fidelity(fidelity: Mapping[str, Any] | None) -> list[str]:
         )
     else:
         maps.append(html.missing("There is one batch of one row: no masks to compare, stability is left out."))
-    head = ("mean over layers", *(f"{what}, {name}" for what in ("recall %", "energy %") for name in _titles(ranks)))
+    head = ("group", "mean", "random", *(f"rank {rank}" for rank in ranks), "exact")
+    choices = ("random", *ranks, "exact")
     lines = [
-        (
-            group,
-            *(_number(means[what].get(name)) for what in ("recall", "energy") for name in ("random", *ranks, "exact")),
-        )
+        (group, f"{figure}, %", *(_number(means[figure].get(name)) for name in choices))
         for group, means in groups.items()
+        for figure in ("recall", "energy")
     ]
-    return [html.section("Estimator", html.paragraph(text), html.table(head, lines) + "<br>", html.figures(*maps))]
-
-
-def _titles(ranks: Sequence[str]) -> list[str]:
-    return ["random", *(f"rank {rank}" for rank in ranks), "exact"]
+    return [html.section("Estimator", html.paragraph(text), html.table(head, lines), html.figures(*maps))]
 
 
 def _number(value: float | None) -> str:

@@ -310,12 +310,4 @@ def _replace_attention(layer: DecoderLayer, state: SparseState, factors: FactorS
         state.linears.append((layer.attention, name, original))
 
 
-__all__ = [
-    "SparseState",
-    "apply_sparselora",
-    "estimator_factors",
-    "find_state",
-    "remove_sparselora",
-    "selection",
-    "set_step",
-]
+__all__ = ["SparseState", "apply_sparselora", "find_state", "remove_sparselora", "selection", "set_step"]

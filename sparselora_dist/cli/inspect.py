@@ -73,15 +73,15 @@ def _print(fidelity: dict[str, Any]) -> None:
         f"{fidelity['rows_per_batch']}, {fidelity['context_tokens']} of {fidelity['tokens']} tokens context, {adapter}"
     )
     print(
-        "recall: share of the exactly chosen channels that are kept, %; energy: share of the squared activations kept, %\n"
+        "recall: exactly chosen channels that are kept, %; energy: squared activations of the kept channels, % of all\n"
         f"same: kept channels in common, %, at rank {fidelity['own_rank']}, of consecutive batches and of a batch's halves\n"
     )
     choices = ["random", *map(str, fidelity["ranks"])]
-    titles = ["random", *(f"rank {rank}" for rank in fidelity["ranks"])]
+    titles = ["random", *(f"r{rank}" for rank in fidelity["ranks"])]
     head = f"{'group':<6}{'layer':>6}{'kept':>12}"
-    recall = "".join(f"{title:>9}" for title in titles)
-    print(f"{'':24}{'recall'.rjust(len(recall))} {'energy'.rjust(len(recall) + 8)} {'same':>13}")
-    print(f"{head}{recall} {recall}{'exact':>8}{'batches':>9}{'ranks':>7}")
+    recall = "".join(f"{title:>7}" for title in titles)
+    print(f"{'':24}{'recall'.rjust(len(recall))} {'energy'.rjust(len(recall) + 8)}{'same':>12}")
+    print(f"{head}{recall} {recall}{'exact':>8}{'batches':>8}{'ranks':>7}")
     for group, means in fidelity["groups"].items():
         for site in fidelity["sites"]:
             if site["group"] == group:
@@ -95,11 +95,11 @@ def _print(fidelity: dict[str, Any]) -> None:
 
 
 def _line(group: str, layer: str, kept: str, figures: dict[str, Any], choices: list[str]) -> str:
-    recall = "".join(f"{_percent(figures['recall'][name]):>9}" for name in choices)
-    energy = "".join(f"{_percent(figures['energy'][name]):>9}" for name in choices)
+    recall = "".join(f"{_percent(figures['recall'][name]):>7}" for name in choices)
+    energy = "".join(f"{_percent(figures['energy'][name]):>7}" for name in choices)
     return (
         f"{group:<6}{layer:>6}{kept:>12}{recall} {energy}{_percent(figures['energy']['exact']):>8}"
-        f"{_percent(figures['between_steps']):>9}{_percent(figures['between_ranks']):>7}"
+        f"{_percent(figures['between_steps']):>8}{_percent(figures['between_ranks']):>7}"
     )
 
 

@@ -189,9 +189,10 @@ def _sparsity(config: RunConfig, fidelity: Mapping[str, Any] | None) -> list[str
     )
     sparse = config.sparse_lora
     state = "" if sparse.enabled else " The run was dense (sparse_lora.enabled is false)."
+    until = "the end" if sparse.end_step is None else f"{sparse.end_step:g}"
     text = (
         f"Estimator of rank {sparse.rank}, masks chosen from the tokens of {_WHOSE[sparse.mask_sync]}, kept for "
-        f"{sparse.interval} step(s), sparse from {sparse.start_step:g} to {'the end' if sparse.end_step is None else sparse.end_step}.{state}"
+        f"{sparse.interval} step(s), sparse from {sparse.start_step:g} to {until} (fractions of the run, or steps).{state}"
     )
     return [html.section("Sparsity", html.paragraph(text), html.figures(drawn))]
 

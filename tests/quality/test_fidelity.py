@@ -53,9 +53,7 @@ def by_hand(group: str, outputs: dict[str, Tensor], rows: list[int]) -> list[flo
     """The formulas of the method, one number at a time."""
     table = {name: output.tolist() for name, output in outputs.items()}
     if group == "ffn":
-        return [
-            sum((silu(table["gate_proj"][t][j]) * table["up_proj"][t][j]) ** 2 for t in rows) for j in range(WIDTH)
-        ]
+        return [sum((silu(table["gate_proj"][t][j]) * table["up_proj"][t][j]) ** 2 for t in rows) for j in range(WIDTH)]
     if group == "vo":
         return [sum(table["v_proj"][t][j] ** 2 for t in rows) for j in range(16)]
     scores = []
@@ -218,9 +216,7 @@ def test_random_below_rank_8_below_rank_32_below_exact(four_bit: bool) -> None:
     if four_bit:
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     layers = {"ffn": {"1-4": 0.9}, "qk": {"2-4": 0.5}, "vo": {"2-4": 0.5}}
-    demo = subject(
-        ROOT / "demo/model", ROOT / "demo/data/eval.jsonl", layers, quantization={"load_in_4bit": four_bit}
-    )
+    demo = subject(ROOT / "demo/model", ROOT / "demo/data/eval.jsonl", layers, quantization={"load_in_4bit": four_bit})
     fidelity = measure(demo, rows=32)
     assert fidelity["batches"] == 4 and fidelity["ranks"] == [8, 32] and len(fidelity["sites"]) == 10
     assert_ordered(fidelity)

@@ -237,7 +237,12 @@ def _shade(value: float) -> tuple[str, str]:
     """White (0) to dark blue (1), and the ink that can be read on it."""
     share = min(max(value, 0.0), 1.0)
     red, green, blue = (round(255 + (end - 255) * share) for end in _DARKEST)
-    return f"rgb({red},{green},{blue})", "#ffffff" if share > 0.55 else _INK
+    # Relative luminance; black and white have the same contrast, 4.6 : 1, at 0.18.
+    light = sum(
+        weight * (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4)
+        for weight, part in zip((0.2126, 0.7152, 0.0722), (red / 255, green / 255, blue / 255))
+    )
+    return f"rgb({red},{green},{blue})", "#000000" if light > 0.18 else "#ffffff"
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------

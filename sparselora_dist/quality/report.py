@@ -249,10 +249,10 @@ def _fidelity(fidelity: Mapping[str, Any] | None) -> list[str]:
         )
     else:
         maps.append(html.missing("There is one batch of one row: no masks to compare, stability is left out."))
-    head = ("group", "mean", "random", *(f"rank {rank}" for rank in ranks), "exact")
+    head = ("group", "mean, %", "random", *(f"rank {rank}" for rank in ranks), "exact")
     choices = ("random", *ranks, "exact")
     lines = [
-        (group, f"{figure}, %", *(_number(means[figure].get(name)) for name in choices))
+        (group, figure, *(_number(means[figure].get(name)) for name in choices))
         for group, means in groups.items()
         for figure in ("recall", "energy")
     ]

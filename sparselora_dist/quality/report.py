@@ -16,6 +16,8 @@ from . import html
 from .html import Line
 
 _PACKAGES = ("sparselora-dist", "torch", "transformers", "peft", "deepspeed", "accelerate")
+# Rows of metrics.jsonl in the page: 200 bytes each.
+_KEPT_ROWS = 2000
 _WHOSE = {"global": "all ranks", "node": "a node's ranks", "local": "each rank alone"}
 _CHANNELS = {"ffn": "intermediate neurons", "qk": "rotary pairs of q and k", "vo": "value channels"}
 
@@ -52,7 +54,7 @@ def render(config: RunConfig, run: Path | None, fidelity: dict[str, Any] | None)
     model = Path(config.model.name_or_path).name
     title = f"Run {run.resolve().name}" if run else f"Estimator on {model}"
     lead = f"Model {config.model.name_or_path}, data {config.data.train}, engine {config.engine.name}."
-    return html.page(title, lead, body, {"summary": summary, "metrics": rows, "fidelity": fidelity})
+    return html.page(title, lead, body, {"summary": summary, "metrics": _sample(rows), "fidelity": fidelity})
 
 
 # --- what the run left ------------------------------------------------------------------------------------------------
@@ -75,6 +77,12 @@ def _metrics(run: Path | None) -> list[dict[str, float]]:
         if isinstance(row, dict) and "step" in row:
             found.append(row)
     return found
+
+
+def _sample(rows: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    """What the page keeps as data: every evaluation, and of a long run every n-th step."""
+    every = -(-len(rows) // _KEPT_ROWS) or 1
+    return [row for i, row in enumerate(rows) if i % every == 0 or "eval_loss" in row]
 
 
 # --- sections ---------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from sparselora_dist.cli import main
 from sparselora_dist.config import RunConfig
 from sparselora_dist.quality import html
 from sparselora_dist.quality.report import render
@@ -110,6 +111,33 @@ def test_the_heat_maps_show_the_figures(report: str, fidelity: dict[str, Any]) -
     for name, figure in (("ffn r8", site["recall"]["8"]), ("ffn ranks", site["between_ranks"])):
         assert f"<title>layer 3, {name}: {100 * figure['mean']:.1f} %</title>" in report
     assert "<title>layer 0, ffn: dense</title>" in report and "<title>layer 1, ffn: 90.0 %</title>" in report
+
+
+def test_the_command_on_a_run(trained: Path, capsys: Any) -> None:
+    """The run's model, data, sparsity and adapter; the report goes into its folder."""
+    assert main(["inspect", str(trained), "--rows", "8"]) == 0
+    out = capsys.readouterr().out
+    assert "with the run's adapter" in out and "recall at rank 8 against the activations with the LoRA branch" in out
+    assert "Recall" in titles((trained / "inspect" / "report.html").read_text())
+    written = json.loads((trained / "inspect" / "fidelity.json").read_text())
+    assert written["adapter"] == str(trained / "adapter") and written["data"].endswith("eval.jsonl")
+    adapted = {group: means["adapted_recall"] for group, means in written["groups"].items()}
+    assert all(0 < value <= 1 for value in adapted.values()) and set(adapted) == {"ffn", "qk", "vo"}
+
+
+def test_one_row_has_nothing_to_be_compared_with(trained: Path) -> None:
+    fidelity = measure(find_subject(str(trained), None), rows=1)
+    assert fidelity["batches"] == 1 and not any(site["between_ranks"] for site in fidelity["sites"])
+    assert "stability is left out" in render(RunConfig.from_file(trained / "run.json"), trained, fidelity)
+
+
+def test_a_long_run_stays_a_small_page(trained: Path, tmp_path: Path) -> None:
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for step in range(20_000):
+            file.write(json.dumps({"step": step, "eval_loss" if step % 5000 == 0 else "loss": 1.0}) + "\n")
+    text = render(RunConfig.from_file(trained / "run.json"), tmp_path, None)
+    kept = json.loads(Page(text).data)["metrics"]
+    assert len(kept) <= 2010 and sum("eval_loss" in row for row in kept) == 4 and len(text) < 500_000
 
 
 def test_what_is_missing_is_said(trained: Path, fidelity: dict[str, Any], tmp_path: Path) -> None:

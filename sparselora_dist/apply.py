@@ -108,7 +108,7 @@ def apply_sparselora(
     context.skip_unused_logits = config.skip_unused_logits
     state = SparseState(config=config, context=context, sparsity=active)
     if active:
-        factors = _factors(model, active, config, weights or ModelWeights(model), process_group)
+        factors = estimator_factors(model, active, config, weights or ModelWeights(model), process_group)
         for layer in layers:
             _replace_ffn(layer, state, factors)
             _replace_attention(layer, state, factors, heads)
@@ -213,13 +213,14 @@ def _check_frozen(layer: DecoderLayer, active: dict[str, dict[int, float]]) -> N
             raise ValueError(f"{where} uses a LoRA variant (DoRA or another): plain LoRA is supported in sparse layers")
 
 
-def _factors(
+def estimator_factors(
     model: nn.Module,
     active: dict[str, dict[int, float]],
     config: SparseLoRAConfig,
     weights: WeightSource,
-    group: dist.ProcessGroup | None,
+    group: dist.ProcessGroup | None = None,
 ) -> FactorSet:
+    """Factors of every matrix that the ``active`` groups and layers are scored with; see :func:`load_or_build`."""
     matrices: list[Matrix] = sorted(
         (layer, name) for group_name, by_layer in active.items() for layer in by_layer for name in SCORED[group_name]
     )

@@ -11,6 +11,7 @@ from importlib import import_module
 COMMANDS = {
     "plan": "what fits on which GPUs, what a step moves and computes, and which layout to choose",
     "calibrate": "measure every layer's sensitivity to sparsity on your data, and choose for a FLOP target",
+    "inspect": "how well the estimator chooses on your data, and a report of a run",
     "merge": "merge an adapter into its base model, shard by shard",
 }
 

@@ -1,1 +1,1 @@
-"""Which layers take how much sparsity: measured on the user's own data, before training."""
+"""Which layers take how much sparsity, how well the estimator chooses, and what a run did: measured on the user's data."""

@@ -1,0 +1,202 @@
+"""Watches a dense evaluation forward, and scores what passes: exactly, and as the estimator would have."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparselora_kernels import kept_count
+
+from ..families import DecoderLayer, decoder_layers, geometry
+from ..io.factors import FactorSet
+from ..layers.lora import active_branches, base_linear
+from ..method.channels import ATTENTION, SCORED, HeadGeometry
+from ..method.tokens import partition_tokens
+from .fidelity import Site, estimated_sums, exact_sums, truncated
+
+_HALVES = 2
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What one layer's linears were given and gave, until its module is done."""
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    frozen: dict[str, Tensor] = field(default_factory=dict)
+    adapted: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Observer:
+    """Hooks on the linears that scores need. Use it around forwards; :attr:`sites` has the figures.
+
+    Args:
+        model: a causal LM or a PEFT model of a supported family, dense, in evaluation mode.
+        sparsity: group -> layer -> sparsity.
+        factors: of every scored matrix, of the largest rank.
+        ranks: of the estimators to compare, ``own_rank`` among them.
+        own_rank: the rank in training.
+        seed: of the random choice.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sparsity: Mapping[str, Mapping[int, float]],
+        factors: FactorSet,
+        *,
+        ranks: Sequence[int],
+        own_rank: int,
+        seed: int = 0,
+    ) -> None:
+        if own_rank not in ranks:
+            raise ValueError(f"the training rank {own_rank} is not among the ranks {list(ranks)}")
+        self.heads, self.ranks = geometry(model), tuple(ranks)
+        self.factors = factors
+        self.layers = [
+            layer for layer in decoder_layers(model) if any(layer.index in by_layer for by_layer in sparsity.values())
+        ]
+        width: int = self.layers[0].matrix("gate_proj").out_features if self.layers else 0
+        counts = {"ffn": width, "qk": self.heads.qk_channels, "vo": self.heads.vo_channels}
+        self.sites = {
+            (layer, group): Site(layer, group, counts[group], kept_count(counts[group], value), value, own_rank)
+            for group, by_layer in sparsity.items()
+            for layer, value in sorted(by_layer.items())
+        }
+        self._random = torch.Generator().manual_seed(seed)
+        self._rows: list[Tensor] = []
+        self._seen: dict[int, _Seen] = {}
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Hooks are there inside, and gone after."""
+        handles: list[Any] = []
+        try:
+            for layer in self.layers:
+                handles += self._watch(layer)
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._seen.clear()
+
+    def begin(self, halves: Sequence[Tensor]) -> None:
+        """Name the context tokens of the next forward: flat positions of the batch's first and second half."""
+        self._rows = list(halves)
+
+    def _watch(self, layer: DecoderLayer) -> Iterator[Any]:
+        index, groups = layer.index, [group for layer_, group in self.sites if layer_ == layer.index]
+        for group in groups:
+            for name in SCORED[group]:
+                outer = getattr(layer.attention if name in ATTENTION else layer.mlp, name)
+                frozen = base_linear(outer)
+                yield frozen.register_forward_hook(self._keep(index, name, "frozen", frozen))
+                if outer is not frozen and next(active_branches(outer), None) is not None:
+                    yield outer.register_forward_hook(self._keep(index, name, "adapted", frozen))
+        activation = layer.mlp.act_fn
+        if "ffn" in groups:
+            yield layer.mlp.register_forward_hook(self._finish(index, ("ffn",), activation))
+        if attention := tuple(group for group in groups if group != "ffn"):
+            yield layer.attention.register_forward_hook(self._finish(index, attention, activation))
+
+    def _keep(self, layer: int, name: str, kind: str, frozen: Any) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            seen = self._seen.setdefault(layer, _Seen())
+            flat = output.detach().reshape(-1, output.shape[-1])
+            # The estimate knows no bias; exact scores of the same thing.
+            getattr(seen, kind)[name] = flat if frozen.bias is None else flat - frozen.bias.to(flat.dtype)
+            if kind == "frozen":
+                seen.inputs[name] = args[0].detach().reshape(-1, args[0].shape[-1])
+
+        return hook
+
+    def _finish(self, layer: int, groups: tuple[str, ...], activation: Any) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            seen = self._seen[layer]
+            for group in groups:
+                names = SCORED[group]
+                outputs = {name: seen.frozen.pop(name) for name in names}
+                adapted = {name: seen.adapted.pop(name, outputs[name]) for name in names}
+                self._add(layer, group, seen.inputs[names[0]], outputs, adapted, activation)
+                for name in names:
+                    del seen.inputs[name]
+
+        return hook
+
+    def _add(
+        self,
+        layer: int,
+        group: str,
+        x: Tensor,
+        outputs: dict[str, Tensor],
+        adapted: dict[str, Tensor],
+        activation: Any,
+    ) -> None:
+        heads: HeadGeometry = self.heads
+
+        def exact(tensors: dict[str, Tensor]) -> Tensor:
+            return torch.stack([exact_sums(group, tensors, rows, heads, activation) for rows in self._rows])
+
+        estimates = {}
+        for rank in self.ranks:
+            own = {
+                name: tuple(part.to(x.device) for part in truncated(self.factors[layer, name], rank))
+                for name in SCORED[group]
+            }
+            estimates[rank] = torch.stack(
+                [estimated_sums(group, x, rows, own, heads, activation) for rows in self._rows]
+            )
+        differs = any(adapted[name] is not outputs[name] for name in outputs)
+        self.sites[layer, group].add(
+            exact(outputs),
+            estimates,
+            self._random,
+            exact(adapted) if differs else None,
+            [rows.numel() > 0 for rows in self._rows],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What :func:`observe` saw."""
+
+    sites: list[Site]
+    batches: int
+    tokens: int
+    """Real ones."""
+    context_tokens: int
+
+
+@torch.no_grad()
+def observe(
+    model: Any,
+    observer: Observer,
+    batches: Iterable[dict[str, Tensor]],
+    device: torch.device,
+    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> Observed:
+    """Run ``batches`` (``input_ids``, ``attention_mask``, ``labels``) densely; those without context tokens say nothing.
+
+    The first and the second half of a batch's rows stand for two ranks.
+    """
+    model.eval()
+    count = tokens = context = 0
+    with observer.watching():
+        for batch in batches:
+            found = partition_tokens(batch["labels"], batch["attention_mask"]).context
+            rows, length = batch["labels"].shape
+            tokens += int(batch["attention_mask"].sum())
+            if not found.numel():
+                continue
+            count, context = count + 1, context + found.numel()
+            middle = (rows + 1) // _HALVES * length
+            halves = [found[found < middle].to(device), found[found >= middle].to(device)]
+            observer.begin(halves)
+            inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+            with autocast():
+                model(**inputs, use_cache=False)
+    return Observed(list(observer.sites.values()), count, tokens, context)

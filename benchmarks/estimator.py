@@ -20,7 +20,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,9 @@ from sparselora_dist.families import decoder_layers
 from sparselora_dist.io.weights import ModelWeights
 from sparselora_dist.layers.ffn import SparseFFN
 from sparselora_dist.method.channels import SCORED
+from sparselora_dist.method.estimator import low_rank_factors
 from sparselora_dist.method.tokens import partition_tokens
+from sparselora_dist.train.moments import Moments, second_moments
 from sparselora_dist.train.run import build_model
 from sparselora_kernels import kept_count, select_channels
 
@@ -44,33 +46,13 @@ from quality_variants import ExactAttention, ExactFFN
 
 SPARSITY = {"ffn": 0.9, "qk": 0.5, "vo": 0.5}
 KINDS = ("svd", "diagonal", "full")
-_CALIBRATION_ROWS = 64
+_ROWS = 64
 _ROWS_PER_BATCH = 8
 
-Moments = dict[tuple[int, str], Tensor]
-"""(layer, "mlp" or "attention") -> E[x xᵀ] (H, H), fp64."""
 
-
-def weighted_factors(weight: Tensor, rank: int, moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors ``(A, B)`` of rank ``rank`` that minimise E‖(W − B·A)x‖².
-
-    With ``W M^½ = U Σ Vᵀ`` the minimum is the projection ``U_r U_rᵀ W``: ``B = U_r``, ``A = U_rᵀ W``. ``M`` need not be
-    invertible, and only the eigenvectors of ``W M Wᵀ`` are needed.
-
-    Args:
-        weight: (out, in).
-        moment: (in, in) second moment E[x xᵀ] of the inputs; its diagonal alone also does.
-    """
-    w = weight.double()
-    u = torch.linalg.eigh(w @ moment @ w.t()).eigenvectors[:, -rank:]
-    return (u.t() @ w).to(weight.dtype).contiguous(), u.to(weight.dtype).contiguous()
-
-
-def moment_of(kind: str, moment: Tensor) -> Tensor:
-    """The weighting of a kind; for ``svd`` none."""
-    if kind == "svd":
-        return torch.eye(moment.shape[0], dtype=moment.dtype, device=moment.device)
-    return torch.diag(moment.diagonal()) if kind == "diagonal" else moment
+def moment_of(kind: str, moment: Tensor) -> Tensor | None:
+    """The weighting of a kind."""
+    return {"svd": None, "diagonal": torch.diag(moment.diagonal()), "full": moment}[kind]
 
 
 def install(model: nn.Module, kind: str, rank: int, moments: Moments) -> None:
@@ -83,73 +65,47 @@ def install(model: nn.Module, kind: str, rank: int, moments: Moments) -> None:
                 for name in sum(SCORED.values(), ()) if estimator is not None else ():
                     short = name.removesuffix("_proj")
                     if hasattr(estimator, f"{short}_a"):
-                        moment = moment_of(kind, moments[layer.index, part])
-                        a, b = weighted_factors(weights.get(layer.index, name), rank, moment)
+                        moment = moment_of(kind, moments[layer.index, name])
+                        a, b = low_rank_factors(weights.get(layer.index, name), rank, second_moment=moment)
                         getattr(estimator, f"{short}_a").data, getattr(estimator, f"{short}_b").data = a, b
 
 
-def watch(model: nn.Module, see: Callable[[int, str, Tensor], None]) -> list[Any]:
-    """Call ``see(layer, part, x (B, S, H))`` with the input of every FFN and attention."""
-    handles = []
-    for layer in decoder_layers(model):
-        for part, module in (("mlp", layer.mlp), ("attention", layer.attention.q_proj)):
-            hook = partial(_seen, see, layer.index, part)
-            handles.append(module.register_forward_pre_hook(hook))  # type: ignore[union-attr]
-    return handles
-
-
-def _seen(see: Callable[[int, str, Tensor], None], layer: int, part: str, _: nn.Module, args: tuple[Tensor]) -> None:
-    see(layer, part, args[0])
-
-
-def context_inputs(harness: Harness, model: nn.Module, data: Any, see: Callable[[int, str, Tensor], None]) -> None:
-    """Run the model, dense, on the first rows of ``data`` and show ``see`` what its context tokens bring, (T, H)."""
-    model.eval()
-    for start in range(0, min(_CALIBRATION_ROWS, len(data)), _ROWS_PER_BATCH):
-        rows = list(range(start, min(start + _ROWS_PER_BATCH, len(data))))
-        batch = collate(data, rows, harness.pad)
-        context = partition_tokens(batch.pop("labels"), batch["attention_mask"]).context
-        handles = watch(model, lambda layer, part, x: see(layer, part, x.flatten(0, 1)[context]))  # noqa: B023
-        with torch.no_grad():
-            model(**batch, use_cache=False)
-        for handle in handles:
-            handle.remove()
-
-
-def second_moments(harness: Harness, model: nn.Module) -> Moments:
-    moments: Moments = {}
-    tokens = 0
-
-    def add(layer: int, part: str, x: Tensor) -> None:
-        nonlocal tokens
-        tokens += x.shape[0] if (layer, part) == (0, "mlp") else 0
-        moments[layer, part] = moments.get((layer, part), 0) + x.double().t() @ x.double()
-
-    context_inputs(harness, model, harness.train, add)
-    return {key: total / tokens for key, total in moments.items()}
+def batches(harness: Harness, data: Any) -> Iterator[dict[str, Tensor]]:
+    """The first rows of a data set."""
+    for start in range(0, min(_ROWS, len(data)), _ROWS_PER_BATCH):
+        yield collate(data, list(range(start, min(start + _ROWS_PER_BATCH, len(data)))), harness.pad)
 
 
 def agreement(harness: Harness, model: nn.Module) -> dict[str, tuple[float, float]]:
     """Group -> mean over layers and batches of (recall, score)."""
-    exact: dict[tuple[int, str], Any] = {}
     found: dict[str, list[tuple[float, float]]] = {group: [] for group in SPARSITY}
-    layers = decoder_layers(model)
-    for layer in layers:
-        exact[layer.index, "mlp"] = ExactFFN(layer.mlp)
-        exact[layer.index, "attention"] = ExactAttention(layer.attention)
+    rows = torch.empty(0, dtype=torch.int64)
 
-    def compare(layer: int, part: str, x: Tensor) -> None:
-        rows, module = torch.arange(x.shape[0]), layers[layer]
-        estimator: Any = module.mlp.estimator if part == "mlp" else module.attention.sparse_estimator
-        pair = [score(x, rows) for score in (exact[layer, part], estimator)]
-        scores = [{"ffn": s} if part == "mlp" else estimator.scores(s) for s in pair]
-        for group, truth in scores[0].items():
-            keep = kept_count(truth.numel(), SPARSITY[group])
-            best, ours = (select_channels(s[group], keep) for s in scores)
-            recall = torch.isin(best, ours).float().mean().item()
-            found[group].append((recall, (truth[ours].sum() / truth[best].sum()).item()))
+    def compare(estimator: Any, exact: Any, _: nn.Module, args: tuple[Tensor]) -> None:
+        x = args[0].flatten(0, 1)
+        pair = [score(x, rows) for score in (exact, estimator)]
+        ffn = isinstance(exact, ExactFFN)
+        truth, ours = ({"ffn": sums} if ffn else estimator.scores(sums) for sums in pair)
+        for group, scores in truth.items():
+            keep = kept_count(scores.numel(), SPARSITY[group])
+            best, chosen = select_channels(scores, keep), select_channels(ours[group], keep)
+            recall = torch.isin(best, chosen).float().mean().item()
+            found[group].append((recall, (scores[chosen].sum() / scores[best].sum()).item()))
 
-    context_inputs(harness, model, harness.eval, compare)
+    handles = []
+    for layer in decoder_layers(model):
+        mlp, attention = layer.mlp, layer.attention
+        see = partial(compare, mlp.estimator, ExactFFN(mlp))
+        handles.append(mlp.register_forward_pre_hook(see))
+        see = partial(compare, attention.sparse_estimator, ExactAttention(attention))
+        handles.append(attention.q_proj.register_forward_pre_hook(see))
+    model.eval()
+    for batch in batches(harness, harness.eval):
+        rows = partition_tokens(batch.pop("labels"), batch["attention_mask"]).context
+        with torch.no_grad():
+            model(**batch, use_cache=False)
+    for handle in handles:
+        handle.remove()
     return {group: tuple(statistics.mean(column) for column in zip(*pairs)) for group, pairs in found.items()}  # type: ignore[misc]
 
 
@@ -167,7 +123,7 @@ def main() -> None:
     engine = make_engine(config)
     model, _ = build_model(config, engine)
     assert any(isinstance(module, SparseFFN) for module in model.modules())
-    moments = second_moments(harness, model)
+    moments = second_moments(model, batches(harness, harness.train))
     print("| rank | factors | " + " | ".join(f"{group} recall | {group} score" for group in SPARSITY) + " |")
     print("|---|---|" + "---|---|" * len(SPARSITY))
     for rank in options.ranks:

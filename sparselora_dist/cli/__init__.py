@@ -10,6 +10,7 @@ from importlib import import_module
 
 COMMANDS = {
     "plan": "what fits on which GPUs, what a step moves and computes, and which layout to choose",
+    "factors": "estimator factors weighted by what the training rows bring, as a file for sparse_lora.factors",
     "merge": "merge an adapter into its base model, shard by shard",
 }
 

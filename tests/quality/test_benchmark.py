@@ -117,17 +117,3 @@ def test_calibration_meets_its_target_and_spares_what_matters(quality: ModuleTyp
     assert layers["ffn"][2] == max(variants.LEVELS["ffn"])
     everywhere = {group: dict.fromkeys(range(3), 0.5) for group in LAYERS}
     assert budget.share(variants.scaled(everywhere, target, budget, 0.0, split=True)) == pytest.approx(target, abs=0.02)
-
-
-def test_weighted_factors_are_the_best_of_their_rank(quality: ModuleType) -> None:
-    estimator = _script("estimator")
-    weight, x = torch.randn(14, 9), torch.randn(200, 9) * torch.arange(1, 10)
-    moment = x.double().t() @ x.double() / 200
-    a, b = estimator.weighted_factors(weight, 4, moment)
-    # Brute force: the truncated SVD of W M^½ has the least error there is in this norm.
-    root = torch.linalg.cholesky(moment)
-    least = torch.linalg.svdvals(weight.double() @ root)[4:].norm()
-    assert_close("error", least, ((weight - b @ a).double() @ root).norm(), rtol=1e-4)
-    plain = estimator.weighted_factors(weight, 4, estimator.moment_of("svd", moment))
-    u, s, vt = torch.linalg.svd(weight)
-    assert_close("identity", (u[:, :4] * s[:4]) @ vt[:4], plain[1] @ plain[0], rtol=1e-4)

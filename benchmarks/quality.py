@@ -138,13 +138,13 @@ class Harness:
         steps, target = self.options.steps, self.budget.share(self.layers, variant.start)
         layers = {} if variant.dense else self.layers
         if variant.uniform:
-            everywhere = {group: dict.fromkeys(range(len(self.budget.model.layers)), 0.5) for group in GROUPS}
+            everywhere = {group: dict.fromkeys(range(len(self.budget.model.layers)), 0.5) for group in variant.uniform}
             layers = scaled(everywhere, target, self.budget, variant.start, split=True)
         if not variant.split and variant.same_flops:
             layers = scaled(layers, target, self.budget, variant.start, split=False)
         if variant.budget is not None:
-            per_step = self.budget.share({}) / (self.budget.share({}) if variant.dense else target)
-            steps = round(steps * variant.budget * per_step)
+            dense = self.budget.share({})
+            steps = round(steps * variant.budget * dense / (dense if variant.dense else target))
         return layers, steps
 
     def run(self, name: str, seed: int, change: Callable[[nn.Module], None] | None = None) -> dict[str, Any]:

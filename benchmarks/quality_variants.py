@@ -31,7 +31,8 @@ class Variant:
 
     what: str
     dense: bool = False
-    uniform: bool = False
+    uniform: tuple[str, ...] = ()
+    """Groups that get one sparsity in all layers, of the same FLOPs, in place of the calibrated ones."""
     local: bool = False
     channels: str = "estimator"
     """Who scores: "estimator", "oracle" (exact activations of the frozen matrices) or "random"."""
@@ -50,7 +51,8 @@ VARIANTS = {
     "dense": Variant(what="plain LoRA", dense=True),
     "global": Variant(what="SparseLoRA, calibrated, `global` masks"),
     "local": Variant(what="... `local` masks", local=True),
-    "uniform": Variant(what="... one sparsity for all layers and groups", uniform=True),
+    "uniform": Variant(what="... one sparsity for all layers and groups", uniform=GROUPS),
+    "uniform_ffn": Variant(what="... one sparsity for the FFN of all layers", uniform=("ffn",)),
     "oracle": Variant(what="... exact activations instead of the estimator", channels="oracle"),
     "random": Variant(what="... random channels", channels="random"),
     "no_split": Variant(what="... all tokens sparse, same sparsity", split=False, same_flops=False),
@@ -177,14 +179,15 @@ class Budget:
         return (start * dense + (1 - start) * sparse) / model.dense(self.tokens, self.length)
 
 
+_MOST = 0.999
+
+
 def scaled(layers: Layers, target: float, budget: Budget, start: float, *, split: bool) -> Layers:
     """``layers`` with every sparsity times one factor, so that ``target`` of the FLOPs are executed.
 
-    A sparsity is held at 0.999; where even that executes more, it is left at that.
+    A sparsity is held at 0.999; where even that executes more, it is left at that. ``layers`` holds no zeros.
     """
-    highest = max(s for by_layer in layers.values() for s in by_layer.values())
-    low, high = 0.0, 0.999 / min(s for by_layer in layers.values() for s in by_layer.values() if s > 0)
-    assert highest > 0
+    low, high = 0.0, _MOST / min(s for by_layer in layers.values() for s in by_layer.values())
     for _ in range(30):
         middle = (low + high) / 2
         if budget.share(_times(layers, middle), start, split) > target:
@@ -195,7 +198,7 @@ def scaled(layers: Layers, target: float, budget: Budget, start: float, *, split
 
 
 def _times(layers: Layers, factor: float) -> Layers:
-    return {group: {k: min(0.999, s * factor) for k, s in by_layer.items()} for group, by_layer in layers.items()}
+    return {group: {k: min(_MOST, s * factor) for k, s in by_layer.items()} for group, by_layer in layers.items()}
 
 
 LEVELS = {"ffn": (0.5, 0.75, 0.9, 0.97), "qk": (0.25, 0.5, 0.75), "vo": (0.25, 0.5, 0.75)}

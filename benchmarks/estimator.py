@@ -1,6 +1,6 @@
 """Are estimator factors better when the truncation knows the inputs? Same rank, same cost in training.
 
-    python benchmarks/estimator.py DIR [--ranks 8 32] [--seeds 3]
+    python benchmarks/estimator.py DIR [--ranks 8 32] [--seeds 3] [--moments OTHER_DIR]
 
 ``DIR`` is a folder of ``quality.py run``: its model, data, steps and sparsity are used. Three factorisations of every
 frozen matrix W at rank r, W ≈ B·A:
@@ -114,16 +114,17 @@ def main() -> None:
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--seeds", type=int, default=0, help="fine-tuned runs of each; 0 for recall alone")
+    parser.add_argument("--moments", type=Path, metavar="DIR", help="take the inputs from another folder's data")
     options = parser.parse_args()
-    settings = json.loads((options.folder / "settings.json").read_text(encoding="utf-8"))
-    harness = Harness(argparse.Namespace(**settings, output=str(options.folder)))
+    harness = harness_of(options.folder)
     harness.choose_sparsity()
+    seen = harness_of(options.moments).train if options.moments else harness.train
     depth = len(harness.budget.model.layers)
     config = harness.config({group: dict.fromkeys(range(depth), s) for group, s in SPARSITY.items()})
     engine = make_engine(config)
     model, _ = build_model(config, engine)
     assert any(isinstance(module, SparseFFN) for module in model.modules())
-    moments = second_moments(model, batches(harness, harness.train))
+    moments = second_moments(model, batches(harness, seen))
     print("| rank | factors | " + " | ".join(f"{group} recall | {group} score" for group in SPARSITY) + " |")
     print("|---|---|" + "---|---|" * len(SPARSITY))
     for rank in options.ranks:
@@ -134,6 +135,11 @@ def main() -> None:
     engine.close()
     del model
     tune(harness, options, moments)
+
+
+def harness_of(folder: Path) -> Harness:
+    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    return Harness(argparse.Namespace(**settings, output=str(folder)))
 
 
 def tune(harness: Harness, options: argparse.Namespace, moments: Moments) -> None:

@@ -12,6 +12,7 @@ COMMANDS = {
     "plan": "what fits on which GPUs, what a step moves and computes, and which layout to choose",
     "calibrate": "measure every layer's sensitivity to sparsity on your data, and choose for a FLOP target",
     "inspect": "how well the estimator chooses on your data, and a report of a run",
+    "factors": "estimator factors weighted by what the training rows bring, as a file for sparse_lora.factors",
     "merge": "merge an adapter into its base model, shard by shard",
 }
 

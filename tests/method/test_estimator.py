@@ -76,3 +76,36 @@ def test_dtype_is_kept_and_rank_zero_refused() -> None:
     assert {t.dtype for t in low_rank_factors(torch.randn(4, 7).bfloat16(), 2)} == {torch.bfloat16}
     with pytest.raises(ValueError, match="at least 1, got 0"):
         low_rank_factors(torch.randn(4, 7), 0)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 9])
+def test_weighted_error_is_the_least_there_is(rank: int) -> None:
+    """Brute force: with any root R of the moment, the truncated SVD of W R has the least error of its rank."""
+    weight, x = torch.randn(14, 9), torch.randn(200, 9) @ torch.diag(torch.arange(1.0, 10.0)) @ torch.randn(9, 9)
+    moment = x.double().t() @ x.double() / 200
+    root = torch.linalg.cholesky(moment)
+    a, b = low_rank_factors(weight, rank, second_moment=moment)
+    assert a.shape == (rank, 9) and b.shape == (14, rank)
+    least = torch.linalg.svdvals(weight.double() @ root)[rank:].norm()
+    error = ((weight - b @ a).double() @ root).norm()
+    assert_close("error", least, error, rtol=1e-3, atol=1e-4)
+    plain_a, plain_b = low_rank_factors(weight, rank)
+    assert error <= ((weight - plain_b @ plain_a).double() @ root).norm() + 1e-4
+
+
+def test_the_identity_as_moment_is_the_plain_truncation() -> None:
+    weight = torch.randn(33, 21)
+    (a, b), (plain_a, plain_b) = low_rank_factors(weight, 5, second_moment=torch.eye(21)), low_rank_factors(weight, 5)
+    assert_close("B·A", plain_b @ plain_a, b @ a, rtol=1e-4, atol=1e-5)
+
+
+def test_a_singular_moment_weighs_what_it_spans() -> None:
+    """Fewer tokens than features: what the tokens bring is exact as soon as the rank holds it."""
+    weight, x = torch.randn(20, 16), torch.randn(3, 16)
+    a, b = low_rank_factors(weight, 3, second_moment=x.t() @ x)
+    assert_close("Wx", x @ weight.t(), x @ a.t() @ b.t(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_moment_of_another_width_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(4, 7\) matrix is \(4, 4\)"):
+        low_rank_factors(torch.randn(4, 7), 2, second_moment=torch.eye(4))

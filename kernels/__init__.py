@@ -7,25 +7,25 @@ The folder is called ``kernels/`` and imported as ``sparselora_kernels``: the na
 Face package.
 """
 
-from .indexed_linear import indexed_linear, indexed_projection
+from .ffn_down import ffn_down
+from .gated_ffn import gated_up
+from .lora_linear import lora_linear, lora_order
 from .nf4 import nf4_rows
-from .rows import join_rows, split_rows
 from .score import gated_ffn_score, projection_score
 from .select import kept_count, select_channels
-from .split_linear import split_linear
-from .stored import EncodedWeight, Weight
+from .stored import EncodedWeight, Weight, nf4_layout
 
 __all__ = [
     "EncodedWeight",
     "Weight",
+    "ffn_down",
     "gated_ffn_score",
-    "indexed_linear",
-    "indexed_projection",
-    "join_rows",
+    "gated_up",
     "kept_count",
+    "lora_linear",
+    "lora_order",
+    "nf4_layout",
     "nf4_rows",
     "projection_score",
     "select_channels",
-    "split_linear",
-    "split_rows",
 ]

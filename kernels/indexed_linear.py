@@ -1,184 +1,115 @@
-"""Products with chosen rows of a weight matrix.
+"""Products of chosen tokens with chosen channels of a stored matrix; what the registered operations are made of.
 
-Two forms, both with the channel as dim 0 of the stored weight, so that a gather is a gather of contiguous rows:
+    indexed_nt    Y = X[rows] · W[channels]ᵀ + b[channels]      W: (C, in)     X: (T, in)                      Y: (n, k)
+    indexed_nn    Y[rows] = H · W[channels] + b + low · Bᵀ      W: (C, out)    H: (n, k), or (T, C) by index   Y: (T, out)
 
-    transposed=False    Y = X · W[channels]ᵀ + b[channels]     W: (C, in)    X: (T, in)           Y: (T, k)
-    transposed=True     Y = H · W[channels]  + b               W: (C, out)   H: (T, k)            Y: (T, out)
-
-The weight may be encoded (:mod:`sparselora_kernels.stored`); what autograd keeps is its parts and the channel indices.
+The channel is dim 0 of the stored matrix in both, so that each is the other's input gradient and a gather is a gather
+of contiguous rows. These have no autograd of their own.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .rows import blank
-from .stored import Decode, EncodedWeight, Weight, unpack, whole_and_kept
-
-
-def product(x: Tensor, rows: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    """``x`` (T, in or k) with decoded ``rows`` (k, in or out) -> (T, k or out)."""
-    bias = None if bias is None else bias.to(x.dtype)
-    if not transposed:
-        return torch.nn.functional.linear(x, rows, bias)
-    return x @ rows if bias is None else torch.addmm(bias, x, rows)
+from .backend import use_triton
+from .stored import EncodedWeight
 
 
-def input_gradient(grad: Tensor, rows: Tensor, transposed: bool) -> Tensor:
-    """Gradient of :func:`product` for ``x``."""
-    return grad @ rows.t() if transposed else grad @ rows
+def linear(x: Tensor, rows: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x · rowsᵀ + bias``, the bias in the dtype of ``x``."""
+    return torch.nn.functional.linear(x, rows, None if bias is None else bias.to(x.dtype))
 
 
-def frozen(operation: str, parts: tuple[Tensor, ...], bias: Tensor | None) -> None:
-    """Refuse what the operation computes no gradient for."""
-    if any(part.requires_grad for part in parts) or (bias is not None and bias.requires_grad):
-        raise ValueError(f"{operation} computes no weight gradient: freeze the weight and the bias")
+def matmul(h: Tensor, rows: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``h · rows + bias``, the bias in the dtype of ``h``."""
+    return h @ rows if bias is None else torch.addmm(bias.to(h.dtype), h, rows)
 
 
-class _IndexedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        x: Tensor,
-        bias: Tensor | None,
-        channels: Tensor | None,
-        transposed: bool,
-        decode: Decode,
-        *parts: Tensor,
-    ) -> Tensor:
-        # The input is needed for the weight's gradient only: frozen weights keep no activation.
-        trained = parts[0].requires_grad
-        ctx.save_for_backward(channels, x if trained else None, *parts)
-        ctx.transposed, ctx.decode = transposed, decode
-        if bias is not None and channels is not None and not transposed:
-            bias = bias.index_select(0, channels)
-        return product(x, decode(parts, channels, x.dtype), bias, transposed)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        channels, x, *parts = ctx.saved_tensors
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_x = input_gradient(grad, ctx.decode(tuple(parts), channels, grad.dtype), ctx.transposed)
-        if x is not None:
-            weight = parts[0]
-            rows = x.t() @ grad if ctx.transposed else grad.t() @ x
-            rows = rows.to(weight.dtype)
-            grad_weight = rows if channels is None else torch.zeros_like(weight).index_copy_(0, channels, rows)
-        return grad_x, None, None, None, None, grad_weight, *(None for _ in parts[1:])
+def add_update(y: Tensor, low: Tensor | None, b: Tensor | None) -> Tensor:
+    """``y + low · bᵀ``, in place; ``y`` where there is no update."""
+    return y if low is None or b is None else y.addmm_(low, b.t())
 
 
-def indexed_linear(
+def pick(x: Tensor, rows: Tensor | None) -> Tensor:
+    """``x[rows]``, or all of it."""
+    return x if rows is None else x.index_select(0, rows)
+
+
+def indexed_nt(
     x: Tensor,
-    weight: Weight,
+    weight: EncodedWeight,
+    rows: Tensor | None,
+    channels: Tensor | None,
+    *,
     bias: Tensor | None = None,
-    channels: Tensor | None = None,
-    *,
-    transposed: bool = False,
+    out: Tensor | None = None,
+    accumulate: bool = False,
 ) -> Tensor:
-    """``x · weight[channels]ᵀ`` or, transposed, ``x · weight[channels]``; exact gradients for ``x`` and ``weight``.
-
-    Args:
-        x: (T, in), or (T, k) when transposed; any T, zero included.
-        weight: (C, in), or (C, out) when transposed. A plain one may be trainable. Cast to ``x.dtype`` row by row.
-        bias: (C,) for the plain form (kept channels keep theirs), (out,) for the transposed one. Frozen.
-        channels: (k,) sorted int64 rows of ``weight``; ``None`` means all of them.
-
-    Returns:
-        (T, k), or (T, out) when transposed, in ``x.dtype``.
-
-    Raises:
-        ValueError: ``bias`` is trainable.
-    """
-    if bias is not None and bias.requires_grad:
-        raise ValueError("indexed_linear computes no bias gradient: freeze the bias")
-    parts, decode = unpack(weight)
-    return _IndexedLinear.apply(x, bias, channels, transposed, decode, *parts)
-
-
-class _IndexedProjection(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        x: Tensor,
-        bias: Tensor | None,
-        dense_rows: Tensor,
-        context_rows: Tensor,
-        channels: Tensor,
-        transposed: bool,
-        decode: Decode,
-        *parts: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(dense_rows, context_rows, channels, *parts)
-        ctx.transposed, ctx.decode = transposed, decode
-        ctx.input_shape = x.shape
-        whole, kept = whole_and_kept(EncodedWeight(parts, decode), dense_rows.numel() > 0, channels, x.dtype)
-        out_features = kept.shape[1] if transposed else parts[0].shape[0]
-        y = blank(x, x.shape[0], out_features, dense_rows.numel() + context_rows.numel())
-        if dense_rows.numel():
-            y.index_copy_(0, dense_rows, product(x.index_select(0, dense_rows), whole, bias, transposed))
-        context = x.index_select(0, context_rows)
-        if transposed:
-            context = product(context.index_select(1, channels), kept, bias, transposed)
-        else:
-            context = product(context, kept, None if bias is None else bias.index_select(0, channels), transposed)
-            context = context.new_zeros(context.shape[0], out_features).index_copy_(1, channels, context)
-        return y.index_copy_(0, context_rows, context)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        dense_rows, context_rows, channels, *parts = ctx.saved_tensors
-        weight = EncodedWeight(tuple(parts), ctx.decode)
-        whole, kept = whole_and_kept(weight, dense_rows.numel() > 0, channels, grad.dtype)
-        tokens, width = ctx.input_shape
-        grad_x = blank(grad, tokens, width, dense_rows.numel() + context_rows.numel())
-        if dense_rows.numel():
-            grad_x.index_copy_(0, dense_rows, input_gradient(grad.index_select(0, dense_rows), whole, ctx.transposed))
-        context = grad.index_select(0, context_rows)
-        if ctx.transposed:
-            context = input_gradient(context, kept, ctx.transposed)
-            context = context.new_zeros(context.shape[0], width).index_copy_(1, channels, context)
-        else:
-            context = input_gradient(context.index_select(1, channels), kept, ctx.transposed)
-        grad_x.index_copy_(0, context_rows, context)
-        return grad_x, None, None, None, None, None, None, *(None for _ in parts)
-
-
-def indexed_projection(
-    x: Tensor,
-    weight: Weight,
-    bias: Tensor | None,
-    dense_rows: Tensor,
-    context_rows: Tensor,
-    channels: Tensor,
-    *,
-    transposed: bool = False,
-) -> Tensor:
-    """A frozen projection that is whole for dense tokens and only ``channels`` wide for context tokens.
-
-    Plain form (q, k, v): context rows of the result are ``x · weight[channels]ᵀ + bias[channels]`` at ``channels``
-    and zero elsewhere. Transposed form (o): context rows read only ``x[:, channels]``. Rows in neither list (padding)
-    are zero, in the result and in the gradient.
+    """``x[rows] · weight[channels]ᵀ + bias[channels]``.
 
     Args:
         x: (T, in).
-        weight: (out, in), or (in, out) when transposed: the channel is dim 0. Frozen.
-        bias: (out,) or ``None``. Frozen.
-        dense_rows, context_rows: disjoint int64 row indices of ``x``.
-        channels: (k,) sorted int64 rows of ``weight``.
+        weight: (C, in).
+        rows: (n,) int64 tokens; ``None`` means all.
+        channels: (k,) int64 rows of ``weight``, ascending; ``None`` means all.
+        bias: (C,).
+        out: (T, C) to write the result into, at ``out[rows, channels]``; needs both lists.
+        accumulate: add to what ``out`` holds there.
 
     Returns:
-        (T, out) in ``x.dtype``.
-
-    Raises:
-        ValueError: ``weight`` or ``bias`` is trainable.
+        (n, k) in ``x.dtype``, or ``out``.
     """
-    parts, decode = unpack(weight)
-    frozen("indexed_projection", parts, bias)
-    return _IndexedProjection.apply(x, bias, dense_rows, context_rows, channels, transposed, decode, *parts)
+    if use_triton(x):
+        from .gpu import indexed_linear as gpu
+
+        return gpu.nt(x, weight, rows, channels, bias=bias, out=out, accumulate=accumulate)
+    if bias is not None and channels is not None:
+        bias = bias.index_select(0, channels)
+    y = linear(pick(x, rows), weight.decode(channels, x.dtype), bias)
+    if out is None:
+        return y
+    assert rows is not None and channels is not None
+    at_rows = out.index_select(0, rows)
+    at_rows = at_rows.index_add_(1, channels, y) if accumulate else at_rows.index_copy_(1, channels, y)
+    return out.index_copy_(0, rows, at_rows)
+
+
+def indexed_nn(
+    h: Tensor,
+    weight: EncodedWeight,
+    rows: Tensor,
+    channels: Tensor | None,
+    out: Tensor,
+    *,
+    indexed: bool = False,
+    bias: Tensor | None = None,
+    low: Tensor | None = None,
+    b: Tensor | None = None,
+    accumulate: bool = False,
+) -> Tensor:
+    """``out[rows] = H · weight[channels] + bias + low · bᵀ``.
+
+    Args:
+        h: (n, k); or (T, C) with ``indexed``, and ``h[rows][:, channels]`` is read.
+        weight: (C, out).
+        rows: (n,) int64 tokens.
+        channels: (k,) int64 rows of ``weight``, ascending; ``None`` means all.
+        out: (T, out), written at ``rows`` only.
+        bias: (out,).
+        low, b: (n, R) and (out, R), a low-rank update; both or neither.
+        accumulate: add to what ``out`` holds there.
+
+    Returns:
+        ``out``.
+    """
+    if use_triton(h):
+        from .gpu import indexed_linear as gpu
+
+        return gpu.nn(h, weight, rows, channels, out, indexed=indexed, bias=bias, low=low, b=b, accumulate=accumulate)
+    if indexed:
+        h = h.index_select(0, rows)
+        h = h if channels is None else h.index_select(1, channels)
+    y = matmul(h, weight.decode(channels, h.dtype), bias)
+    add_update(y, low, b)
+    return out.index_add_(0, rows, y) if accumulate else out.index_copy_(0, rows, y)

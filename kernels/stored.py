@@ -2,48 +2,68 @@
 
 Every part has the channel as dim 0, so that a channel is decoded alone. What autograd keeps is the parts themselves,
 never decoded rows: under ZeRO-3 and FSDP2 the parts are sharded between forward and backward and gathered again, and a
-kept copy would undo that.
+kept copy would undo that. The layout is a list of numbers, so that it can be an argument of a registered operator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-Decode = Callable[[tuple[Tensor, ...], Tensor | None, torch.dtype], Tensor]
-"""``(parts, channels or None for all, dtype) -> (k, length)``; must hold no tensor of its own."""
+from .nf4 import nf4_rows
+
+PLAIN: tuple[int, ...] = (0,)
 
 
 class EncodedWeight(NamedTuple):
     """A matrix in parts."""
 
-    parts: tuple[Tensor, ...]
-    decode: Decode
+    parts: Sequence[Tensor]
+    layout: Sequence[int] = PLAIN
+    """:data:`PLAIN` for one tensor of values, :func:`nf4_layout` for codes and scales."""
+
+    @property
+    def length(self) -> int:
+        """Values per row."""
+        return self.layout[0] or self.parts[0].shape[1]
+
+    @property
+    def channels(self) -> int:
+        """Rows."""
+        return self.parts[0].shape[0]
+
+    def decode(self, channels: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Rows ``channels`` (k,) int64, or all of them, in ``dtype``: (k, length). All rows of a plain matrix that has
+        the dtype are the matrix itself, not a copy."""
+        if len(self.layout) == len(PLAIN):
+            rows = self.parts[0]
+            return (rows if channels is None else rows.index_select(0, channels)).to(dtype)
+        codes, scales = self.parts
+        length, double_quant = self.layout
+        return nf4_rows(codes, scales, channels, dtype, length=length, double_quant=bool(double_quant))
+
+    def once(self, whole: bool, dtype: torch.dtype) -> EncodedWeight:
+        """The matrix as several products read it: decoded here where one of them is ``whole``, else as it is stored."""
+        return EncodedWeight((self.decode(None, dtype),)) if whole else self
 
 
 Weight: TypeAlias = "Tensor | EncodedWeight"
 
 
-def plain_rows(parts: tuple[Tensor, ...], channels: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The encoding of a plain tensor: its rows, in ``dtype``."""
-    (weight,) = parts
-    rows = weight if channels is None else weight.index_select(0, channels)
-    return rows.to(dtype)
+def nf4_layout(length: int, double_quant: bool) -> tuple[int, ...]:
+    """Layout of ``(codes, scales)`` as :mod:`sparselora_kernels.nf4` describes them."""
+    return length, int(double_quant)
 
 
 def unpack(weight: Weight) -> EncodedWeight:
-    """Any stored matrix as parts and their decoding."""
-    return weight if isinstance(weight, EncodedWeight) else EncodedWeight((weight,), plain_rows)
+    """Any stored matrix as parts and their layout."""
+    return weight if isinstance(weight, EncodedWeight) else EncodedWeight((weight,))
 
 
-def whole_and_kept(weight: EncodedWeight, whole: bool, channels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """All rows and the ``channels`` among them, decoded once. Without ``whole`` the first is empty and only the kept
-    rows are decoded."""
-    if not whole:
-        kept = weight.decode(weight.parts, channels, dtype)
-        return kept[:0], kept
-    rows = weight.decode(weight.parts, None, dtype)
-    return rows, rows.index_select(0, channels)
+def refuse_trainable(operation: str, weight: EncodedWeight, bias: Tensor | None) -> None:
+    """Raises ValueError for what the operation computes no gradient for."""
+    if any(part.requires_grad for part in weight.parts) or (bias is not None and bias.requires_grad):
+        raise ValueError(f"{operation} computes no weight gradient: freeze the weight and the bias")

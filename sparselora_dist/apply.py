@@ -23,7 +23,7 @@ from .layers.frozen import FrozenLinear
 from .layers.hooks import BeginHook, FinishHook, LayerHook
 from .layers.linear import AttentionChannels, SparseProjection
 from .layers.logits import pack_logits
-from .layers.lora import base_linear, set_base_linear
+from .layers.lora import base_linear, fuse_lora, set_base_linear, unfuse_lora
 from .method.channels import ATTENTION, FFN, SCORED, TRANSPOSED
 from .sync.masks import MaskSync
 
@@ -55,6 +55,8 @@ class SparseState:
     """(decoder layer, original MLP)."""
     attentions: list[nn.Module] = field(default_factory=list)
     """Attention modules that were given an estimator."""
+    fused: list[nn.Module] = field(default_factory=list)
+    """LoRA layers that compute base and branch together."""
 
 
 def apply_sparselora(
@@ -114,6 +116,10 @@ def apply_sparselora(
             _replace_attention(layer, state, factors, heads)
             if any(layer.index in by_layer for by_layer in active.values()):
                 state.handles.append(layer.input_norm.register_forward_pre_hook(LayerHook(context, layer.index)))
+    for layer in layers:
+        parents = ((layer.attention, ATTENTION), (layer.module.mlp, FFN))
+        linears = [getattr(parent, name) for parent, names in parents for name in names]
+        state.fused += [linear for linear in linears if fuse_lora(linear, merge=config.merge_lora)]
     if config.skip_unused_logits:
         state.handles += pack_logits(causal_lm(model), context)
     # PEFT's wrapper hands on to the inner model; whichever of the two is called first opens the micro-batch.
@@ -151,6 +157,8 @@ def remove_sparselora(model: nn.Module) -> nn.Module:
     for module, mlp in state.mlps:
         mlp.train(module.training)
         module.mlp = mlp
+    for layer in state.fused:
+        unfuse_lora(layer)
     for attention in state.attentions:
         delattr(attention, _ESTIMATOR)
     for handle in state.handles:

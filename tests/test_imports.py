@@ -132,7 +132,7 @@ import sys
 from pathlib import Path
 root = Path(sys.argv[1])
 import sparselora_kernels
-assert callable(sparselora_kernels.indexed_linear)
+assert callable(sparselora_kernels.lora_linear)
 try:
     import kernels
 except ImportError:

@@ -1,4 +1,4 @@
-"""Reference of ``kernels/indexed_linear.py``: the whole product, with what is not kept set to zero."""
+"""Reference of ``kernels/indexed_linear.py``: plain indexing around a whole product."""
 
 from __future__ import annotations
 
@@ -6,37 +6,48 @@ import torch
 from torch import Tensor
 
 
-def indexed_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, channels: Tensor | None = None, *, transposed: bool = False
-) -> Tensor:
-    """See :func:`sparselora_kernels.indexed_linear`."""
-    if channels is None:
-        channels = torch.arange(weight.shape[0])
-    if transposed:
-        whole = x.new_zeros(x.shape[0], weight.shape[0]).index_add(1, channels, x)
-        y = whole @ weight
-        return y if bias is None else y + bias
-    y = x @ weight.t()
-    return (y if bias is None else y + bias)[:, channels]
-
-
-def indexed_projection(
+def indexed_nt(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
-    dense_rows: Tensor,
-    context_rows: Tensor,
-    channels: Tensor,
+    rows: Tensor | None,
+    channels: Tensor | None,
     *,
-    transposed: bool = False,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    accumulate: bool = False,
 ) -> Tensor:
-    """See :func:`sparselora_kernels.indexed_projection`."""
-    computed = torch.zeros(x.shape[0], 1, dtype=x.dtype)
-    computed[dense_rows] = computed[context_rows] = 1
-    kept = torch.ones(x.shape[0], weight.shape[0], dtype=x.dtype)
-    kept[context_rows] = 0
-    kept[context_rows[:, None], channels] = 1
-    y = (x * kept) @ weight if transposed else x @ weight.t()
+    """See :func:`sparselora_kernels.indexed_linear.indexed_nt`; a new tensor where ``out`` would be written."""
+    rows = torch.arange(x.shape[0]) if rows is None else rows
+    channels = torch.arange(weight.shape[0]) if channels is None else channels
+    y = x @ weight.t() if bias is None else x @ weight.t() + bias
+    y = y[rows][:, channels]
+    if out is None:
+        return y
+    result = out.clone()
+    result[rows[:, None], channels] = y + out[rows[:, None], channels] if accumulate else y
+    return result
+
+
+def indexed_nn(
+    h: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    channels: Tensor | None,
+    out: Tensor,
+    *,
+    indexed: bool = False,
+    bias: Tensor | None = None,
+    low: Tensor | None = None,
+    b: Tensor | None = None,
+    accumulate: bool = False,
+) -> Tensor:
+    """See :func:`sparselora_kernels.indexed_linear.indexed_nn`; a new tensor where ``out`` would be written."""
+    channels = torch.arange(weight.shape[0]) if channels is None else channels
+    y = (h[rows][:, channels] if indexed else h) @ weight[channels]
     if bias is not None:
         y = y + bias
-    return y * (computed if transposed else computed * kept)
+    if low is not None and b is not None:
+        y = y + low @ b.t()
+    result = out.clone()
+    result[rows] = y + out[rows] if accumulate else y
+    return result

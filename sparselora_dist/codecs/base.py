@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparselora_kernels import Weight
+from sparselora_kernels.stored import unpack
 
 Share = Callable[[Tensor], Tensor]
 """From what the rows of this rank say, (n, k), to what all rows of the matrix say, (C, k). A collective."""
@@ -68,4 +69,4 @@ class Codec(ABC):
         """What a whole matrix (C, length) becomes by being stored, in its own dtype."""
         encoded = self.encode(matrix, 0)
         weight = self.stored(tuple(encoded[name] for name in self.parts(matrix.shape[1])), matrix.shape[1])
-        return weight if isinstance(weight, Tensor) else weight.decode(weight.parts, None, matrix.dtype)
+        return unpack(weight).decode(None, matrix.dtype)

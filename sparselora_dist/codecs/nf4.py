@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparselora_kernels import EncodedWeight, Weight, nf4_rows
+from sparselora_kernels import EncodedWeight, Weight, nf4_layout
 from sparselora_kernels.nf4 import BLOCK, NESTED_BLOCK, absmax_map, blocks, nested_scales, scale_bytes
 from sparselora_kernels.reference.nf4 import LEVELS
 
@@ -65,14 +65,7 @@ class NF4Codec(Codec):
         return {"codes": codes, "scales": pack_scales(*quantize_absmax(absmax, first, share(absmax)), first)}
 
     def stored(self, parts: tuple[Tensor, ...], length: int) -> Weight:
-        return EncodedWeight(parts, partial(_decode, length=length, double_quant=self.double_quant))
-
-
-def _decode(
-    parts: tuple[Tensor, ...], channels: Tensor | None, dtype: torch.dtype, *, length: int, double_quant: bool
-) -> Tensor:
-    codes, scales = parts
-    return nf4_rows(codes, scales, channels, dtype, length=length, double_quant=double_quant)
+        return EncodedWeight(parts, nf4_layout(length, self.double_quant))
 
 
 def _quantize(rows: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -51,6 +51,10 @@ class SparseLoRAConfig:
     """In training, run the LM head and the loss only at positions whose next token carries a label. Exact, also for a
     plain LoRA run (``enabled`` false). The model's training ``logits`` then hold these positions only."""
 
+    merge_lora: bool = False
+    """Add the LoRA update to the frozen weight in every product of all tokens where that takes fewer FLOPs (RunLoRA). It
+    rounds the update to the weight's precision; off, every order that is chosen is exact."""
+
     factors: str | None = None
     """A file of estimator factors; None builds them once and keeps them in the cache."""
 

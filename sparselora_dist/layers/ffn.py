@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
-from sparselora_kernels import indexed_linear, join_rows, select_channels, split_linear, split_rows
+from sparselora_kernels import ffn_down, gated_up, lora_linear, select_channels
+from sparselora_kernels.activations import ACTIVATIONS, activation_name
 
+from ..method.tokens import TokenPartition
 from ..sync.masks import Site
 from .context import MicroBatch, SparseContext
 from .estimator import FFNEstimator
 from .frozen import FrozenLinear, compute_input
-from .lora import LoRABranch, active_branches, base_linear, cast_input
-
-Pair = tuple[Tensor, Tensor]
-"""Dense tokens, context tokens."""
+from .lora import active_branches, base_linear, kept_update, low_rank_update
 
 
 class SparseFFN(nn.Module):
@@ -39,6 +39,12 @@ class SparseFFN(nn.Module):
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
         self.act_fn = mlp.act_fn
+        name = activation_name(mlp.act_fn)
+        if name is None:
+            raise ValueError(
+                f"layer {layer}: the FFN's activation {mlp.act_fn} cannot be made sparse; known: {', '.join(ACTIVATIONS)}"
+            )
+        self.activation = name
         self.estimator = estimator
         self.context = context
         self.site = Site(layer, "ffn")
@@ -52,11 +58,11 @@ class SparseFFN(nn.Module):
         if batch is None:
             return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
         assert batch.partition is not None
-        flat = x.reshape(-1, x.shape[-1])
+        flat = compute_input(x).reshape(-1, x.shape[-1])
         self.context.choose(batch, self.site, ("ffn",), lambda: self._select(flat, batch))
-        rows = batch.partition.dense, batch.partition.context
-        dense, context = self._split(split_rows(flat, *rows), batch.masks[self.site.layer, "ffn"])
-        return join_rows(dense, context.to(dense.dtype), *rows, flat.shape[0]).view_as(x)
+        channels = batch.masks[self.site.layer, "ffn"]
+        compute = self._whole_branch if self._branch_is_whole else self._kept
+        return compute(flat, batch.partition, channels).view(*x.shape[:-1], -1)
 
     def _select(self, x: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
         assert batch.partition is not None
@@ -64,54 +70,52 @@ class SparseFFN(nn.Module):
         keep = self.context.keep(self.site.layer, "ffn", self.keep)
         return {"ffn": select_channels(self.context.sync.reduce(self.site, sums), keep)}
 
-    def _split(self, x: Pair, channels: Tensor) -> Pair:
-        """Both kinds of tokens through the FFN; every frozen weight is read (and decoded) once for both."""
-        wide = self.lora_branch == "dense" and any(
-            next(active_branches(module), None) for module in (self.gate_proj, self.up_proj, self.down_proj)
+    @property
+    def _branch_is_whole(self) -> bool:
+        modules = (self.gate_proj, self.up_proj, self.down_proj)
+        return self.lora_branch == "dense" and any(next(active_branches(module), None) for module in modules)
+
+    def _kept(self, x: Tensor, tokens: TokenPartition, channels: Tensor) -> Tensor:
+        """``x`` (T, H) -> (T, H), the intermediate of context tokens as wide as ``channels``."""
+        gate, up, down = (base_linear(m) for m in (self.gate_proj, self.up_proj, self.down_proj))
+        rows = tokens.dense, tokens.context, channels
+        gate_low, gate_b = low_rank_update(self.gate_proj, x)
+        up_low, up_b = low_rank_update(self.up_proj, x)
+        hidden = gated_up(
+            x,
+            gate.stored,
+            up.stored,
+            *rows,
+            gate_bias=gate.bias,
+            up_bias=up.bias,
+            gate_low=gate_low,
+            gate_b=gate_b,
+            up_low=up_low,
+            up_b=up_b,
+            activation=self.activation,
         )
-        gate, up = (self._widen(module, x, channels, wide=wide) for module in (self.gate_proj, self.up_proj))
-        dense, context = self.act_fn(gate[0]) * up[0], self.act_fn(gate[1]) * up[1]
-        return self._narrow((dense, context), channels, wide=wide)
+        low_dense, low_context, b = kept_update(self.down_proj, *hidden, channels)
+        return ffn_down(
+            *hidden,
+            down.stored,
+            *rows,
+            x.shape[0],
+            bias=down.bias,
+            low_dense=low_dense,
+            low_context=low_context,
+            b=b,
+        )
 
-    def _widen(self, module: nn.Module, x: Pair, channels: Tensor, *, wide: bool) -> Pair:
-        """gate or up, base and LoRA: (D, H), (T, H) -> (D, I), (T, k); (T, I) where ``wide``."""
-        base: FrozenLinear = base_linear(module)
-        x_dense, x_context = (compute_input(part) for part in x)
-        dense, context = split_linear(x_dense, x_context, base.stored, base.bias, channels)
-        if wide:
-            context = context.new_zeros(context.shape[0], base.out_features).index_copy(1, channels, context)
-        for branch in active_branches(module):
-            dense = dense + _lora(branch, x_dense)
-            context = context + (_lora(branch, x_context) if wide else _kept_rows(branch, x_context, channels))
-        return dense.to(x_dense.dtype), context.to(x_context.dtype)
-
-    def _narrow(self, hidden: Pair, channels: Tensor, *, wide: bool) -> Pair:
-        """down, base and LoRA: (D, I), (T, k), or (T, I) where ``wide`` -> (D, H), (T, H)."""
-        base: FrozenLinear = base_linear(self.down_proj)
-        dense_in, context_in = (compute_input(part) for part in hidden)
-        kept = context_in.index_select(1, channels) if wide else context_in
-        dense, context = split_linear(dense_in, kept, base.stored, base.bias, channels, transposed=True)
-        for branch in active_branches(self.down_proj):
-            dense = dense + _lora(branch, dense_in)
-            context = context + (_lora(branch, context_in) if wide else _kept_columns(branch, context_in, channels))
-        return dense.to(dense_in.dtype), context
+    def _whole_branch(self, x: Tensor, tokens: TokenPartition, channels: Tensor) -> Tensor:
+        """``x`` (T, H) -> (T, H), sparse in the frozen branch alone."""
+        lists = {"dense_rows": tokens.dense, "context_rows": tokens.context, "channels": channels}
+        gate, up = (_project(module, x, lists) for module in (self.gate_proj, self.up_proj))
+        return _project(self.down_proj, self.act_fn(gate) * up, lists)
 
 
-def _lora(branch: LoRABranch, x: Tensor) -> Tensor:
-    """The whole branch, as PEFT computes it."""
-    return branch.b(branch.a(branch.dropout(cast_input(x, branch)))) * branch.scaling
-
-
-def _kept_rows(branch: LoRABranch, x: Tensor, channels: Tensor) -> Tensor:
-    """The branch of gate or up at the kept neurons: (T, H) -> (T, k)."""
-    low = branch.a(branch.dropout(cast_input(x, branch)))
-    update = indexed_linear(low, branch.b.weight, None, channels)
-    if branch.b.bias is not None:  # PEFT's lora_bias, which is trained.
-        update = update + branch.b.bias.index_select(0, channels)
-    return update * branch.scaling
-
-
-def _kept_columns(branch: LoRABranch, hidden: Tensor, channels: Tensor) -> Tensor:
-    """The branch of down from the kept neurons: (T, k) -> (T, H)."""
-    kept = compute_input(branch.dropout(cast_input(hidden, branch)))
-    return branch.b(indexed_linear(kept, branch.a.weight.t(), None, channels, transposed=True)) * branch.scaling
+def _project(module: nn.Module, x: Tensor, lists: dict[str, Tensor]) -> Tensor:
+    """The frozen linear for these tokens and channels, and every branch whole: (T, in) -> (T, out)."""
+    base: FrozenLinear = base_linear(module)
+    y = lora_linear(compute_input(x), base.stored, base.bias, transposed=base.transposed, **lists)
+    low, b = low_rank_update(module, x)
+    return y if low is None or b is None else torch.addmm(y, low, b.t())

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparselora_kernels import Weight, indexed_linear
+from sparselora_kernels import Weight, lora_linear
 from sparselora_kernels.stored import unpack
 
 from ..codecs import Codec, PlainCodec
 from ..engines.placement import waiting_rows
+
+Branch = tuple[Tensor, Tensor, float]
+"""A LoRA branch: ``A`` (r, in), ``B`` (out, r) and its scaling."""
 
 
 def compute_input(x: Tensor) -> Tensor:
@@ -82,14 +86,17 @@ class FrozenLinear(nn.Linear):
 
     def matrix(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """The weight (out, in) that whole (gathered) parts hold."""
-        stored = unpack(self.codec.stored(tuple(parts), self.row_length))
-        rows = stored.decode(stored.parts, None, dtype)
+        rows = unpack(self.codec.stored(tuple(parts), self.row_length)).decode(None, dtype)
         return rows.t() if self.transposed else rows
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` (..., in) -> (..., out), all channels."""
+    def forward(self, x: Tensor, branch: Branch | None = None, merge: bool = False) -> Tensor:
+        """``x`` (..., in) -> (..., out), all channels; with a LoRA branch where one is given."""
+        return self._product(x, branch, merge=merge)
+
+    def _product(self, x: Tensor, branch: Branch | None, **options: Any) -> Tensor:
         x = compute_input(x)
-        y = indexed_linear(x.reshape(-1, x.shape[-1]), self.stored, self.bias, transposed=self.transposed)
+        flat = x.reshape(-1, x.shape[-1])
+        y = lora_linear(flat, self.stored, self.bias, *(branch or ()), transposed=self.transposed, **options)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def extra_repr(self) -> str:

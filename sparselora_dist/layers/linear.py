@@ -10,12 +10,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from sparselora_kernels import indexed_projection, select_channels
+from sparselora_kernels import select_channels
 
 from ..sync.masks import Site
 from .context import MicroBatch, SparseContext
 from .estimator import AttentionEstimator
-from .frozen import FrozenLinear, compute_input
+from .frozen import Branch, FrozenLinear, compute_input
 
 Role = Literal["q", "k", "v", "o"]
 _GROUP = {"q": "qk", "k": "qk", "v": "vo", "o": "vo"}
@@ -72,25 +72,19 @@ class SparseProjection(FrozenLinear):
         self.role = role
         self.channels = channels
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` (..., in) -> (..., out)."""
+    def forward(self, x: Tensor, branch: Branch | None = None, merge: bool = False) -> Tensor:
+        """``x`` (..., in) -> (..., out); the LoRA branch, where one is given, is whole for all tokens."""
         batch = self.channels.context.active(self.channels.site.layer, _GROUP[self.role])
         if batch is None:
-            return super().forward(x)
+            return self._product(x, branch, merge=merge)
         assert batch.partition is not None
-        x = compute_input(x)
-        flat = x.reshape(-1, x.shape[-1])
-        rows = self.channels.rows(self.role, flat, batch)
-        y = indexed_projection(
-            flat,
-            self.stored,
-            self.bias,
-            batch.partition.dense,
-            batch.partition.context,
-            rows,
-            transposed=self.transposed,
+        return self._product(
+            x,
+            branch,
+            dense_rows=batch.partition.dense,
+            context_rows=batch.partition.context,
+            channels=self.channels.rows(self.role, compute_input(x).reshape(-1, x.shape[-1]), batch),
         )
-        return y.view(*x.shape[:-1], y.shape[-1])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, role={self.role!r}, layer={self.channels.site.layer}"

@@ -1,12 +1,18 @@
-"""Reading PEFT's LoRA layers: the frozen base, and the branches that are active now."""
+"""PEFT's LoRA layers: the frozen base, the branches that are active now, and base and branch computed together."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+
+from sparselora_kernels import lora_linear
+
+from .frozen import FrozenLinear, compute_input
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +23,11 @@ class LoRABranch:
     b: nn.Linear
     dropout: nn.Module
     scaling: float
+
+    @property
+    def drops(self) -> bool:
+        """Whether dropout changes the branch's input now."""
+        return self.dropout.training and getattr(self.dropout, "p", 0.0) > 0
 
 
 def base_linear(module: nn.Module) -> nn.Module:
@@ -53,3 +64,104 @@ def active_branches(module: nn.Module) -> Iterator[LoRABranch]:
 def cast_input(x: Tensor, branch: LoRABranch) -> Tensor:
     """``x`` in the dtype of the adapter's weights, as PEFT does."""
     return x.to(branch.a.weight.dtype)
+
+
+def low_rank_update(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """The active branches of ``module`` as one product: ``low`` (T, R), scaled, and ``b`` (out, R), in ``x.dtype``.
+
+    ``x`` (T, in). Several adapters stand side by side, and PEFT's ``lora_bias`` is one more column.
+    """
+    branches = list(active_branches(module))
+    return _side_by_side([first_product(branch, x) for branch in branches], branches, x.dtype)
+
+
+def first_product(branch: LoRABranch, x: Tensor, channels: Tensor | None = None) -> Tensor:
+    """``s · A · dropout(x)``: (T, in) -> (T, r); from the ``channels`` (k,) alone where ``x`` is (T, k)."""
+    x = branch.dropout(cast_input(x, branch))
+    if channels is None:
+        return branch.a(x) * branch.scaling
+    return nn.functional.linear(x, branch.a.weight.index_select(1, channels)) * branch.scaling
+
+
+def kept_update(
+    module: nn.Module, dense: Tensor, context: Tensor, channels: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
+    """The active branches of a module whose inputs are channels (down): ``low`` of dense tokens (D, in) and of context
+    tokens (T, k), and ``b`` (out, R)."""
+    branches = list(active_branches(module))
+    low_dense, b = _side_by_side([first_product(branch, dense) for branch in branches], branches, dense.dtype)
+    lows = [first_product(branch, context, channels) for branch in branches]
+    low_context, _ = _side_by_side(lows, branches, context.dtype)
+    if low_dense is None or low_context is None or b is None:
+        return None, None, None
+    return low_dense, low_context, b
+
+
+def _side_by_side(
+    lows: list[Tensor], branches: list[LoRABranch], dtype: torch.dtype
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    columns, bs = [], []
+    for low, branch in zip(lows, branches):
+        columns.append(low)
+        bs.append(branch.b.weight)
+        if branch.b.bias is not None:  # PEFT's lora_bias, which is trained.
+            columns.append(low.new_full((low.shape[0], 1), branch.scaling))
+            bs.append(branch.b.bias[:, None])
+    if not bs:
+        return None, None
+    low, b = (columns[0], bs[0]) if len(bs) == 1 else (torch.cat(columns, 1), torch.cat(bs, 1))
+    return low.to(dtype), b.to(dtype)
+
+
+class FusedLoRA:
+    """Takes the place of ``forward`` of one PEFT layer: base and branch in one operation where that is exact.
+
+    That is a single active branch without dropout and without a bias of its own, in the dtype of the computation, on a
+    frozen base that is ours or a plain linear. Everything else goes PEFT's way.
+
+    Args:
+        merge: see :func:`sparselora_kernels.lora_linear`.
+    """
+
+    def __init__(self, layer: LoraLayer, *, merge: bool) -> None:
+        self.layer, self.merge = layer, merge
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base = self.layer.base_layer
+        branches = list(active_branches(self.layer))
+        compute = compute_input(x)
+        if args or kwargs or len(branches) != 1 or not _together(base, branches[0], compute):
+            return type(self.layer).forward(self.layer, x, *args, **kwargs)
+        (branch,) = branches
+        a, b = compute_input(branch.a.weight), compute_input(branch.b.weight)
+        if isinstance(base, FrozenLinear):
+            return base(x, (a, b, branch.scaling), self.merge)
+        y = lora_linear(
+            compute.reshape(-1, x.shape[-1]), base.weight, base.bias, a, b, branch.scaling, merge=self.merge
+        )
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _together(base: nn.Module, branch: LoRABranch, compute: Tensor) -> bool:
+    if branch.drops or branch.b.bias is not None:
+        return False
+    if compute_input(branch.a.weight[:0]).dtype != compute.dtype:
+        return False
+    return isinstance(base, FrozenLinear) or base.weight.dtype == compute.dtype
+
+
+def fuse_lora(module: nn.Module, *, merge: bool) -> bool:
+    """Give a LoRA layer on a frozen linear its :class:`FusedLoRA`; says whether it is one."""
+    if not isinstance(module, LoraLayer) or "forward" in module.__dict__:
+        return False
+    base = module.base_layer
+    known = isinstance(base, FrozenLinear) or type(base) is nn.Linear
+    if not known or any(p.requires_grad for p in base.parameters()) or getattr(module, "lora_variant", None):
+        return False
+    module.__dict__["forward"] = FusedLoRA(module, merge=merge)
+    return True
+
+
+def unfuse_lora(module: nn.Module) -> None:
+    """Undo :func:`fuse_lora`."""
+    module.__dict__.pop("forward", None)

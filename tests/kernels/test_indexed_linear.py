@@ -1,105 +1,85 @@
-"""indexed_linear equals its reference: the whole product, with what is not kept left out."""
+"""The indexed products equal their references: plain indexing around a whole product."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import sparselora_kernels as kernels
-from sparselora_kernels import reference
-from support.compare import assert_close
+from sparselora_kernels import EncodedWeight, reference
+from sparselora_kernels.indexed_linear import indexed_nn, indexed_nt
+from support.kernel_cases import compare, implementations, nf4, running, some, wide
 
-# (tokens, channels, width, kept): odd sizes, one of everything, one kept, all kept, no tokens.
-SHAPES = [(5, 7, 3, 4), (1, 1, 1, 1), (33, 65, 17, 1), (19, 21, 13, 21), (0, 9, 5, 4)]
-DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+# (tokens, chosen tokens, channels, width, kept): odd sizes, one of everything, one kept, all kept, no tokens.
+SHAPES = [(5, 3, 7, 3, 4), (1, 1, 1, 1, 1), (33, 20, 65, 17, 1), (19, 19, 21, 13, 21), (6, 0, 9, 5, 4)]
 cases = pytest.mark.parametrize("shape", SHAPES, ids=str)
-forms = pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
-biases = pytest.mark.parametrize("with_bias", [False, True], ids=["no-bias", "bias"])
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+accumulates = pytest.mark.parametrize("accumulate", [False, True], ids=["write", "add"])
 
 
-def inputs(shape: tuple, transposed: bool, with_bias: bool, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    tokens, channels, width, kept = shape
-    x = torch.randn(tokens, kept if transposed else width, dtype=dtype)
-    weight = torch.randn(channels, width, dtype=dtype)
-    bias = torch.randn(width if transposed else channels, dtype=dtype) if with_bias else None
-    return x, weight, bias, torch.randperm(channels)[:kept].sort().values
-
-
-def outputs(op, x: Tensor, weight: Tensor, bias: Tensor | None, channels: Tensor | None, **options) -> list[Tensor]:
-    """Result, and the gradients of x and weight for a fixed output gradient."""
-    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    y = op(x, weight, bias, channels, **options)
-    y.backward(torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape).to(y.dtype))
-    return [y, x.grad, weight.grad]
+def check(operation: Any, formula: Any, first: Tensor, weight: Any, *args: Any, values: Tensor, **options: Any) -> None:
+    """``out``, where there is one, is written in place by the operation and not by the formula."""
+    out = options.pop("out", None)
+    doubles = {name: wide(value) for name, value in options.items()}
+    if out is not None:
+        doubles["out"] = wide(out.clone())
+        options["out"] = out
+    expected = formula(wide(first), wide(values), *(wide(a) for a in args), **doubles)
+    compare({"y": expected}, {"y": operation(first, weight, *args, **options)}, first.dtype)
 
 
 @cases
-@forms
-@biases
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_equals_reference(shape: tuple, transposed: bool, with_bias: bool, dtype: torch.dtype) -> None:
-    x, weight, bias, channels = inputs(shape, transposed, with_bias, dtype)
-    got = outputs(kernels.indexed_linear, x, weight, bias, channels, transposed=transposed)
-    wide = [None if t is None else t.double() for t in (x, weight, bias)]
-    expected = outputs(reference.indexed_linear, *wide, channels, transposed=transposed)
-    for name, a, b in zip(("y", "grad x", "grad weight"), expected, got):
-        assert b.dtype == dtype
-        assert_close(name, a, b)
+@dtypes
+@pytest.mark.parametrize("form", ["compact", "write", "add", "all"])
+@implementations
+def test_nt_equals_reference(shape: tuple, dtype: torch.dtype, form: str, implementation: str) -> None:
+    tokens, chosen, channels, width, kept = shape
+    x, weight = torch.randn(tokens, width, dtype=dtype), torch.randn(channels, width, dtype=dtype)
+    lists = (None, None) if form == "all" else (some(tokens, chosen), some(channels, kept))
+    options: dict[str, Any] = {"bias": torch.randn(channels, dtype=dtype) if kept > 1 else None}
+    if form in ("write", "add"):
+        options |= {"out": torch.randn(tokens, channels, dtype=dtype), "accumulate": form == "add"}
+    with running(implementation):
+        check(indexed_nt, reference.indexed_nt, x, EncodedWeight((weight,)), *lists, values=weight, **options)
 
 
-@forms
-@biases
-def test_all_channels_is_the_dense_product(transposed: bool, with_bias: bool) -> None:
-    x, weight, bias, channels = inputs((9, 11, 7, 11), transposed, with_bias, torch.float32)
-    dense = torch.nn.functional.linear(x, weight.t() if transposed else weight, bias)
-    for indices in (channels, None):
-        assert_close("y", dense, kernels.indexed_linear(x, weight, bias, indices, transposed=transposed))
+@cases
+@dtypes
+@accumulates
+@pytest.mark.parametrize("indexed", [False, True], ids=["compact", "indexed"])
+@implementations
+def test_nn_equals_reference(
+    shape: tuple, dtype: torch.dtype, accumulate: bool, indexed: bool, implementation: str
+) -> None:
+    tokens, chosen, channels, width, kept = shape
+    rows, kept_channels = some(tokens, chosen), some(channels, kept)
+    h = torch.randn((tokens, channels) if indexed else (chosen, kept), dtype=dtype)
+    weight = torch.randn(channels, width, dtype=dtype)
+    options: dict[str, Any] = {"out": torch.randn(tokens, width, dtype=dtype), "accumulate": accumulate}
+    if kept > 1:
+        options |= {"bias": torch.randn(width, dtype=dtype), "low": torch.randn(chosen, 3, dtype=dtype)}
+        options["b"] = torch.randn(width, 3, dtype=dtype)
+    with running(implementation):
+        check(
+            indexed_nn,
+            reference.indexed_nn,
+            h,
+            EncodedWeight((weight,)),
+            rows,
+            kept_channels,
+            values=weight,
+            indexed=indexed,
+            **options,
+        )
 
 
-@forms
-def test_gradcheck(transposed: bool) -> None:
-    x, weight, bias, channels = inputs((4, 6, 3, 2), transposed, True, torch.float64)
-
-    def op(x: Tensor, weight: Tensor) -> Tensor:
-        return kernels.indexed_linear(x, weight, bias, channels, transposed=transposed)
-
-    assert torch.autograd.gradcheck(op, (x.requires_grad_(), weight.requires_grad_()))
-
-
-@forms
-def test_runs_are_bit_identical(transposed: bool) -> None:
-    x, weight, bias, channels = inputs((33, 65, 17, 20), transposed, True, torch.float32)
-    runs = [outputs(kernels.indexed_linear, x, weight, bias, channels, transposed=transposed) for _ in range(3)]
-    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run))
-
-
-def test_dropped_rows_get_a_zero_weight_gradient() -> None:
-    x, weight, _, _ = inputs((5, 6, 3, 2), False, False, torch.float32)
-    grad = outputs(kernels.indexed_linear, x, weight, None, torch.tensor([1, 4]))[2]
-    assert grad[[1, 4]].abs().min() > 0
-    assert not grad[[0, 2, 3, 5]].any()
-
-
-def test_a_frozen_weight_keeps_no_activation() -> None:
-    x, weight, _, channels = inputs((5, 6, 3, 2), False, False, torch.float32)
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        kernels.indexed_linear(x.requires_grad_(), weight, None, channels)
-    assert {t.data_ptr() for t in kept} == {weight.data_ptr(), channels.data_ptr()}
-
-
-def test_a_trainable_bias_is_refused() -> None:
-    x, weight, bias, channels = inputs((5, 6, 3, 2), False, True, torch.float32)
-    with pytest.raises(ValueError, match="bias"):
-        kernels.indexed_linear(x, weight, bias.requires_grad_(), channels)
-
-
-@forms
-def test_the_input_decides_the_dtype(transposed: bool) -> None:
-    x, weight, bias, channels = inputs((5, 6, 3, 2), transposed, True, torch.float32)
-    got = outputs(kernels.indexed_linear, x.bfloat16(), weight, bias, channels, transposed=transposed)
-    expected = outputs(reference.indexed_linear, x, weight, bias, channels, transposed=transposed)
-    assert [t.dtype for t in got] == [torch.bfloat16, torch.bfloat16, torch.float32]
-    for name, a, b in zip(("y", "grad x", "grad weight"), expected, got):
-        assert_close(name, a, b, rtol=3e-2, atol=3e-2)
+@implementations
+def test_nf4_rows_are_those_of_the_decoded_matrix(implementation: str) -> None:
+    rows, channels = some(9, 6), some(20, 7)
+    stored, values = nf4(torch.randn(20, 130))
+    out = torch.randn(9, 130)
+    with running(implementation):
+        check(indexed_nt, reference.indexed_nt, torch.randn(9, 130), stored, rows, channels, values=values)
+        check(indexed_nn, reference.indexed_nn, torch.randn(6, 7), stored, rows, channels, values=values, out=out)

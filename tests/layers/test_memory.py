@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import sparselora_dist.layers.ffn
 from sparselora_dist import SparseLoRAConfig, apply_sparselora
-from sparselora_kernels import indexed_linear
+from sparselora_kernels import gated_up
 from support.models import ALL_LINEAR, ATTENTION, batch, tiny_lora
 
 LAYERS = {"ffn": {"0-2": 0.5}, "qk": {"0-2": 0.5}, "vo": {"0-2": 0.5}}
@@ -89,7 +89,9 @@ def test_the_check_sees_a_plain_slice(form: str) -> None:
         "cast": lambda: x.bfloat16() @ weight[channels].bfloat16().t(),
     }
     assert weight_copies(kept_by_autograd(naive[form]), {"weight": weight}) == ["weight"]
-    assert weight_copies(kept_by_autograd(lambda: indexed_linear(x, weight, None, channels)), {"weight": weight}) == []
+    lists = torch.tensor([0]), torch.tensor([2, 3]), channels
+    ours = kept_by_autograd(lambda: gated_up(x, weight, weight, *lists)[1])
+    assert weight_copies(ours, {"weight": weight}) == []
 
 
 def test_the_check_sees_a_copy_that_hides_in_the_context() -> None:
@@ -110,13 +112,11 @@ def test_the_check_sees_a_copy_that_hides_in_the_context() -> None:
 def test_the_check_sees_a_naive_sparse_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same model with the product written in the obvious way fails the check above."""
 
-    def naive(
-        dense: Tensor, context: Tensor, weight: Tensor, bias: Any, channels: Tensor, *, transposed: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        kept = weight[channels]
-        return dense @ (weight if transposed else weight.t()), context @ (kept if transposed else kept.t())
+    def naive(x: Tensor, gate: Tensor, up: Tensor, dense: Tensor, context: Tensor, kept: Tensor, **_: Any) -> Any:
+        h = nn.functional.silu(x[context] @ gate[kept].t()) * (x[context] @ up[kept].t())
+        return nn.functional.silu(x[dense] @ gate.t()) * (x[dense] @ up.t()), h
 
-    monkeypatch.setattr(sparselora_dist.layers.ffn, "split_linear", naive)
+    monkeypatch.setattr(sparselora_dist.layers.ffn, "gated_up", naive)
     model = sparse_model(ATTENTION)
     copies = weight_copies(kept_by_autograd(lambda: model(**batch()).loss), frozen_weights(model))
     assert [name for name in copies if "gate_proj" in name or "up_proj" in name]

@@ -1,0 +1,278 @@
+"""Gate, up and activation of a sparse FFN, for dense and context tokens at once.
+
+    H = act(X·Wgᵀ + bg + low_g·Bgᵀ) · (X·Wuᵀ + bu + low_u·Buᵀ)     (D, I) dense    (n, k) context
+
+Dense tokens take all neurons, context tokens the rows ``channels`` of both matrices and of the LoRA factors ``B``. A
+low-rank update is given as its first product ``low = s·X·Aᵀ``: dropout and several adapters stay with its maker. Each
+frozen matrix is decoded once, in the forward and in the backward. What is kept for backward is the two
+pre-activations; neither the input nor any copy of a weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .activations import activate, activate_backward
+from .backend import use_triton
+from .indexed_linear import add_update, indexed_nt, linear, matmul
+from .stored import EncodedWeight, Weight, refuse_trainable, unpack
+
+
+@torch.library.custom_op("sparselora::gated_up", mutates_args=())
+def _up(
+    x: Tensor,
+    gate_parts: list[Tensor],
+    gate_layout: list[int],
+    up_parts: list[Tensor],
+    up_layout: list[int],
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    gate_low: Tensor | None,
+    gate_b: Tensor | None,
+    up_low: Tensor | None,
+    up_b: Tensor | None,
+    dense_rows: Tensor,
+    context_rows: Tensor,
+    channels: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``h`` of dense and of context tokens, then gate and up before the activation: ``g_d, u_d, g_c, u_c``."""
+    some_dense = dense_rows.numel() > 0
+    gate = EncodedWeight(gate_parts, gate_layout).once(some_dense, x.dtype)
+    up = EncodedWeight(up_parts, up_layout).once(some_dense, x.dtype)
+    if some_dense:
+        dense = x.index_select(0, dense_rows)
+        g_d = add_update(linear(dense, gate.parts[0], gate_bias), _at(gate_low, dense_rows), gate_b)
+        u_d = add_update(linear(dense, up.parts[0], up_bias), _at(up_low, dense_rows), up_b)
+        h_d = activate(activation, g_d).mul_(u_d)
+    else:
+        g_d, u_d, h_d = (x.new_empty(0, gate.channels) for _ in range(3))
+    if use_triton(x):
+        from .gpu import gated_ffn as gpu
+
+        g_c, u_c, h_c = gpu.forward(
+            x,
+            context_rows,
+            gate,
+            up,
+            channels,
+            gate_bias=gate_bias,
+            up_bias=up_bias,
+            gate_low=gate_low,
+            gate_b=gate_b,
+            up_low=up_low,
+            up_b=up_b,
+            activation=activation,
+        )
+    else:
+        context = x.index_select(0, context_rows)
+        g_c = indexed_nt(context, gate, None, channels, bias=gate_bias)
+        u_c = indexed_nt(context, up, None, channels, bias=up_bias)
+        add_update(g_c, _at(gate_low, context_rows), _at(gate_b, channels))
+        add_update(u_c, _at(up_low, context_rows), _at(up_b, channels))
+        h_c = activate(activation, g_c).mul_(u_c)
+    return h_d, h_c, g_d, u_d, g_c, u_c
+
+
+@_up.register_fake
+def _(x, gate_parts, gate_layout, up_parts, up_layout, gate_bias, up_bias, gate_low, gate_b, up_low, up_b, *lists):  # type: ignore[no-untyped-def]
+    dense_rows, context_rows, channels, _ = lists
+    wide = x.new_empty(dense_rows.shape[0], gate_parts[0].shape[0])
+    kept = x.new_empty(context_rows.shape[0], channels.shape[0])
+    return wide, kept, *(torch.empty_like(t) for t in (wide, wide, kept, kept))
+
+
+def _at(x: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if x is None else x.index_select(0, rows)
+
+
+def _gate_gradients(activation: str, grad: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up before the activation, from that of their product."""
+    if use_triton(grad):
+        from .gpu import gated_ffn as gpu
+
+        return gpu.backward(grad, g, u, activation)
+    return activate_backward(activation, g, grad * u), activate(activation, g).mul_(grad)
+
+
+@torch.library.custom_op("sparselora::gated_up_backward", mutates_args=())
+def _up_backward(
+    grad_dense: Tensor | None,
+    grad_context: Tensor | None,
+    g_d: Tensor,
+    u_d: Tensor,
+    g_c: Tensor,
+    u_c: Tensor,
+    gate_parts: list[Tensor],
+    gate_layout: list[int],
+    up_parts: list[Tensor],
+    up_layout: list[int],
+    gate_low: Tensor | None,
+    gate_b: Tensor | None,
+    up_low: Tensor | None,
+    up_b: Tensor | None,
+    dense_rows: Tensor,
+    context_rows: Tensor,
+    channels: Tensor,
+    activation: str,
+    tokens: int,
+    needs_input: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of ``x``, ``gate_low``, ``gate_b``, ``up_low``, ``up_b``; empty where there is none."""
+    some_dense = grad_dense is not None and grad_dense.shape[0] > 0
+    gate = EncodedWeight(gate_parts, gate_layout)
+    up = EncodedWeight(up_parts, up_layout)
+    length, dtype = gate.length, g_c.dtype
+    covered = (dense_rows.numel() if some_dense else 0) + (0 if grad_context is None else context_rows.numel())
+    grad_x = g_c.new_empty(0)
+    if needs_input:
+        gate, up = gate.once(some_dense, dtype), up.once(some_dense, dtype)
+        grad_x = (g_c.new_empty if covered == tokens else g_c.new_zeros)(tokens, length)
+    branches = [
+        (low, b, _zeros(low, tokens), _zeros(b, gate.channels)) for low, b in ((gate_low, gate_b), (up_low, up_b))
+    ]
+    if some_dense:
+        assert grad_dense is not None
+        pair = _gate_gradients(activation, grad_dense.contiguous(), g_d, u_d)
+        if needs_input:
+            dense = matmul(pair[0], gate.parts[0]).addmm_(pair[1], up.parts[0])
+            grad_x.index_copy_(0, dense_rows, dense)
+        for grad, (low, b, grad_low, grad_b) in zip(pair, branches):
+            if low is not None and b is not None:
+                grad_low.index_copy_(0, dense_rows, grad @ b)
+                grad_b.addmm_(grad.t(), low.index_select(0, dense_rows))
+    if grad_context is not None and grad_context.shape[0]:
+        pair = _gate_gradients(activation, grad_context.contiguous(), g_c, u_c)
+        if needs_input:
+            _context_input_gradient(pair, gate, up, context_rows, channels, grad_x)
+        for grad, (low, b, grad_low, grad_b) in zip(pair, branches):
+            if low is not None and b is not None:
+                grad_low.index_copy_(0, context_rows, grad @ b.index_select(0, channels))
+                grad_b.index_add_(0, channels, grad.t() @ low.index_select(0, context_rows))
+    return grad_x, branches[0][2], branches[0][3], branches[1][2], branches[1][3]
+
+
+def _context_input_gradient(
+    pair: tuple[Tensor, Tensor], gate: EncodedWeight, up: EncodedWeight, rows: Tensor, channels: Tensor, out: Tensor
+) -> None:
+    if use_triton(out):
+        from .gpu import gated_ffn as gpu
+
+        gpu.input_gradient(*pair, gate, up, rows, channels, out)
+        return
+    dtype = out.dtype
+    grad = matmul(pair[0], gate.decode(channels, dtype)).addmm_(pair[1], up.decode(channels, dtype))
+    out.index_copy_(0, rows, grad)
+
+
+def _zeros(like: Tensor | None, rows: int) -> Tensor:
+    return torch.empty(0) if like is None else like.new_zeros(rows, like.shape[1])
+
+
+@_up_backward.register_fake
+def _(*args):  # type: ignore[no-untyped-def]
+    g_c, gate_parts, gate_layout = args[4], args[6], args[7]
+    tokens, needs_input = args[18], args[19]
+    width = EncodedWeight(gate_parts, gate_layout).length
+    like = (g_c.new_empty(0) if t is None else torch.empty_like(t) for t in args[10:14])
+    return g_c.new_empty(tokens, width) if needs_input else g_c.new_empty(0), *like
+
+
+def _keep_up(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    x, gate_parts, gate_layout, up_parts, up_layout, _, _, *rest = inputs
+    lows, rows, activation = rest[:4], rest[4:7], rest[7]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(*output[2:], *lows, *rows, *gate_parts, *up_parts)
+    ctx.layouts, ctx.gate_count = (gate_layout, up_layout), len(gate_parts)
+    ctx.activation, ctx.tokens = activation, x.shape[0]
+
+
+def _up_gradients(ctx: Any, grad_dense: Tensor | None, grad_context: Tensor | None, *_: Any) -> tuple:
+    saved = ctx.saved_tensors
+    lows, rows, parts = saved[4:8], saved[8:11], saved[11:]
+    none: list[Any] = [None] * 15
+    none[1], none[3] = [None] * ctx.gate_count, [None] * (len(parts) - ctx.gate_count)
+    if grad_dense is None and grad_context is None:
+        return tuple(none)
+    grads = _up_backward(
+        grad_dense,
+        grad_context,
+        *saved[:4],
+        list(parts[: ctx.gate_count]),
+        ctx.layouts[0],
+        list(parts[ctx.gate_count :]),
+        ctx.layouts[1],
+        *lows,
+        *rows,
+        ctx.activation,
+        ctx.tokens,
+        ctx.needs_input_grad[0],
+    )
+    none[0] = grads[0] if ctx.needs_input_grad[0] else None
+    none[7:11] = [None if low is None else grad for low, grad in zip(lows, grads[1:])]
+    return tuple(none)
+
+
+_up.register_autograd(_up_gradients, setup_context=_keep_up)
+
+
+def gated_up(
+    x: Tensor,
+    gate: Weight,
+    up: Weight,
+    dense_rows: Tensor,
+    context_rows: Tensor,
+    channels: Tensor,
+    *,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    gate_low: Tensor | None = None,
+    gate_b: Tensor | None = None,
+    up_low: Tensor | None = None,
+    up_b: Tensor | None = None,
+    activation: str = "silu",
+) -> tuple[Tensor, Tensor]:
+    """``act(gate(x)) * up(x)``; exact gradients for ``x`` and the low-rank updates.
+
+    Args:
+        x: (T, H); any T, zero included.
+        gate, up: (I, H), frozen; decoded to ``x.dtype``.
+        dense_rows, context_rows: disjoint int64 rows of ``x``.
+        channels: (k,) int64 ascending, the neurons that context tokens take.
+        gate_bias, up_bias: (I,), frozen.
+        gate_low, up_low: (T, R) first products of the LoRA branches, scaled; with ``gate_b``, ``up_b`` (I, R).
+            In ``x.dtype``.
+        activation: a name that :func:`sparselora_kernels.activations.activate` knows.
+
+    Returns:
+        (D, I) for the dense rows and (n, k) for the context rows, in ``x.dtype``.
+
+    Raises:
+        ValueError: a weight or a bias is trainable, or half of a low-rank update is missing.
+    """
+    stored = unpack(gate), unpack(up)
+    for weight, bias in zip(stored, (gate_bias, up_bias)):
+        refuse_trainable("gated_up", weight, bias)
+    if (gate_low is None) != (gate_b is None) or (up_low is None) != (up_b is None):
+        raise ValueError("gated_up takes both of low and b or neither")
+    return _up(
+        x,
+        list(stored[0].parts),
+        list(stored[0].layout),
+        list(stored[1].parts),
+        list(stored[1].layout),
+        gate_bias,
+        up_bias,
+        gate_low,
+        gate_b,
+        up_low,
+        up_b,
+        dense_rows,
+        context_rows,
+        channels,
+        activation,
+    )[:2]

@@ -1,0 +1,281 @@
+"""A frozen linear and its LoRA branch in one operation, whole or for chosen tokens and channels.
+
+    Y = X · Wᵀ + b + s · (X · Aᵀ) · Bᵀ
+
+Dense tokens take all of ``W``; context tokens the rows ``channels`` of it (q, k, v: zero elsewhere) or, with the matrix
+stored transposed, its columns (o); other tokens nothing. The LoRA branch is whole for all tokens.
+
+The products of the branch can be ordered in several ways (RunLoRA, arXiv 2312.03415). All orders give the same numbers
+up to rounding except the one that adds ``s·B·A`` to ``W`` first, which rounds the update to the weight's precision and
+is taken on request only. :func:`lora_order` counts multiplications and takes the cheapest.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .indexed_linear import indexed_nn, indexed_nt, linear, matmul
+from .stored import EncodedWeight, Weight, refuse_trainable, unpack
+
+Backward = Literal["through_rank", "through_weight"]
+
+
+def lora_order(tokens: int, inputs: int, outputs: int, rank: int, *, merge: bool = False) -> tuple[bool, Backward]:
+    """The cheapest order by multiply-adds.
+
+        forward     separate        T·r·(in + out)                  (X·Aᵀ)·Bᵀ beside X·Wᵀ
+                    merged          in·out·r                        X·(W + s·B·A)ᵀ, only with ``merge``
+        backward    through_rank    T·r·(in + out)                  dA = (dY·B)ᵀ·X       dB = dYᵀ·(X·Aᵀ)
+                    through_weight  T·in·out + 2·in·out·r           dA = Bᵀ·(dYᵀ·X)      dB = (dYᵀ·X)·Aᵀ
+
+    ``through_rank`` is counted with ``X·Aᵀ`` kept from the forward and ``dY·B`` there for the input gradient, as they
+    are unless the weights are merged.
+
+    Returns:
+        Whether to merge, and the order of the backward.
+    """
+    merged = merge and inputs * outputs * rank < tokens * rank * (inputs + outputs)
+    through_rank = tokens * rank * (inputs + outputs) * (2 if merged else 1)
+    through_weight = tokens * inputs * outputs + 2 * inputs * outputs * rank
+    return merged, "through_weight" if through_weight < through_rank else "through_rank"
+
+
+def _merged(weight: EncodedWeight, a: Tensor, b: Tensor, scaling: float, transposed: bool) -> Tensor:
+    """``W + s·B·A`` in the dtype of ``a``, laid out as ``W`` is."""
+    first, second = (a.t(), b.t()) if transposed else (b, a)
+    return torch.addmm(weight.decode(None, a.dtype), first, second, alpha=scaling)
+
+
+def _order(x: Tensor, weight: EncodedWeight, a: Tensor, b: Tensor, sparse: bool, merge: bool) -> tuple[bool, Backward]:
+    return lora_order(x.shape[0], a.shape[1], b.shape[0], a.shape[0], merge=merge and not sparse)
+
+
+@torch.library.custom_op("sparselora::lora_linear", mutates_args=())
+def _forward(
+    x: Tensor,
+    parts: list[Tensor],
+    layout: list[int],
+    bias: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    scaling: float,
+    dense_rows: Tensor | None,
+    context_rows: Tensor | None,
+    channels: Tensor | None,
+    transposed: bool,
+    merge: bool,
+) -> tuple[Tensor, Tensor]:
+    """``y`` (T, out) and ``x·Aᵀ`` (T, r), empty where the backward does not read it."""
+    weight = EncodedWeight(parts, layout)
+    low = x.new_empty(0)
+    merged = False
+    if a is not None and b is not None:
+        merged, backward = _order(x, weight, a, b, context_rows is not None, merge)
+        if not merged:
+            low = linear(x, a)
+    product = matmul if transposed else linear
+    if merged:
+        assert a is not None and b is not None
+        return product(x, _merged(weight, a, b, scaling, transposed), bias), low
+    if dense_rows is None or context_rows is None or channels is None:
+        y = product(x, weight.decode(None, x.dtype), bias)
+        if b is not None:
+            y.addmm_(low, b.t(), alpha=scaling)
+    else:
+        out = weight.length if transposed else weight.channels
+        y = (
+            x.new_zeros(x.shape[0], out)
+            if b is None
+            else x.new_empty(x.shape[0], out).addmm_(low, b.t(), beta=0, alpha=scaling)
+        )
+        some_dense = dense_rows.numel() > 0
+        weight = weight.once(some_dense, x.dtype)
+        if some_dense:
+            whole = product(x.index_select(0, dense_rows), weight.parts[0], bias)
+            y = y.index_copy_(0, dense_rows, whole) if b is None else y.index_add_(0, dense_rows, whole)
+        adds = b is not None
+        if transposed:
+            indexed_nn(x, weight, context_rows, channels, y, indexed=True, bias=bias, accumulate=adds)
+        else:
+            indexed_nt(x, weight, context_rows, channels, bias=bias, out=y, accumulate=adds)
+    if a is not None and b is not None and backward == "through_weight":
+        low = x.new_empty(0)
+    return y, low
+
+
+@_forward.register_fake
+def _(x, parts, layout, bias, a, b, scaling, dense_rows, context_rows, channels, transposed, merge):  # type: ignore[no-untyped-def]
+    weight = EncodedWeight(parts, layout)
+    out = weight.length if transposed else weight.channels
+    kept = False
+    if a is not None:
+        merged, backward = _order(x, weight, a, b, context_rows is not None, merge)
+        kept = not merged and backward == "through_rank"
+    return x.new_empty(x.shape[0], out), x.new_empty(x.shape[0], a.shape[0]) if kept else x.new_empty(0)
+
+
+@torch.library.custom_op("sparselora::lora_linear_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    x: Tensor | None,
+    low: Tensor,
+    parts: list[Tensor],
+    layout: list[int],
+    a: Tensor | None,
+    b: Tensor | None,
+    scaling: float,
+    dense_rows: Tensor | None,
+    context_rows: Tensor | None,
+    channels: Tensor | None,
+    transposed: bool,
+    merge: bool,
+    needs_input: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``x``, ``a`` and ``b``; empty where there is none."""
+    weight = EncodedWeight(parts, layout)
+    # Results of a registered operator must not share memory: an empty tensor for each.
+    none, grad_a, grad_b = (grad.new_empty(0) for _ in range(3))
+    z = none
+    sparse = dense_rows is not None and context_rows is not None and channels is not None
+    merged = False
+    if a is not None and b is not None:
+        assert x is not None
+        merged, order = _order(x, weight, a, b, sparse, merge)
+        if not merged or order == "through_rank":
+            z = torch.mm(grad, b).mul_(scaling)
+        if order == "through_rank":
+            grad_a = torch.mm(z.t(), x)
+            grad_b = torch.mm(grad.t(), linear(x, a) if merged else low).mul_(scaling)
+        else:
+            update = torch.mm(grad.t(), x).mul_(scaling)
+            grad_a, grad_b = torch.mm(b.t(), update), torch.mm(update, a.t())
+    if not needs_input:
+        return none, grad_a, grad_b
+    product = linear if transposed else matmul
+    if merged:
+        assert a is not None and b is not None
+        return product(grad, _merged(weight, a, b, scaling, transposed)), grad_a, grad_b
+    if not sparse:
+        grad_x = product(grad, weight.decode(None, grad.dtype))
+        if a is not None:
+            grad_x.addmm_(z, a)
+        return grad_x, grad_a, grad_b
+    assert dense_rows is not None and context_rows is not None and channels is not None
+    width = weight.channels if transposed else weight.length
+    grad_x = grad.new_zeros(grad.shape[0], width) if a is None else torch.mm(z, a)
+    some_dense = dense_rows.numel() > 0
+    weight = weight.once(some_dense, grad.dtype)
+    if some_dense:
+        whole = product(grad.index_select(0, dense_rows), weight.parts[0])
+        grad_x = grad_x.index_copy_(0, dense_rows, whole) if a is None else grad_x.index_add_(0, dense_rows, whole)
+    if transposed:
+        indexed_nt(grad, weight, context_rows, channels, out=grad_x, accumulate=a is not None)
+    else:
+        indexed_nn(grad, weight, context_rows, channels, grad_x, indexed=True, accumulate=a is not None)
+    return grad_x, grad_a, grad_b
+
+
+@_backward.register_fake
+def _(grad, x, low, parts, layout, a, b, scaling, dense_rows, context_rows, channels, transposed, merge, needs_input):  # type: ignore[no-untyped-def]
+    weight = EncodedWeight(parts, layout)
+    width = weight.channels if transposed else weight.length
+    return (
+        grad.new_empty(grad.shape[0], width) if needs_input else grad.new_empty(0),
+        grad.new_empty(0) if a is None else torch.empty_like(a),
+        grad.new_empty(0) if b is None else torch.empty_like(b),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    x, parts, layout, _, a, b, *rest = inputs
+    ctx.set_materialize_grads(False)
+    # The input is read by the branch's gradient only: a frozen linear without one keeps no activation.
+    ctx.save_for_backward(None if a is None else x, output[1], a, b, *rest[1:4], *parts)
+    ctx.layout, ctx.scaling, ctx.transposed, ctx.merge = layout, rest[0], rest[4], rest[5]
+
+
+def _gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple:
+    x, low, a, b, dense_rows, context_rows, channels, *parts = ctx.saved_tensors
+    none: list[Any] = [None] * 12
+    none[1] = [None] * len(parts)  # The structure of the inputs is asked for.
+    if grad is None:
+        return tuple(none)
+    grad_x, grad_a, grad_b = _backward(
+        grad.contiguous(),
+        x,
+        low,
+        parts,
+        ctx.layout,
+        a,
+        b,
+        ctx.scaling,
+        dense_rows,
+        context_rows,
+        channels,
+        ctx.transposed,
+        ctx.merge,
+        ctx.needs_input_grad[0],
+    )
+    none[0] = grad_x if ctx.needs_input_grad[0] else None
+    none[4], none[5] = (None, None) if a is None else (grad_a, grad_b)
+    return tuple(none)
+
+
+_forward.register_autograd(_gradients, setup_context=_keep)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    scaling: float = 1.0,
+    *,
+    dense_rows: Tensor | None = None,
+    context_rows: Tensor | None = None,
+    channels: Tensor | None = None,
+    transposed: bool = False,
+    merge: bool = False,
+) -> Tensor:
+    """A frozen linear with its LoRA branch; exact gradients for ``x``, ``a`` and ``b``.
+
+    Args:
+        x: (T, in); any T, zero included.
+        weight: (out, in), or (in, out) when transposed: the channel is dim 0. Frozen; decoded to ``x.dtype``.
+        bias: (out,), frozen.
+        a, b: (r, in) and (out, r) in ``x.dtype``; both or neither.
+        scaling: of the branch.
+        dense_rows, context_rows, channels: all three, or none for all tokens whole. Disjoint int64 rows of ``x``, and
+            the (k,) ascending int64 rows of ``weight`` that context tokens take. Rows in neither list get the LoRA
+            branch alone.
+        transposed: the stored matrix is (in, out), its channels are inputs.
+        merge: let :func:`lora_order` add the update to the weight first where that is cheaper (rounds the update).
+
+    Returns:
+        (T, out) in ``x.dtype``.
+
+    Raises:
+        ValueError: ``weight`` or ``bias`` is trainable; a list or a factor is missing.
+    """
+    stored = unpack(weight)
+    refuse_trainable("lora_linear", stored, bias)
+    if len({a is None, b is None}) > 1 or len({dense_rows is None, context_rows is None, channels is None}) > 1:
+        raise ValueError("lora_linear takes both of a and b or neither, and all three index lists or none")
+    return _forward(
+        x,
+        list(stored.parts),
+        list(stored.layout),
+        bias,
+        a,
+        b,
+        scaling,
+        dense_rows,
+        context_rows,
+        channels,
+        transposed,
+        merge,
+    )[0]

@@ -1,0 +1,79 @@
+"""Every operation is registered with PyTorch: schema, fake results and autograd are checked, and torch.compile sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import sparselora_kernels as kernels
+from support.kernel_cases import nf4, some, split
+
+OPS = torch.ops.sparselora
+
+
+def lora_arguments(transposed: bool, rank: int, sparse: bool, quantised: bool) -> tuple:
+    weight = torch.randn(12, 70)
+    stored = nf4(weight)[0] if quantised else kernels.EncodedWeight((weight,))
+    inputs, outputs = (12, 70) if transposed else (70, 12)
+    x = torch.randn(9, inputs, requires_grad=True)
+    a = torch.randn(rank, inputs, requires_grad=True) if rank else None
+    b = torch.randn(outputs, rank, requires_grad=True) if rank else None
+    lists = (*split(3, 4, 2), some(12, 5)) if sparse else (None, None, None)
+    return x, list(stored.parts), list(stored.layout), torch.randn(outputs), a, b, 0.5, *lists, transposed, False
+
+
+def gated_arguments(rank: int, dense: int) -> tuple:
+    x = torch.randn(dense + 6, 5, requires_grad=True)
+    updates: list[Any] = [None] * 4
+    if rank:
+        updates = [torch.randn(n, rank, requires_grad=True) for n in (dense + 6, 7, dense + 6, 7)]
+    weights = [[torch.randn(7, 5)], [0], [torch.randn(7, 5)], [0]]
+    return x, *weights, None, torch.randn(7), *updates, *split(dense, 4, 2), some(7, 3), "silu"
+
+
+def down_arguments(rank: int) -> tuple:
+    h = torch.randn(3, 7, requires_grad=True), torch.randn(4, 2, requires_grad=True)
+    updates = [torch.randn(n, rank, requires_grad=True) for n in (3, 4, 5)] if rank else [None] * 3
+    return *h, [torch.randn(7, 5)], [0], torch.randn(5), *updates, *split(3, 4, 2), some(7, 2), 9
+
+
+CASES: dict[str, tuple[str, Callable[[], tuple]]] = {
+    "whole": ("lora_linear", lambda: lora_arguments(False, 3, False, False)),
+    "q": ("lora_linear", lambda: lora_arguments(False, 3, True, False)),
+    "o, NF4": ("lora_linear", lambda: lora_arguments(True, 3, True, True)),
+    "no branch": ("lora_linear", lambda: lora_arguments(True, 0, True, False)),
+    "through the weight": ("lora_linear", lambda: lora_arguments(False, 64, False, False)),
+    "gate and up": ("gated_up", lambda: gated_arguments(0, 3)),
+    "gate and up with LoRA": ("gated_up", lambda: gated_arguments(2, 3)),
+    "gate and up, no dense token": ("gated_up", lambda: gated_arguments(2, 0)),
+    "down": ("ffn_down", lambda: down_arguments(0)),
+    "down with LoRA": ("ffn_down", lambda: down_arguments(2)),
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_schema_fake_and_autograd(case: str) -> None:
+    name, arguments = CASES[case]
+    torch.library.opcheck(getattr(OPS, name), arguments())
+
+
+def test_a_sparse_ffn_compiles_without_a_graph_break() -> None:
+    gate, up, down = torch.randn(7, 5), torch.randn(7, 5), torch.randn(7, 5)
+    rows, channels = split(3, 4, 2), some(7, 3)
+
+    def ffn(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        x = kernels.lora_linear(x, gate.new_ones(5, 5), None, a, b)
+        hidden = kernels.gated_up(x, gate, up, *rows, channels)
+        return kernels.ffn_down(*hidden, down, *rows, channels, 9)
+
+    arguments = [torch.randn(9, 5), torch.randn(2, 5), torch.randn(5, 2)]
+    found = []
+    for function in (ffn, torch.compile(ffn, fullgraph=True, backend="aot_eager")):
+        leaves = [t.clone().requires_grad_() for t in arguments]
+        function(*leaves).square().sum().backward()
+        found.append([t.grad for t in leaves])
+    assert all(torch.allclose(a, b) for a, b in zip(*found))

@@ -12,6 +12,7 @@ not through the r × r Gram matrix, which saves work but subtracts numbers of li
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -29,13 +30,14 @@ Factors = tuple[Tensor, Tensor]
 LINEAR = "linear"
 """In the place of an activation: no gate, one pair of factors."""
 
-# Tokens and channels of a tile: 32 fp32 a thread for each of gate, up and sums. 16 is the depth of one matrix
-# instruction and twice the default rank; larger ranks take several.
-BLOCK_T, BLOCK_J, BLOCK_R = 64, 64, 16
-NUM_WARPS, NUM_STAGES = 4, 2
+# (tokens, channels, warps) of a tile by operand type. Three fp32 tiles stay in registers, 16 a thread each; products of
+# fp32, outside the matrix units, keep their operands there too.
+TILES = {torch.bfloat16: (64, 64, 8), torch.float16: (64, 64, 8), torch.float32: (32, 64, 8)}
+# The depth of one matrix instruction, and twice the default rank; larger ranks take several steps.
+BLOCK_R = 16
+NUM_STAGES = 2
 # Tokens per program. 224 channel blocks of an 8B FFN fill a GPU at one chunk; more chunks only shorten the tail.
 CHUNK = 512
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @triton.jit(do_not_specialize=["p_stride", "rank", "count", "channels", "out_stride"])
@@ -85,32 +87,29 @@ def score_kernel(
     tl.store(out + chunk * out_stride + j, tl.sum(sums, 0), mask=j < channels)
 
 
-def _constants(activation: str) -> dict[str, object]:
-    return {
-        "ACTIVATION": activation,
-        "CHUNK": CHUNK,
-        "BLOCK_T": BLOCK_T,
-        "BLOCK_J": BLOCK_J,
-        "BLOCK_R": BLOCK_R,
-    }
+def _configuration(dtype: torch.dtype, activation: str) -> tuple[dict[str, Any], int]:
+    """Constexpr parameters and warps."""
+    tokens, channels, warps = TILES[dtype]
+    sizes = {"CHUNK": CHUNK, "BLOCK_T": tokens, "BLOCK_J": channels, "BLOCK_R": BLOCK_R}
+    return {"ACTIVATION": activation, **sizes}, warps
 
 
 def variants() -> Iterator[Variant]:
     """Every activation in every dtype."""
+    sizes = ("p_stride", "rank", "count", "channels", "out_stride")
     for activation in (LINEAR, *ACTIVATIONS):
-        for dtype in DTYPES:
+        for dtype in TILES:
+            constants, warps = _configuration(dtype, activation)
             name = TYPE_NAMES[dtype]
-            sizes = ("p_stride", "rank", "count", "channels", "out_stride")
             yield Variant(
                 kernel=score_kernel,
                 label=f"score {activation} {name}",
                 signature={"p": f"*{name}", "rows": "*i64", "gate_b": f"*{name}", "up_b": f"*{name}", "out": "*fp32"}
                 | dict.fromkeys(sizes, "i32"),
-                constants=_constants(activation),
-                num_warps=NUM_WARPS,
+                constants=constants,
+                num_warps=warps,
                 num_stages=NUM_STAGES,
                 matrix_units=dtype != torch.float32,
-                aligned=("p", "rows"),
             )
 
 
@@ -119,12 +118,13 @@ def _sum(
 ) -> None:
     """Fill ``out`` (chunks, channels) from the columns of ``p`` from ``first`` on."""
     channels, rank = gate_b.shape
-    if p.dtype != gate_b.dtype or up_b.dtype != gate_b.dtype or p.dtype not in DTYPES:
+    if p.dtype not in TILES or not p.dtype == gate_b.dtype == up_b.dtype:
         p, gate_b, up_b = p.float(), gate_b.float(), up_b.float()
-    score_kernel[triton.cdiv(channels, BLOCK_J), out.shape[0]](
+    constants, warps = _configuration(p.dtype, activation)
+    score_kernel[triton.cdiv(channels, constants["BLOCK_J"]), out.shape[0]](
         p[:, first:], rows, gate_b.contiguous(), up_b.contiguous(), out,
         p.stride(0), rank, rows.shape[0], channels, out.stride(0),
-        **_constants(activation), num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+        **constants, num_warps=warps, num_stages=NUM_STAGES,
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ LINEAR = "linear"
 TILES = {torch.bfloat16: (64, 64, 8), torch.float16: (64, 64, 8), torch.float32: (32, 64, 8)}
 # The depth of one matrix instruction, and twice the default rank; larger ranks take several steps.
 BLOCK_R = 16
-NUM_STAGES = 2
+NUM_STAGES = 1
 # Tokens per program. 224 channel blocks of an 8B FFN fill a GPU at one chunk; more chunks only shorten the tail.
 CHUNK = 512
 

@@ -7,17 +7,19 @@ The folder is called ``kernels/`` and imported as ``sparselora_kernels``: the na
 Face package.
 """
 
+from .activations import activation_name
 from .ffn_down import ffn_down
 from .gated_ffn import gated_up
 from .lora_linear import lora_linear, lora_order
 from .nf4 import nf4_rows
-from .score import gated_ffn_score, projection_score
+from .score import gated_ffn_score, projection_score, projection_scores
 from .select import kept_count, select_channels
 from .stored import EncodedWeight, Weight, nf4_layout
 
 __all__ = [
     "EncodedWeight",
     "Weight",
+    "activation_name",
     "ffn_down",
     "gated_ffn_score",
     "gated_up",
@@ -27,5 +29,6 @@ __all__ = [
     "nf4_layout",
     "nf4_rows",
     "projection_score",
+    "projection_scores",
     "select_channels",
 ]

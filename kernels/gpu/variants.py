@@ -38,5 +38,7 @@ class Variant:
     num_stages: int = 2
     matrix_units: bool = False
     """Its products must run on the matrix units (mma.sync, wgmma, tcgen05)."""
+    fp_fusion: bool = True
+    """Whether a product and a sum may be rounded once (``enable_fp_fusion``)."""
     aligned: tuple[str, ...] = ()
     """Parameters that are divisible by 16 (bytes, for a pointer)."""

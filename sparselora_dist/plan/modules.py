@@ -1,7 +1,7 @@
 """The modules of a sparse LoRA model with their parameters, as the engines meet them: no weights, only shapes.
 
-Names and order follow ``apply.py`` and PEFT: a LoRA layer holds ``base_layer``, ``lora_A`` and ``lora_B``; a sparse FFN
-is one leaf for ZeRO-3; a sparse attention's estimator runs inside its first sparse projection.
+Names and order follow ``apply.py`` and PEFT: a LoRA layer holds ``base_layer``, ``lora_A`` and ``lora_B``, or reads all of
+them itself where base and branch are one operation; a sparse FFN is one leaf for ZeRO-3; a sparse attention's estimator runs inside its first sparse projection.
 """
 
 from __future__ import annotations
@@ -168,6 +168,9 @@ class _Builder:
         b = [Parameter(f"{at}.lora_B", (rows, rank), self.adapter, "lora")]
         if self.ranks.bias:
             b.append(Parameter(f"{at}.lora_B.bias", (rows,), self.adapter, "lora"))
+        if self.ranks.fused:
+            # One operation reads them all from the LoRA layer's forward, and ZeRO-3 takes them for the layer's own.
+            return Module(at, [a, *b, *stored], gives_grad=True)
         # PEFT asks lora_A for its dtype, so that ZeRO-3 takes its weight for one of the LoRA layer's own.
         return Module(
             at,
@@ -206,6 +209,8 @@ class _LoraRanks:
                     f"'lora.{key}' is {values[key]!r}: it trains base parameters, which a plan does not count"
                 )
         self.bias = bool(values.get("lora_bias"))
+        self.fused = not self.bias and not values.get("lora_dropout")
+        """Base and branch are computed together (:class:`sparselora_dist.layers.lora.FusedLoRA`)."""
         self.all = values["target_modules"] == "all-linear"
         self.config: Any = config.lora.build()
         for name in ("model.embed_tokens", "lm_head"):

@@ -66,8 +66,14 @@ def modules() -> list[str]:
 
 
 def variants(module: str) -> list[Variant]:
-    """Raises ValueError: two variants have one label, or a function named ``*_kernel`` has no variant."""
+    """The variants of a module.
+
+    Raises:
+        ValueError: it has none, two have one label, or a function named ``*_kernel`` has no variant.
+    """
     holder: ModuleType = importlib.import_module(module)
+    if not hasattr(holder, "variants"):
+        raise ValueError(f"{module} has no variants(); if it holds no kernel, add it to HELPERS")
     found: list[Variant] = list(holder.variants())
     labels = [variant.label for variant in found]
     if twice := sorted({label for label in labels if labels.count(label) > 1}):

@@ -9,10 +9,10 @@ Every key of the file can be set from here: ``--train.max_steps 100 --sparse_lor
 """
 
 import argparse
-import logging
 import os
 import sys
-import traceback
+
+from sparselora_dist.process import messages, quiet_bitsandbytes, run_and_leave
 
 
 def main() -> int:
@@ -22,10 +22,8 @@ def main() -> int:
     parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
     arguments, overrides = parser.parse_known_args()
 
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("sparselora_dist").setLevel(logging.INFO)
-    # PEFT imports bitsandbytes, which complains of an optional CPU kernel that nothing here uses.
-    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
+    messages()
+    quiet_bitsandbytes()
 
     from sparselora_dist.config.run import RunConfig
 
@@ -48,32 +46,5 @@ def main() -> int:
     return 0
 
 
-def leave(status: int) -> None:
-    """End one of several ranks at once.
-
-    After success everything is saved and the process group is closed, but gloo's threads abort the interpreter's own exit in
-    about one FSDP2 run of ten, which would report a finished job as failed. After a failure the interpreter's exit could
-    wait for ranks that are stuck.
-    """
-    if status == 0 and "mpi4py.MPI" in sys.modules:
-        sys.modules["mpi4py.MPI"].Finalize()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
 if __name__ == "__main__":
-    try:
-        status = main()
-    except BaseException as error:
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-            raise
-        if isinstance(error, SystemExit):
-            print(error, file=sys.stderr)
-        else:
-            traceback.print_exc()
-        print(f"(rank {os.environ.get('RANK', '0')} failed)", file=sys.stderr)
-        leave(1)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        leave(status)
-    sys.exit(status)
+    run_and_leave(main)

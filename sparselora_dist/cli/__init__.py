@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+
+from ..process import quiet_bitsandbytes
 
 COMMANDS = {
     "plan": "what fits on which GPUs, what a step moves and computes, and which layout to choose",
@@ -29,8 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words[:1] == [name]:
             import_module(f".{name}", __package__).add_arguments(command)
     arguments = parser.parse_args(words)
-    # PEFT imports bitsandbytes, which complains of an optional CPU kernel that nothing here uses.
-    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
+    quiet_bitsandbytes()
     try:
         return import_module(f".{arguments.command}", __package__).run(arguments)
     except (ValueError, OSError) as error:

@@ -9,6 +9,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from ..process import messages
+
 DESCRIPTION = """\
 Measure, on your own data, how much loss each layer and channel group costs at each sparsity, and choose the sparsities
 that meet a FLOP target at the least predicted loss. Forward only, on the engine of the run file:
@@ -57,8 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..config import ConfigError, RunConfig
     from ..quality.calibrate import Calibration, calibrate
 
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("sparselora_dist").setLevel(logging.INFO)
+    messages()
     if bool(arguments.config) == bool(arguments.model or arguments.data):
         raise ConfigError("give either --config, or --model and --data")
     if arguments.config:

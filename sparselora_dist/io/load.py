@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from ..codecs import Codec, NF4Codec, PlainCodec
+from ..codecs import Codec, codec_of
 from ..config.quantization import QuantizationSection
 from ..config.run import ModelSection
 from ..engines.placement import OtherRankError, Placement
@@ -24,9 +24,9 @@ from ..layers.frozen import FrozenLinear
 from ..method.channels import ATTENTION, FFN, TRANSPOSED
 from .manifest import CorruptFileError
 from .memory import check_fits, peak_bytes, trim_heap
-from .prequantized import check_quantization_config, codec_of, prequantized
+from .prequantized import check_quantization_config, prequantized, stored_codec
 from .shard_files import TensorFiles
-from .weights import CheckpointWeights, checkpoint_folder, weight_key
+from .weights import CheckpointWeights, checkpoint_folder, matrix_key, weight_key
 
 log = logging.getLogger(__name__)
 
@@ -47,19 +47,17 @@ def check_model(section: ModelSection) -> Any:
 
 
 def frozen_codec(section: ModelSection, quantization: QuantizationSection) -> Codec:
-    """How the matrices of the decoder layers are stored.
+    """:func:`codec_of` the run, if it can be used here.
 
     Raises:
         ValueError: 4-bit without bitsandbytes.
     """
-    if quantization.load_in_4bit:
-        if find_spec("bitsandbytes") is None:
-            raise ValueError(
-                "quantization.load_in_4bit needs bitsandbytes, which is not installed: pip install "
-                "'sparselora-dist[quantization]'"
-            )
-        return NF4Codec(double_quant=quantization.bnb_4bit_use_double_quant)
-    return PlainCodec(getattr(torch, section.dtype))
+    if quantization.load_in_4bit and find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "quantization.load_in_4bit needs bitsandbytes, which is not installed: pip install "
+            "'sparselora-dist[quantization]'"
+        )
+    return codec_of(section, quantization)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,12 +163,11 @@ class _Stream:
             for name in (*ATTENTION, *FFN):
                 linear: Any = layer.matrix(name)
                 parent = layer.attention if name in ATTENTION else layer.mlp
-                path = f"model.layers.{layer.index}.{'self_attn' if name in ATTENTION else 'mlp'}.{name}.weight"
-                key = weight_key(self.checkpoint, path)
+                key = matrix_key(self.checkpoint, layer.index, name)
                 found = prequantized(self.checkpoint, key)
                 shape = found.shape if found else self.checkpoint.tensors[key].shape
                 self._check_shape(key, shape, tuple(linear.weight.shape))
-                codec = codec_of(self.checkpoint, key, self.codec, self.dtype)
+                codec = stored_codec(self.checkpoint, key, self.codec, self.dtype)
                 transposed = name in TRANSPOSED
                 channels, length = tuple(linear.weight.shape)[:: -1 if transposed else 1]
                 kept = channels * sum(part.row_bytes for part in codec.parts(length).values()) // self.placement.size

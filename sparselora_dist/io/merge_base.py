@@ -18,7 +18,6 @@ from .shard_files import TensorFiles, read_json
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 FLOATS = ("F64", "F32", "F16", "BF16")
-# Stored with the channel as dim 0, so that their rows are the columns of the checkpoint's matrix.
 _STATE = ".quant_state.bitsandbytes__"
 
 

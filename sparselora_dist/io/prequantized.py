@@ -124,7 +124,7 @@ def prequantized(checkpoint: TensorFiles, key: str) -> Prequantized | None:
     return Prequantized(checkpoint, key) if key + _STATE in checkpoint.tensors else None
 
 
-def codec_of(checkpoint: TensorFiles, key: str, codec: Codec, dtype: torch.dtype) -> Codec:
+def stored_codec(checkpoint: TensorFiles, key: str, codec: Codec, dtype: torch.dtype) -> Codec:
     """How a matrix is stored: by the run's codec, but plain where a quantised checkpoint left it as it was.
 
     Raises:
@@ -133,7 +133,12 @@ def codec_of(checkpoint: TensorFiles, key: str, codec: Codec, dtype: torch.dtype
     if found := prequantized(checkpoint, key):
         found.check_codec(codec)
         return codec
-    return PlainCodec(dtype) if any(".quant_state." in name for name in checkpoint.tensors) else codec
+    return PlainCodec(dtype) if _is_quantised(checkpoint) else codec
+
+
+@lru_cache(maxsize=8)
+def _is_quantised(checkpoint: TensorFiles) -> bool:
+    return any(".quant_state." in name for name in checkpoint.tensors)
 
 
 def check_quantization_config(config: Any, codec: Codec, name: str) -> None:

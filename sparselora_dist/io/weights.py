@@ -14,7 +14,7 @@ from ..engines.shards import full_tensor
 from ..families import decoder_layers, matrix_name
 from ..layers.frozen import FrozenLinear
 from .manifest import CorruptFileError
-from .prequantized import codec_of, prequantized
+from .prequantized import prequantized, stored_codec
 from .shard_files import TensorFiles, spaced
 
 
@@ -87,20 +87,25 @@ class CheckpointWeights:
         self.checkpoint, self.codec, self.dtype = checkpoint, codec, dtype
 
     def get(self, layer: int, name: str) -> Tensor:
-        key = weight_key(self.checkpoint, f"model.{matrix_name(layer, name)}.weight")
+        key = matrix_key(self.checkpoint, layer, name)
         if found := prequantized(self.checkpoint, key):
             return found.rows(0, found.shape[0]).to(self.dtype)
         return self._codec_of(key).roundtrip(self.checkpoint.read(key).to(self.dtype))
 
     def mark(self, layer: int, name: str) -> str:
-        key = weight_key(self.checkpoint, f"model.{matrix_name(layer, name)}.weight")
+        key = matrix_key(self.checkpoint, layer, name)
         shape = self.checkpoint.tensors[key].shape
         if prequantized(self.checkpoint, key):
             return f"bitsandbytes:{_digest(self.checkpoint.sample(key), shape)}"
         return self._codec_of(key).mark + _digest(self.checkpoint.sample(key).to(self.dtype), shape)
 
     def _codec_of(self, key: str) -> Codec:
-        return codec_of(self.checkpoint, key, self.codec, self.dtype)
+        return stored_codec(self.checkpoint, key, self.codec, self.dtype)
+
+
+def matrix_key(checkpoint: TensorFiles, layer: int, name: str) -> str:
+    """:func:`weight_key` of a decoder layer's matrix, ``matrix_key(files, 3, "gate_proj")``."""
+    return weight_key(checkpoint, f"model.{matrix_name(layer, name)}.weight")
 
 
 def weight_key(checkpoint: TensorFiles, name: str) -> str:

@@ -1,7 +1,8 @@
 """The modules of a sparse LoRA model with their parameters, as the engines meet them: no weights, only shapes.
 
-Names and order follow ``apply.py`` and PEFT: a LoRA layer holds ``base_layer``, ``lora_A`` and ``lora_B``, or reads all of
-them itself where base and branch are one operation; a sparse FFN is one leaf for ZeRO-3; a sparse attention's estimator runs inside its first sparse projection.
+Names and order follow ``apply.py`` and PEFT: a LoRA layer holds ``base_layer``, ``lora_A`` and ``lora_B``, or reads all
+of them itself where base and branch are one operation; a sparse FFN is one leaf for ZeRO-3; a sparse attention's
+estimator runs inside its first sparse projection.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..codecs import Codec, NF4Codec, PlainCodec
+from ..codecs import Codec
 from ..config import ConfigError, RunConfig
 from ..method.channels import ATTENTION, FFN, SCORED, TRANSPOSED
 from .shapes import ModelShape
@@ -83,13 +84,6 @@ class Tree:
 
     def parameters(self) -> list[Parameter]:
         return [*self.root_parameters(), *(p for layer in self.layers for p in layer.walk())]
-
-
-def codec_of(config: RunConfig) -> Codec:
-    """How the run stores the matrices of its decoder layers."""
-    if config.quantization.load_in_4bit:
-        return NF4Codec(double_quant=config.quantization.bnb_4bit_use_double_quant)
-    return PlainCodec(getattr(torch, config.model.dtype))
 
 
 def build_tree(shape: ModelShape, config: RunConfig, codec: Codec, adapter: torch.dtype) -> Tree:

@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 import torch
 
-from ..codecs import Codec
+from ..codecs import Codec, codec_of
 from ..config import ConfigError, RunConfig
-from .modules import Parameter, Tree, build_tree, codec_of
+from .modules import Parameter, Tree, build_tree
 from .shapes import ModelShape
 from .zero_replay import ZeroLimits
 from .zero_trace import Checkpointing
@@ -153,7 +153,7 @@ def checkpointing(config: RunConfig) -> Checkpointing:
 def tree_of(shape: ModelShape, config: RunConfig, scheme: Scheme, codec: Codec | None = None) -> Tree:
     """The model's modules, as the scheme's engine trains them."""
     model: torch.dtype = getattr(torch, config.model.dtype)
-    return build_tree(shape, config, codec or codec_of(config), scheme.adapter_dtype(model))
+    return build_tree(shape, config, codec or codec_of(config.model, config.quantization), scheme.adapter_dtype(model))
 
 
 def resident(tree: Tree, scheme: Scheme) -> dict[str, int]:

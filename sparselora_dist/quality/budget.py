@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import torch
 
+from ..codecs import codec_of
 from ..config.run import RunConfig
 from ..config.sparse import SparseLoRAConfig
 from ..method.flops import FlopModel, LayerShare
-from ..plan.modules import build_tree, codec_of
+from ..plan.modules import build_tree
 from ..plan.shapes import ModelShape
 from ..plan.work import flop_model
 from .sample import DataShape
@@ -35,7 +36,7 @@ class Budget:
 
     def __init__(self, shape: ModelShape, config: RunConfig, data: DataShape) -> None:
         plain = replace(config, sparse_lora=SparseLoRAConfig(enabled=False, rank=config.sparse_lora.rank))
-        tree = build_tree(shape, plain, codec_of(config), torch.float32)
+        tree = build_tree(shape, plain, codec_of(config.model, config.quantization), torch.float32)
         self._model: FlopModel = flop_model(shape, plain, tree)
         self._counts = channel_counts(shape)
         self._data = data

@@ -28,6 +28,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "interval": 1,
         "lora_branch": "kept",
         "skip_unused_logits": True,
+        "merge_lora": False,
         "factors": None,
     }
 

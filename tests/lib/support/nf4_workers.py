@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -166,20 +165,6 @@ def _factors_of_shards(name: str, folder: str) -> dict[str, Tensor] | None:
     model = load_base(config.model, config.quantization, engine.placement()).model
     weights = ModelWeights(model)
     return {matrix_name(*matrix): weights.get(*matrix) for matrix in MATRICES}
-
-
-def peak(name: str, folder: str, four_bit: bool, out: str) -> dict[str, Any]:
-    """Load alone; the process is watched from outside."""
-    config = replace(run_config(name, "bfloat16", folder), quantization=QuantizationSection(load_in_4bit=four_bit))
-    engine = make_engine(config)
-    placement = engine.placement()
-    rank = engine.ranks.rank
-    Path(out, f"{rank}.ready").write_text("")
-    dist.barrier()
-    base = load_base(config.model, config.quantization, placement)
-    dist.barrier()
-    Path(out, f"{rank}.loaded").write_text("")
-    return {"seconds": base.report.seconds, "kept": base.report.kept_bytes}
 
 
 def layouts(folder: str) -> dict[str, Any]:

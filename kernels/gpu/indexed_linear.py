@@ -414,6 +414,91 @@ def indexed_nn(
     return out
 
 
+def prefers_vendor(n: int, k: int, length: int, dtype: torch.dtype, *, nf4: bool = False) -> bool:
+    """Whether to copy rows and multiply with the vendor's GEMM instead: a rule by arithmetic, **not yet measured**.
+
+    For n tokens, k channels and the other side of the product, ``length``:
+
+        indexed  2·n·k·length / rate
+        vendor   2·n·k·length / vendor rate + 2·(n + k)·length·bytes / 3 TB/s + 3 launches of 3 µs
+
+    The copies of rows of X (or of the result) and of W are read and written once. Rates assumed on H100, vendor and
+    indexed: bf16 700 and 450 TFLOP/s, fp32 50 and 20, and 200 for NF4 in 16 bits, which every tile of tokens decodes
+    again. Launches aside, ``length`` cancels: in bf16 the vendor wins where n·k / (n + k) is above about 840.
+    """
+    vendor_rate, rate = (700e12, 200e12 if nf4 else 450e12) if dtype.itemsize == 2 else (50e12, 20e12)
+    operations = 2.0 * n * k * length
+    copies = 2.0 * (n + k) * length * dtype.itemsize / 3e12 + 3 * 3e-6
+    return operations / rate > operations / vendor_rate + copies
+
+
+def copied_rows(weight: Matrix, channels: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``weight[channels]`` (k, length) in ``dtype``, decoded if NF4: by torch, for the vendor forms."""
+    if not isinstance(weight, NF4Matrix):
+        return (weight if channels is None else weight.index_select(0, channels)).to(dtype)
+    codes = weight.codes if channels is None else weight.codes.index_select(0, channels)
+    pairs = torch.stack([codes >> 4, codes & 15], -1).view(codes.shape[0], -1, NF4_BLOCK)
+    values = weight.levels[pairs.int()] * weight.absmax[:, :, None]
+    return values.view(codes.shape[0], -1)[:, : weight.length].to(dtype)
+
+
+def _rows_of(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None else x.index_select(0, rows)
+
+
+def _into(out: Tensor, rows: Tensor | None, y: Tensor, accumulate: bool) -> Tensor:
+    """``out[rows] (+)= y``; without atomics, because the rows are distinct."""
+    y = y + _rows_of(out, rows) if accumulate else y
+    return out.copy_(y) if rows is None else out.index_copy_(0, rows, y)
+
+
+def vendor_nt(
+    x: Tensor,
+    weight: Matrix,
+    rows: Tensor | None,
+    channels: Tensor | None,
+    *,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    accumulate: bool = False,
+) -> Tensor:
+    """:func:`indexed_nt` by copied rows and the vendor's GEMM; ``accumulate`` rounds twice."""
+    if bias is not None:
+        bias = (bias if channels is None else bias.index_select(0, channels)).to(x.dtype)
+    y = torch.nn.functional.linear(_rows_of(x, rows), copied_rows(weight, channels, x.dtype), bias)
+    if out is None:
+        return y
+    if channels is not None:
+        before = _rows_of(out, rows)
+        y = y + before.index_select(1, channels) if accumulate else y
+        y, accumulate = before.index_copy(1, channels, y), False
+    return _into(out, rows, y, accumulate)
+
+
+def vendor_nn(
+    h: Tensor,
+    weight: Matrix,
+    rows: Tensor | None,
+    channels: Tensor | None,
+    out: Tensor,
+    *,
+    indexed: bool,
+    bias: Tensor | None = None,
+    low: Tensor | None = None,
+    b: Tensor | None = None,
+    accumulate: bool = False,
+) -> Tensor:
+    """:func:`indexed_nn` by copied rows and the vendor's GEMM; rounds after each product."""
+    if indexed:
+        h = _rows_of(h, rows)
+        h = h if channels is None else h.index_select(1, channels)
+    kept = copied_rows(weight, channels, h.dtype)
+    y = h @ kept if bias is None else torch.addmm(bias.to(h.dtype), h, kept)
+    if low is not None and b is not None:
+        y = torch.addmm(y, low, b.t())
+    return _into(out, rows, y, accumulate)
+
+
 _TYPES = {"rows": "*i64", "channels": "*i64", "absmax": "*fp32", "levels": "*fp32", "gate_absmax": "*fp32"}
 _TYPES |= {"up_absmax": "*fp32"}
 _MATRICES = ("weight", "gate", "up")

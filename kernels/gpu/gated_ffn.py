@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .dot import dot
+from .tiles import dot, rounded
 from .indexed_linear import (
     GROUP,
     RANK_STEP,
@@ -141,12 +141,12 @@ def gated_forward_kernel(
     j += zero
     place = m[:, None].to(tl.int64) * out_stride + j[None, :]
     inside = (m < n)[:, None] & (j < k)[None, :]
-    g_rounded = g_sums.to(out.dtype.element_ty)
-    u_rounded = u_sums.to(out.dtype.element_ty)
+    g_rounded = rounded(g_sums, out.dtype.element_ty)
+    u_rounded = rounded(u_sums, out.dtype.element_ty)
     h = activate(g_rounded.to(tl.float32), ACTIVATION) * u_rounded.to(tl.float32)
     tl.store(g + place, g_rounded, mask=inside)
     tl.store(u + place, u_rounded, mask=inside)
-    tl.store(out + place, h.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + place, rounded(h, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -156,8 +156,8 @@ def gated_backward_kernel(dh, g, u, dg, out, size, ACTIVATION: tl.constexpr, BLO
     gate = tl.load(g + i, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(u + i, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(dh + i, mask=inside, other=0.0).to(tl.float32)
-    tl.store(dg + i, (grad * up * activate_gradient(gate, ACTIVATION)).to(dg.dtype.element_ty), mask=inside)
-    tl.store(out + i, (grad * activate(gate, ACTIVATION)).to(out.dtype.element_ty), mask=inside)
+    tl.store(dg + i, rounded(grad * up * activate_gradient(gate, ACTIVATION), dg.dtype.element_ty), mask=inside)
+    tl.store(out + i, rounded(grad * activate(gate, ACTIVATION), out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=_GRADIENT_FREE)
@@ -198,7 +198,7 @@ def gated_input_gradient_kernel(
             sums = dot(du_tile, up_tile, sums)
     zero = (accumulate >> 1) * 16
     place, inside = places(out, rows, channels, m + zero, j + zero, n, length, out_stride, has_rows, False)
-    tl.store(place, sums.to(out.dtype.element_ty), mask=inside)
+    tl.store(place, rounded(sums, out.dtype.element_ty), mask=inside)
 
 
 def _pair(gate: Matrix, up: Matrix, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, int]:

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dot import dot
+from .tiles import dot, rounded
 from .variants import Variant
 
 NF4_BLOCK = 64
@@ -66,14 +66,14 @@ class Tile(NamedTuple):
 # both take registers from the sums. NF4's smaller tiles leave room for decoding; IEEE fp32 has no matrix unit.
 # An index read within the loop takes a step in flight itself, hence the five stages of nn.
 NT_TILES = {
-    "16": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4, 1.15), Tile(64, 64, 64, 4, 4, 1.6)),
+    "16": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4, 1.15), Tile(64, 64, 64, 8, 4, 1.6)),
     "16 ragged": (Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4, 1.4)),
     "16 columns": (Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4, 1.4)),
     "16 nf4": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3, 1.6)),
     "16 nf4 ragged": (Tile(64, 64, 64, 4, 3),),
     "16 nf4 columns": (Tile(64, 64, 64, 4, 3),),
-    "32": (Tile(64, 64, 16, 8, 3),),
-    "32 columns": (Tile(64, 64, 16, 8, 3),),
+    "32": (Tile(64, 64, 16, 8, 2),),
+    "32 columns": (Tile(64, 64, 16, 8, 2),),
     "32 nf4": (Tile(64, 16, 64, 8, 2),),
     "32 nf4 columns": (Tile(64, 16, 64, 8, 2),),
 }
@@ -146,7 +146,7 @@ def nf4_tile(
     table = tl.load(levels + tl.arange(0, 16))
     code = tl.join(packed >> 4, packed & 15).reshape(ROWS * BLOCKS * 64)
     values = tl.gather(table, code, 0).reshape(ROWS, BLOCKS, 64) * scale[:, :, None]
-    return values.to(dtype).reshape(ROWS, 64 * BLOCKS)
+    return rounded(values, dtype).reshape(ROWS, 64 * BLOCKS)
 
 
 @triton.jit
@@ -199,7 +199,7 @@ def nt_kernel(
     # Zero, which the compiler cannot know: it would keep all addresses in registers through the sum.
     zero = (accumulate >> 1) * 16
     place, inside = places(out, rows, channels, m + zero, j + zero, n, k, out_stride, scatter_rows, COLUMNS)
-    tl.store(place, sums.to(out.dtype.element_ty), mask=inside)
+    tl.store(place, rounded(sums, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=_NN_FREE)
@@ -244,7 +244,7 @@ def nn_kernel(
         sums = dot(left, right, sums)
     zero = (accumulate >> 1) * 16
     place, inside = places(out, rows, channels, m + zero, j + zero, n, length, out_stride, has_rows, False)
-    tl.store(place, sums.to(out.dtype.element_ty), mask=inside)
+    tl.store(place, rounded(sums, out.dtype.element_ty), mask=inside)
 
 
 @cache

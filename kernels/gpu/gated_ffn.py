@@ -20,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .tiles import dot, rounded
 from .indexed_linear import (
     GROUP,
     RANK_STEP,
@@ -41,6 +40,7 @@ from .indexed_linear import (
     unpack,
     variant,
 )
+from .tiles import dot, rounded
 from .variants import TYPE_NAMES, Variant
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -49,7 +49,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 # spills on sm_80, which keeps operands in registers too).
 FORWARD_TILES = {
     "16": (Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4, 1.3)),
-    "16 ragged": (Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4, 1.3)),
+    "16 ragged": (Tile(64, 64, 64, 4, 4),),
     "16 nf4": (Tile(128, 64, 64, 8, 3), Tile(64, 32, 64, 4, 3, 1.5)),
     "16 nf4 ragged": (Tile(64, 64, 64, 4, 3),),
     "32": (Tile(64, 32, 16, 8, 3),),
@@ -201,7 +201,9 @@ def gated_input_gradient_kernel(
     tl.store(place, rounded(sums, out.dtype.element_ty), mask=inside)
 
 
-def _pair(gate: Matrix, up: Matrix, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, int]:
+def _pair(
+    gate: Matrix, up: Matrix, x: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, int]:
     """Data and absmax of gate and of up, levels, and values per row.
 
     Raises:
@@ -345,11 +347,11 @@ def gated_input_gradient(
 
 
 def variants() -> Iterator[Variant]:
-    """Every tile with SiLU, the first ones with every activation, and gated_backward with every activation."""
+    """Every tile, in bf16 and fp32, and with every activation where there is one."""
     for kind, tiles in FORWARD_TILES.items():
         for tile in tiles:
             absent = () if "nf4" in kind else ("gate_absmax", "up_absmax", "levels")
-            for activation in ACTIVATIONS if tile is FORWARD_TILES[kind][0] and kind in ("16", "32") else ("silu",):
+            for activation in ACTIVATIONS:
                 constants = constants_of(tile, absent) | {"ACTIVATION": activation, "RANK_STEP": RANK_STEP}
                 unaligned = _FORWARD_FREE + (("k", "out_stride") if "ragged" in kind else ())
                 yield variant(gated_forward_kernel, f"{kind} {activation}", tile, constants, unaligned)

@@ -350,7 +350,8 @@ def indexed_nt(
             absent if rows is None else rows, absent if channels is None else channels,
             x if bias is None else bias.to(x.dtype), y,
             length, k, x.stride(0), data.stride(0), stride_of(absmax), y.stride(0),
-            n, int(rows is not None), int(channels is not None), int(bias is not None), int(scatter and rows is not None), int(accumulate),
+            n, int(rows is not None), int(channels is not None), int(bias is not None),
+            int(scatter and rows is not None), int(accumulate),
             columns, tile.m, tile.n, tile.k, GROUP, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return y

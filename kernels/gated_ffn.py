@@ -10,15 +10,18 @@ pre-activations; neither the input nor any copy of a weight.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .activations import activate, activate_backward
 from .backend import use_triton
-from .indexed_linear import add_update, indexed_nt, linear, matmul
+from .indexed_linear import add_update, indexed_nt, linear, matmul, triton_matrix
 from .stored import EncodedWeight, Weight, refuse_trainable, unpack
+
+if TYPE_CHECKING:
+    from .gpu.indexed_linear import Matrix
 
 
 @torch.library.custom_op("sparselora::gated_up", mutates_args=())
@@ -50,14 +53,14 @@ def _up(
         h_d = activate(activation, g_d).mul_(u_d)
     else:
         g_d, u_d, h_d = (x.new_empty(0, gate.channels) for _ in range(3))
-    if use_triton(x):
-        from .gpu import gated_ffn as gpu
+    matrices = _triton_pair(gate, up, channels, x)
+    if matrices is not None:
+        from .gpu.gated_ffn import gated_forward
 
-        g_c, u_c, h_c = gpu.forward(
+        g_c, u_c, h_c = gated_forward(
             x,
             context_rows,
-            gate,
-            up,
+            *matrices,
             channels,
             gate_bias=gate_bias,
             up_bias=up_bias,
@@ -85,6 +88,14 @@ def _(x, gate_parts, gate_layout, up_parts, up_layout, gate_bias, up_bias, gate_
     return wide, kept, *(torch.empty_like(t) for t in (wide, wide, kept, kept))
 
 
+def _triton_pair(gate: EncodedWeight, up: EncodedWeight, channels: Tensor, x: Tensor) -> tuple[Matrix, Matrix] | None:
+    """Both matrices for one Triton kernel, which takes them stored alike; ``None`` where the vendor's GEMM is used."""
+    if gate.plain != up.plain:
+        return None
+    pair = triton_matrix(gate, channels, x), triton_matrix(up, channels, x)
+    return None if pair[0] is None or pair[1] is None else (pair[0], pair[1])
+
+
 def _at(x: Tensor | None, rows: Tensor) -> Tensor | None:
     return None if x is None else x.index_select(0, rows)
 
@@ -92,9 +103,9 @@ def _at(x: Tensor | None, rows: Tensor) -> Tensor | None:
 def _gate_gradients(activation: str, grad: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up before the activation, from that of their product."""
     if use_triton(grad):
-        from .gpu import gated_ffn as gpu
+        from .gpu.gated_ffn import gated_backward
 
-        return gpu.backward(grad, g, u, activation)
+        return gated_backward(grad, g, u, activation)
     return activate_backward(activation, g, grad * u), activate(activation, g).mul_(grad)
 
 
@@ -158,10 +169,11 @@ def _up_backward(
 def _context_input_gradient(
     pair: tuple[Tensor, Tensor], gate: EncodedWeight, up: EncodedWeight, rows: Tensor, channels: Tensor, out: Tensor
 ) -> None:
-    if use_triton(out):
-        from .gpu import gated_ffn as gpu
+    matrices = _triton_pair(gate, up, channels, out)
+    if matrices is not None:
+        from .gpu.gated_ffn import gated_input_gradient
 
-        gpu.input_gradient(*pair, gate, up, rows, channels, out)
+        gated_input_gradient(*pair, *matrices, rows, channels, out)
         return
     dtype = out.dtype
     grad = matmul(pair[0], gate.decode(channels, dtype)).addmm_(pair[1], up.decode(channels, dtype))

@@ -5,15 +5,24 @@
 
 The channel is dim 0 of the stored matrix in both, so that each is the other's input gradient and a gather is a gather
 of contiguous rows. These have no autograd of their own.
+
+On a CPU the chosen rows are copied and multiplied by the vendor's GEMM. A GPU has the choice between that and a Triton
+kernel that reads rows by index (:mod:`sparselora_kernels.gpu.indexed_linear`); :func:`prefers_vendor` makes it.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .backend import use_triton
+from .nf4 import levels, row_absmax
 from .stored import EncodedWeight
+
+if TYPE_CHECKING:
+    from .gpu.indexed_linear import Matrix
 
 
 def linear(x: Tensor, rows: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -34,6 +43,41 @@ def add_update(y: Tensor, low: Tensor | None, b: Tensor | None) -> Tensor:
 def pick(x: Tensor, rows: Tensor | None) -> Tensor:
     """``x[rows]``, or all of it."""
     return x if rows is None else x.index_select(0, rows)
+
+
+def prefers_vendor(n: int, k: int, length: int, dtype: torch.dtype, *, nf4: bool = False) -> bool:
+    """Whether to copy rows and multiply with the vendor's GEMM: a rule by arithmetic, **not yet measured**.
+
+    For n tokens, k channels and the other side of the product, ``length``:
+
+        indexed  2·n·k·length / rate
+        vendor   2·n·k·length / vendor rate + 2·(n + k)·length·bytes / 3 TB/s + 3 launches of 3 µs
+
+    The copies of rows of X (or of the result) and of W are read and written once. Rates assumed on H100, vendor and
+    indexed: bf16 700 and 450 TFLOP/s, fp32 50 and 20, and 200 for NF4 in 16 bits, which every tile of tokens decodes
+    again. Launches aside, ``length`` cancels: in bf16 the vendor wins where n·k / (n + k) is above about 840.
+    """
+    vendor_rate, rate = (700e12, 200e12 if nf4 else 450e12) if dtype.itemsize == 2 else (50e12, 20e12)
+    operations = 2.0 * n * k * length
+    copies = 2.0 * (n + k) * length * dtype.itemsize / 3e12 + 3 * 3e-6
+    return operations / rate > operations / vendor_rate + copies
+
+
+def triton_matrix(weight: EncodedWeight, channels: Tensor | None, x: Tensor) -> Matrix | None:
+    """The matrix as the Triton kernels read it; ``None`` where they do not: on a CPU, in fp64, cast from another dtype."""
+    if not use_triton(x) or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return None
+    if weight.plain:
+        return weight.parts[0] if weight.parts[0].dtype == x.dtype else None
+    from .gpu.indexed_linear import NF4Matrix
+
+    codes, scales = weight.parts
+    length, double_quant = weight.layout
+    return NF4Matrix(codes, row_absmax(scales, channels, length, bool(double_quant)), levels(codes.device), length)
+
+
+def _kept(channels: Tensor | None, weight: EncodedWeight) -> int:
+    return weight.channels if channels is None else channels.shape[0]
 
 
 def indexed_nt(
@@ -60,10 +104,27 @@ def indexed_nt(
     Returns:
         (n, k) in ``x.dtype``, or ``out``.
     """
-    if use_triton(x):
-        from .gpu import indexed_linear as gpu
+    n = x.shape[0] if rows is None else rows.shape[0]
+    if not prefers_vendor(n, _kept(channels, weight), weight.length, x.dtype, nf4=not weight.plain):
+        matrix = triton_matrix(weight, channels, x)
+        if matrix is not None:
+            from .gpu.indexed_linear import indexed_nt as triton_nt
 
-        return gpu.nt(x, weight, rows, channels, bias=bias, out=out, accumulate=accumulate)
+            return triton_nt(x, matrix, rows, channels, bias=bias, out=out, accumulate=accumulate)
+    return vendor_nt(x, weight, rows, channels, bias=bias, out=out, accumulate=accumulate)
+
+
+def vendor_nt(
+    x: Tensor,
+    weight: EncodedWeight,
+    rows: Tensor | None,
+    channels: Tensor | None,
+    *,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    accumulate: bool = False,
+) -> Tensor:
+    """:func:`indexed_nt` by copied rows and the vendor's GEMM; ``accumulate`` rounds twice."""
     if bias is not None and channels is not None:
         bias = bias.index_select(0, channels)
     y = linear(pick(x, rows), weight.decode(channels, x.dtype), bias)
@@ -103,10 +164,31 @@ def indexed_nn(
     Returns:
         ``out``.
     """
-    if use_triton(h):
-        from .gpu import indexed_linear as gpu
+    if not prefers_vendor(rows.shape[0], _kept(channels, weight), weight.length, h.dtype, nf4=not weight.plain):
+        matrix = triton_matrix(weight, channels, h)
+        if matrix is not None:
+            from .gpu.indexed_linear import indexed_nn as triton_nn
 
-        return gpu.nn(h, weight, rows, channels, out, indexed=indexed, bias=bias, low=low, b=b, accumulate=accumulate)
+            return triton_nn(
+                h, matrix, rows, channels, out, indexed=indexed, bias=bias, low=low, b=b, accumulate=accumulate
+            )
+    return vendor_nn(h, weight, rows, channels, out, indexed=indexed, bias=bias, low=low, b=b, accumulate=accumulate)
+
+
+def vendor_nn(
+    h: Tensor,
+    weight: EncodedWeight,
+    rows: Tensor,
+    channels: Tensor | None,
+    out: Tensor,
+    *,
+    indexed: bool = False,
+    bias: Tensor | None = None,
+    low: Tensor | None = None,
+    b: Tensor | None = None,
+    accumulate: bool = False,
+) -> Tensor:
+    """:func:`indexed_nn` by copied rows and the vendor's GEMM; rounds after each product."""
     if indexed:
         h = h.index_select(0, rows)
         h = h if channels is None else h.index_select(1, channels)

@@ -26,6 +26,11 @@ class EncodedWeight(NamedTuple):
     """:data:`PLAIN` for one tensor of values, :func:`nf4_layout` for codes and scales."""
 
     @property
+    def plain(self) -> bool:
+        """Whether it is one tensor of values."""
+        return len(self.layout) == len(PLAIN)
+
+    @property
     def length(self) -> int:
         """Values per row."""
         return self.layout[0] or self.parts[0].shape[1]
@@ -38,7 +43,7 @@ class EncodedWeight(NamedTuple):
     def decode(self, channels: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Rows ``channels`` (k,) int64, or all of them, in ``dtype``: (k, length). All rows of a plain matrix that has
         the dtype are the matrix itself, not a copy."""
-        if len(self.layout) == len(PLAIN):
+        if self.plain:
             rows = self.parts[0]
             return (rows if channels is None else rows.index_select(0, channels)).to(dtype)
         codes, scales = self.parts

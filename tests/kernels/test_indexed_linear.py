@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparselora_kernels import EncodedWeight, reference
-from sparselora_kernels.indexed_linear import indexed_nn, indexed_nt
+from sparselora_kernels.indexed_linear import indexed_nn, indexed_nt, prefers_vendor
 from support.kernel_cases import compare, implementations, nf4, running, some, wide
 
 # (tokens, chosen tokens, channels, width, kept): odd sizes, one of everything, one kept, all kept, no tokens.
@@ -83,3 +83,12 @@ def test_nf4_rows_are_those_of_the_decoded_matrix(implementation: str) -> None:
     with running(implementation):
         check(indexed_nt, reference.indexed_nt, torch.randn(9, 130), stored, rows, channels, values=values)
         check(indexed_nn, reference.indexed_nn, torch.randn(6, 7), stored, rows, channels, values=values, out=out)
+
+
+def test_the_vendor_is_preferred_for_many_channels_only() -> None:
+    for length in (4096, 14336):
+        assert not prefers_vendor(8192, 143, length, torch.bfloat16)
+        assert prefers_vendor(8192, 3584, length, torch.bfloat16)
+    # Decoding again in every tile makes the copy pay earlier.
+    assert prefers_vendor(8192, 512, 14336, torch.bfloat16, nf4=True)
+    assert not prefers_vendor(8192, 512, 14336, torch.bfloat16)

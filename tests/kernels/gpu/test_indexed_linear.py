@@ -234,36 +234,6 @@ def test_rows_that_lie_apart() -> None:
     )
 
 
-@cases
-@weights
-@pytest.mark.parametrize("accumulate", [False, True], ids=["write", "add"])
-def test_vendor_forms_equal_the_kernels(shape: tuple, nf4: bool, accumulate: bool) -> None:
-    arguments, bias, _, _ = nt_case(shape, torch.float32, nf4)
-    assert_close("nt", op.indexed_nt(*arguments, bias=bias), op.vendor_nt(*arguments, bias=bias))
-    before = torch.randn(shape[0], shape[2])
-    outs = [
-        form(*arguments, bias=bias, out=before.clone(), accumulate=accumulate) for form in (op.indexed_nt, op.vendor_nt)
-    ]
-    assert_close("nt out", *outs)
-    for indexed in (False, True):
-        arguments, additions, _, _ = nn_case(shape, torch.float32, nf4, indexed)
-        before = torch.randn(shape[0], shape[4])
-        outs = [
-            form(*arguments, before.clone(), indexed=indexed, accumulate=accumulate, **additions)
-            for form in (op.indexed_nn, op.vendor_nn)
-        ]
-        assert_close("nn", *outs)
-
-
-def test_the_vendor_is_preferred_for_many_channels_only() -> None:
-    for length in (4096, 14336):
-        assert not op.prefers_vendor(8192, 143, length, torch.bfloat16)
-        assert op.prefers_vendor(8192, 3584, length, torch.bfloat16)
-    # Decoding again in every tile makes the copy pay earlier.
-    assert op.prefers_vendor(8192, 512, 14336, torch.bfloat16, nf4=True)
-    assert not op.prefers_vendor(8192, 512, 14336, torch.bfloat16)
-
-
 def test_refusals() -> None:
     x, weight = torch.randn(3, 8), torch.randn(5, 8)
     with pytest.raises(ValueError, match="bfloat16"):

@@ -21,6 +21,7 @@ from .layers.estimator import AttentionEstimator, FFNEstimator
 from .layers.ffn import SparseFFN
 from .layers.frozen import FrozenLinear
 from .layers.hooks import BeginHook, FinishHook, LayerHook
+from .layers.last_layer import trim
 from .layers.linear import AttentionChannels, SparseProjection
 from .layers.logits import pack_logits
 from .layers.lora import base_linear, set_base_linear
@@ -107,15 +108,20 @@ def apply_sparselora(
     context.enabled = bool(active)
     context.skip_unused_logits = config.skip_unused_logits
     state = SparseState(config=config, context=context, sparsity=active)
+    sparse = {index for by_layer in active.values() for index in by_layer}
     if active:
         factors = estimator_factors(model, active, config, weights or ModelWeights(model), process_group)
         for layer in layers:
             _replace_ffn(layer, state, factors)
             _replace_attention(layer, state, factors, heads)
-            if any(layer.index in by_layer for by_layer in active.values()):
-                state.handles.append(layer.input_norm.register_forward_pre_hook(LayerHook(context, layer.index)))
+    last = layers[-1]
     if config.skip_unused_logits:
         state.handles += pack_logits(causal_lm(model), context)
+        state.handles += trim(last.index, (last.attention.q_proj, last.attention.o_proj, last.mlp), context)
+    for layer in layers:
+        if layer.index in sparse or (layer is last and config.skip_unused_logits):
+            hook = LayerHook(context, layer.index, required=layer.index in sparse)
+            state.handles.append(layer.input_norm.register_forward_pre_hook(hook))
     # PEFT's wrapper hands on to the inner model; whichever of the two is called first opens the micro-batch.
     for entry in {id(m): m for m in (model, causal_lm(model))}.values():
         state.handles.append(entry.register_forward_pre_hook(BeginHook(context), with_kwargs=True))
@@ -293,12 +299,12 @@ def _replace_attention(layer: DecoderLayer, state: SparseState, factors: FactorS
     }
     if not sparsity:
         return
-    counts = {"qk": heads.qk_channels, "vo": heads.vo_channels}
     scored = [name for group in sparsity for name in SCORED[group]]
     estimator = AttentionEstimator({name: _on_device(factors, layer, name) for name in scored}, heads)
     shard_like(estimator.parameters(), _first_part(layer.matrix("q_proj")))
     layer.attention.add_module(_ESTIMATOR, estimator)
     state.attentions.append(layer.attention)
+    counts = heads.channel_counts(layer.matrix("gate_proj").out_features)
     keep = {group: kept_count(counts[group], s) for group, s in sparsity.items()}
     channels = AttentionChannels(state.context, layer.index, estimator, keep)
     roles: Iterable[Any] = ("q", "k") * ("qk" in sparsity) + ("v", "o") * ("vo" in sparsity)

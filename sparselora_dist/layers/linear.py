@@ -74,7 +74,7 @@ class SparseProjection(FrozenLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (..., in) -> (..., out)."""
-        batch = self.channels.context.active(self.channels.site.layer, _GROUP[self.role])
+        batch = self.channels.context.active(self.channels.site.layer, _GROUP[self.role], self.role)
         if batch is None:
             return super().forward(x)
         assert batch.partition is not None

@@ -9,7 +9,8 @@ or another purpose. So the mask collectives
   rank where every other rank is, and an error names both.
 
 On CPU the slots are compared at once. On a GPU that would wait for the device in every layer, so they are kept and
-compared by :meth:`MaskSync.check`, which the model calls once per forward and the training loop before each step.
+compared by :meth:`MaskSync.check`: once per optimizer step where the training loop calls it before the step, else once
+per forward by the model.
 """
 
 from __future__ import annotations
@@ -148,7 +149,8 @@ class MaskSync:
             except RuntimeError as error:
                 raise MaskSyncError(self._post_mortem(site)) from error
             self.collectives += 1
-        self._pending.append((header, site, call))
+        # A copy: a view would keep every payload of an optimizer step alive.
+        self._pending.append((header.clone(), site, call))
         if sums.device.type == "cpu":
             self.check()
         return payload[: sums.numel()]

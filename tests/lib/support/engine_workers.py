@@ -21,7 +21,7 @@ from sparselora_dist.io import factors as factor_files
 from sparselora_dist.io.load import load_base
 from sparselora_dist.io.shard_files import TensorFiles
 from sparselora_dist.io.weights import CheckpointWeights, ModelWeights
-from sparselora_dist.method.tokens import loss_positions
+from sparselora_dist.method.tokens import partition_tokens
 
 from .models import ALL_LINEAR, ATTENTION, batch, tiny_base, tiny_lora
 
@@ -95,7 +95,7 @@ def close(engine: Engine) -> None:
 def train_step(engine: Engine, inputs: dict[str, Tensor], accumulation: int = 1) -> tuple[float, float]:
     """A step on a global batch, cut into micro-batches whose rows are dealt to the ranks: loss and gradient norm."""
     ranks = engine.ranks
-    labels, total = loss_positions(inputs["labels"])[0].numel(), torch.zeros(())
+    labels, total = partition_tokens(inputs["labels"]).loss_rows.numel(), torch.zeros(())
     for number in range(accumulation):
         mine = {name: t.chunk(accumulation)[number][ranks.rank :: ranks.world_size] for name, t in inputs.items()}
         with engine.autocast():

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .context import SparseContext
 
@@ -28,6 +30,21 @@ class TakeRows:
         return (args[0].flatten(0, -2).index_select(0, wanted.rows).unsqueeze(0), *args[1:])
 
 
+class _PutRows(torch.autograd.Function):
+    """The rows are no saved tensor: fetching one would start the layer's recomputation ahead of the engine's hooks."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, y: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
+        ctx.rows = rows
+        whole = y.new_zeros(shape.numel(), y.shape[-1]).index_copy_(0, rows, y.squeeze(0))
+        return whole.view(*shape, y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad.flatten(0, -2).index_select(0, ctx.rows).unsqueeze(0), None, None
+
+
 class PutRows:
     """Forward hook of the same module: ``(1, n, out) -> (B, S, out)``, zero at the other positions."""
 
@@ -38,8 +55,7 @@ class PutRows:
         wanted = self.context.wanted(self.layer)
         if wanted is None:
             return None
-        whole = output.new_zeros(wanted.shape.numel(), output.shape[-1])
-        return whole.index_copy(0, wanted.rows, output.squeeze(0)).view(*wanted.shape, -1)
+        return _PutRows.apply(output, wanted.rows, wanted.shape)
 
 
 def trim(layer: int, modules: Iterable[nn.Module], context: SparseContext) -> list[Any]:

@@ -40,6 +40,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], bool | None]] = {
     "non-reentrant": ({}, {}, False),
     "all linear": ({"targets": ALL_LINEAR}, {}, None),
     "all linear, lora_branch dense": ({"targets": ALL_LINEAR}, {"lora_branch": "dense"}, None),
+    "a rank without labels": ({"targets": ALL_LINEAR}, {}, None),
+    "a rank without labels, non-reentrant": ({"targets": ALL_LINEAR}, {}, False),
 }
 
 
@@ -105,11 +107,16 @@ def train_step(engine: Engine, inputs: dict[str, Tensor], accumulation: int = 1)
     return engine.all_sum(total.item() / ranks.world_size)[0], engine.step()
 
 
-def follow(engine: Engine, model: Any) -> dict[str, Any]:
-    """STEPS optimizer steps: losses, masks, gradient norms, first gradients (from Adam's mean), parameters."""
+def follow(engine: Engine, model: Any, labelled: int = 1) -> dict[str, Any]:
+    """STEPS optimizer steps: losses, masks, gradient norms, first gradients (from Adam's mean), parameters.
+
+    Every ``labelled``-th row has labels.
+    """
     seen: dict[str, Any] = {"loss": [], "norm": [], "masks": [], "parameters": [engine.full_parameters()]}
     for step in range(STEPS):
-        loss, norm = train_step(engine, batch(4, 24, seed=step))
+        inputs = batch(4, 24, seed=step)
+        inputs["labels"][[row for row in range(4) if row % labelled]] = -100
+        loss, norm = train_step(engine, inputs)
         seen["loss"].append(loss)
         seen["norm"].append(norm)
         seen["masks"].append(selection(model))
@@ -128,7 +135,7 @@ def agreement_case(name: str, case: str, **train: Any) -> dict[str, Any]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         model.enable_input_require_grads()
     engine.prepare(model)
-    seen = follow(engine, model)
+    seen = follow(engine, model, labelled=2 if "without labels" in case else 1)
     close(engine)
     return seen
 

@@ -155,8 +155,7 @@ class SparseContext:
             sparse = self.probe is not None or self.is_sparse
             packed = self.skip_unused_logits and not shifted
             if sparse or packed:
-                # By address, because engines may rewrap the labels; while they are held, their memory is nobody else's.
-                if handed is not None and handed[0].data_ptr() == labels.data_ptr() and not shifted:
+                if handed is not None and _same(handed[0], labels) and not shifted:
                     found = handed[1]
                 else:
                     found = partition_tokens(labels, attention_mask, shifted=shifted)
@@ -282,6 +281,11 @@ class SparseContext:
         for key, mask in state.items():
             layer, group, step = key.split(".")
             self._held[int(layer), group] = (int(step), mask)
+
+
+def _same(held: Tensor, labels: Tensor) -> bool:
+    """By address, because engines may rewrap the labels; while they are held, their memory is nobody else's."""
+    return held.data_ptr() == labels.data_ptr() and held.shape == labels.shape
 
 
 def _in_backward() -> bool:

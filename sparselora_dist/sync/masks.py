@@ -33,6 +33,8 @@ SyncMode = Literal["global", "node", "local"]
 _SLOT = 3
 # Integers up to here are exact in fp32.
 _CALL_MODULUS = 1 << 20
+# Reductions that may wait to be compared: more than the micro-batches of any step, should nobody call check.
+_MOST_PENDING = 1 << 14
 # How long a failing rank waits for the others to say where they are.
 _POST_MORTEM_SECONDS = 3.0
 
@@ -151,7 +153,7 @@ class MaskSync:
             self.collectives += 1
         # A copy: a view would keep every payload of an optimizer step alive.
         self._pending.append((header.clone(), site, call))
-        if sums.device.type == "cpu":
+        if sums.device.type == "cpu" or len(self._pending) >= _MOST_PENDING:
             self.check()
         return payload[: sums.numel()]
 

@@ -6,6 +6,7 @@ Transformers does on its own is compared with a plain PEFT step. On a GPU CUDA's
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -24,10 +25,10 @@ from sparselora_dist.layers.estimator import FFNEstimator
 from sparselora_dist.layers.ffn import SparseFFN
 from sparselora_dist.layers.linear import AttentionChannels
 from sparselora_dist.method.tokens import partition_tokens
-from sparselora_dist.sync.masks import MaskSync
+from sparselora_dist.sync.masks import MaskSync, Site
 from sparselora_kernels import gated_ffn_score, projection_score
 from support.models import ALL_LINEAR, batch, tiny_lora
-from support.waits import Largest, Waits
+from support.waits import OURS, Largest, Waits
 
 LAYERS = {group: {"0-2": 0.5} for group in ("ffn", "qk", "vo")}
 modes = pytest.mark.parametrize("reentrant", [None, True, False], ids=["none", "reentrant", "non-reentrant"])
@@ -155,16 +156,20 @@ def test_cuda_agrees() -> None:
     model = make().cuda()
     host = batch()
     device = torch.device("cuda")
-    for _ in range(2):  # The first step allocates and loads.
+    for number in range(2):  # The first step allocates and loads.
         partition = partition_tokens(host["labels"], host["attention_mask"]).to(device)
         inputs = {name: tensor.to(device) for name, tensor in host.items() if name != "attention_mask"}
         find_state(model).context.hand_over(inputs["labels"], partition)
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error" if _ else "default")
+        torch.cuda.set_sync_debug_mode("warn" if number else "default")
         try:
-            model(**inputs, use_cache=False, num_items_in_batch=20.0).loss.backward()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                model(**inputs, use_cache=False, num_items_in_batch=20.0).loss.backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+    waits = [str(w) for w in caught if "synchronizing" in str(w.message) and w.filename.startswith(OURS)]
+    assert waits == []
 
 
 # --- when the ranks are compared ----------------------------------------------------------------------------------------
@@ -185,8 +190,6 @@ def test_what_waits_to_be_compared_is_small() -> None:
     """A whole optimizer step's slots may wait; the payloads that they came in must not."""
     sync = MaskSync("global", 10_000)
     sync.check = lambda: None  # type: ignore[method-assign]
-    from sparselora_dist.sync.masks import Site
-
     sync.reduce(Site(0, "ffn"), torch.ones(10_000))
     ((header, _, _),) = sync._pending
     assert header.untyped_storage().nbytes() < 100

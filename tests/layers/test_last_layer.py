@@ -9,9 +9,11 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparselora_dist import SparseLoRAConfig, apply_sparselora, remove_sparselora, selection
 from sparselora_dist.apply import find_state
+from sparselora_dist.train.metrics import flop_model
 from support.compare import assert_close, loss_logits
 from support.models import ALL_LINEAR, ATTENTION, FAMILIES, batch, gradients, tiny_base, tiny_lora
 
@@ -92,6 +94,22 @@ def test_loss_and_gradients_are_those_of_the_whole_layer(family: str, sparse: bo
     assert rows == {name: [96 if name in ("k_proj", "v_proj") else n] for name in rows}
     chosen = {layer: sorted(groups) for layer, groups in selection(model).items()}
     assert chosen == ({0: ["ffn"], 1: ["ffn", "qk", "vo"], 2: ["qk", "vo"]} if sparse else {})
+
+
+def test_the_flops_that_it_saves_are_those_of_the_model() -> None:
+    """As PyTorch counts them, forward and backward; both sides leave out the LM head's."""
+    inputs = batch(padding=False)
+    counted = []
+    for trimmed in (False, True):
+        model = make("qwen2", trimmed=trimmed)
+        with FlopCounterMode(display=False) as counter:
+            model(**inputs).loss.backward()
+        counted.append(counter.get_total_flops())
+    flops, n = flop_model(model, find_state(model)), label_rows(inputs)
+    head = (96 - n) * 4 * 48 * 96
+    saved = flops.executed(96, 0, 24) - flops.executed(96, 0, 24, logits=n) - head
+    assert saved > 0.05 * flops.dense(96, 24)
+    assert counted[0] - counted[1] == saved
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,12 +20,13 @@ from torch import Tensor
 
 import sparselora_dist.layers.ffn
 import sparselora_kernels.reference.score as reference
-from sparselora_dist import SparseLoRAConfig, apply_sparselora, selection
+from sparselora_dist import SparseLoRACallback, SparseLoRAConfig, apply_sparselora, selection
 from sparselora_dist.apply import find_state
 from sparselora_dist.layers.estimator import FFNEstimator
 from sparselora_dist.layers.ffn import SparseFFN
 from sparselora_dist.layers.linear import AttentionChannels
 from sparselora_dist.method.tokens import partition_tokens
+from sparselora_dist.sync import masks
 from sparselora_dist.sync.masks import MaskSync, Site
 from sparselora_kernels import gated_ffn_score, projection_score
 from support.models import ALL_LINEAR, batch, tiny_lora
@@ -118,9 +120,10 @@ BAD: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("how", BAD)
-@pytest.mark.parametrize("where", [SparseFFN, AttentionChannels], ids=["ffn", "attention"])
-def test_the_check_sees_a_wait(how: str, where: type, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("where", "how"), [*((SparseFFN, how) for how in BAD), (AttentionChannels, "item"), (AttentionChannels, "mask")]
+)
+def test_the_check_sees_a_wait(where: type, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     original = where._select
 
     def select(self: Any, x: Tensor, found: Any) -> Any:
@@ -184,6 +187,44 @@ def test_masks_are_compared_when_asked(when: Any, expected: int, monkeypatch: py
     for _ in range(3):
         model(**batch())
     assert len(calls) == expected
+
+
+@pytest.mark.parametrize(("deepspeed", "when"), [(None, "caller"), ("ds.json", "each")])
+def test_the_trainer_compares_before_it_steps(
+    deepspeed: str | None, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed steps inside backward, ahead of the callback: there every forward is compared at its end."""
+    calls: list[int] = []
+    model, callback, args = make(enabled=False), SparseLoRACallback(), SimpleNamespace(deepspeed=deepspeed)
+    monkeypatch.setattr(MaskSync, "check", lambda self: calls.append(1))
+    event: Any = (args, None, None)
+    callback.on_train_begin(*event, model=model)
+    assert find_state(model).context.check_masks == when
+    model(**batch())
+    assert len(calls) == (when == "each")
+    callback.on_pre_optimizer_step(*event, model=model)
+    assert len(calls) == 1 + (when == "each")
+    callback.on_train_end(*event, model=model)
+    assert find_state(model).context.check_masks == "next"
+
+
+def test_nobody_who_compares_is_no_leak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(masks, "_MOST_PENDING", 3)
+    calls: list[int] = []
+    monkeypatch.setattr(MaskSync, "check", lambda self: (calls.append(len(self._pending)), self._pending.clear()))
+    sync = MaskSync("global", 8)
+    for _ in range(7):
+        sync.reduce(Site(0, "ffn"), _OnAGPU(torch.ones(8)))
+    assert calls == [3, 3] and len(sync._pending) == 1
+
+
+class _OnAGPU(Tensor):
+    """Says that it is on another device than the CPU, where nothing is compared at once."""
+
+    @property
+    def device(self) -> Any:  # type: ignore[override]
+        return SimpleNamespace(type="cuda")
 
 
 def test_what_waits_to_be_compared_is_small() -> None:

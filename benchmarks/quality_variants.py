@@ -17,7 +17,7 @@ from sparselora_dist.layers.ffn import SparseFFN
 from sparselora_dist.layers.frozen import FrozenLinear
 from sparselora_dist.layers.linear import AttentionChannels, SparseProjection
 from sparselora_dist.layers.lora import base_linear
-from sparselora_dist.method.flops import FlopModel, LayerShare
+from sparselora_dist.method.flops import FlopModel, layer_shares
 from sparselora_dist.method.tokens import TokenPartition, partition_tokens
 from sparselora_kernels import kept_count
 
@@ -139,7 +139,7 @@ def use_no_split(context: SparseContext) -> None:
 
 def everything_sparse(old: TokenPartition) -> TokenPartition:
     context = torch.cat([old.dense, old.context]).sort().values
-    return TokenPartition(dense=old.dense[:0], context=context, tokens=old.tokens)
+    return dataclasses.replace(old, dense=old.dense[:0], context=context)
 
 
 # --- sparsity and FLOPs ----------------------------------------------------------------------------------------------
@@ -167,12 +167,8 @@ class Budget:
 
     def share(self, layers: Layers, start: float = 0.0, split: bool = True) -> float:
         """Executed FLOPs over plain LoRA's, of a run that is dense for its first ``start``."""
-        heads, shares = self.model.heads, []
-        counts = {"ffn": self.model.width, "qk": heads.qk_channels, "vo": heads.vo_channels}
-        for layer in range(len(self.model.layers)):
-            kept = {g: kept_count(counts[g], s[layer]) / counts[g] for g, s in layers.items() if layer in s}
-            shares.append(LayerShare(**kept))
-        model = dataclasses.replace(self.model, layers=tuple(shares))
+        counts = self.model.heads.channel_counts(self.model.width)
+        model = dataclasses.replace(self.model, layers=layer_shares(len(self.model.layers), counts, layers))
         context = self.context if split else self.tokens
         sparse = model.executed(self.tokens - context, context, self.length, self.labels)
         dense = model.executed(self.tokens, 0, self.length, self.labels)

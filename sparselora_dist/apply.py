@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sparselora_kernels import kept_count
-
 from .config.sparse import SparseLoRAConfig
-from .engines.shards import full_tensor, is_dtensor, is_initialized_zero3, is_zero3, shard_like
-from .families import DecoderLayer, causal_lm, decoder_layers, geometry
+from .engines.shards import is_dtensor, is_initialized_zero3, is_zero3
+from .families import causal_lm, decoder_layers, geometry
 from .io.factors import FactorSet, Matrix, load_or_build
 from .io.weights import ModelWeights, WeightSource
 from .layers.context import SparseContext
-from .layers.estimator import AttentionEstimator, FFNEstimator
-from .layers.ffn import SparseFFN
-from .layers.frozen import FrozenLinear
 from .layers.hooks import BeginHook, FinishHook, LayerHook
-from .layers.linear import AttentionChannels, SparseProjection
+from .layers.last_layer import trim
 from .layers.logits import pack_logits
-from .layers.lora import base_linear, fuse_lora, set_base_linear, unfuse_lora
-from .method.channels import ATTENTION, FFN, SCORED, TRANSPOSED
+from .layers.lora import base_linear
+from .method.channels import SCORED
+from .replace import SparseState, check_frozen, fuse_branches, replace_attention, replace_ffn, restore
 from .sync.masks import MaskSync
 
 _STATE = "_sparselora"
-_ESTIMATOR = "sparse_estimator"
 _ARCHITECTURE_KEYS = (
     "model_type",
     "hidden_size",
@@ -38,25 +31,6 @@ _ARCHITECTURE_KEYS = (
     "num_key_value_heads",
     "vocab_size",
 )
-
-
-@dataclass(slots=True)
-class SparseState:
-    """What :func:`apply_sparselora` did to a model; kept on the model, undone by :func:`remove_sparselora`."""
-
-    config: SparseLoRAConfig
-    context: SparseContext
-    sparsity: dict[str, dict[int, float]]
-    """Resolved: group -> layer -> sparsity."""
-    handles: list[Any] = field(default_factory=list)
-    linears: list[tuple[nn.Module, str, nn.Linear]] = field(default_factory=list)
-    """(parent, name, original) of every frozen linear that was replaced."""
-    mlps: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)
-    """(decoder layer, original MLP)."""
-    attentions: list[nn.Module] = field(default_factory=list)
-    """Attention modules that were given an estimator."""
-    fused: list[nn.Module] = field(default_factory=list)
-    """LoRA layers that compute base and branch together."""
 
 
 def apply_sparselora(
@@ -97,7 +71,7 @@ def apply_sparselora(
         sparsity = {}
     active = {group: by_layer for group, by_layer in sparsity.items() if by_layer}
     for layer in layers:
-        _check_frozen(layer, active)
+        check_frozen(layer, active)
     heads = geometry(model)
     width = layers[0].matrix("gate_proj").out_features
     context = SparseContext(
@@ -109,19 +83,22 @@ def apply_sparselora(
     context.enabled = bool(active)
     context.skip_unused_logits = config.skip_unused_logits
     state = SparseState(config=config, context=context, sparsity=active)
+    sparse = {index for by_layer in active.values() for index in by_layer}
     if active:
         factors = estimator_factors(model, active, config, weights or ModelWeights(model), process_group)
         for layer in layers:
-            _replace_ffn(layer, state, factors)
-            _replace_attention(layer, state, factors, heads)
-            if any(layer.index in by_layer for by_layer in active.values()):
-                state.handles.append(layer.input_norm.register_forward_pre_hook(LayerHook(context, layer.index)))
+            replace_ffn(layer, state, factors)
+            replace_attention(layer, state, factors, heads)
     for layer in layers:
-        parents = ((layer.attention, ATTENTION), (layer.module.mlp, FFN))
-        linears = [getattr(parent, name) for parent, names in parents for name in names]
-        state.fused += [linear for linear in linears if fuse_lora(linear, merge=config.merge_lora)]
+        fuse_branches(layer, state)
+    last = layers[-1]
     if config.skip_unused_logits:
         state.handles += pack_logits(causal_lm(model), context)
+        state.handles += trim(last.index, (last.attention.q_proj, last.attention.o_proj, last.mlp), context)
+    for layer in layers:
+        if layer.index in sparse or (layer is last and config.skip_unused_logits):
+            hook = LayerHook(context, layer.index, required=layer.index in sparse)
+            state.handles.append(layer.input_norm.register_forward_pre_hook(hook))
     # PEFT's wrapper hands on to the inner model; whichever of the two is called first opens the micro-batch.
     for entry in {id(m): m for m in (model, causal_lm(model))}.values():
         state.handles.append(entry.register_forward_pre_hook(BeginHook(context), with_kwargs=True))
@@ -144,23 +121,7 @@ def remove_sparselora(model: nn.Module) -> nn.Module:
                 "remove_sparselora needs whole weights, but an engine has sharded them: save the adapter and load it "
                 "on the plain base model instead"
             )
-    for parent, name, original in state.linears:
-        sparse = base_linear(getattr(parent, name))
-        assert isinstance(sparse, FrozenLinear)
-        if not isinstance(original, FrozenLinear):
-            (stored,) = sparse.parts
-            if sparse.transposed:
-                stored = nn.Parameter(stored.detach().t().contiguous(), requires_grad=False)
-            original.weight = stored
-        original.train(sparse.training)
-        set_base_linear(parent, name, original)
-    for module, mlp in state.mlps:
-        mlp.train(module.training)
-        module.mlp = mlp
-    for layer in state.fused:
-        unfuse_lora(layer)
-    for attention in state.attentions:
-        delattr(attention, _ESTIMATOR)
+    restore(state)
     for handle in state.handles:
         handle.remove()
     for entry in (model, causal_lm(model)):
@@ -200,27 +161,6 @@ def _state(model: nn.Module) -> SparseState:
     return state
 
 
-def _check_frozen(layer: DecoderLayer, active: dict[str, dict[int, float]]) -> None:
-    names: list[str] = []
-    if layer.index in active.get("ffn", {}):
-        names += FFN
-    if any(layer.index in active.get(group, {}) for group in ("qk", "vo")):
-        names += ATTENTION
-    for name in names:
-        linear = layer.matrix(name)
-        parent = getattr(layer.attention if name in ATTENTION else layer.mlp, name)
-        where = f"layers.{layer.index}.{name}"
-        if is_dtensor(_first_part(linear)):
-            raise ValueError(
-                f"{where} is already sharded by FSDP2: call apply_sparselora before fully_shard, so that the factors "
-                "and the transposed weights are sharded with the rest"
-            )
-        if any(p.requires_grad for p in linear.parameters()):
-            raise ValueError(f"{where} is trainable: sparse layers need frozen base weights (use PEFT's LoRA)")
-        if any(getattr(parent, "use_dora", {}).values()) or getattr(parent, "lora_variant", None):
-            raise ValueError(f"{where} uses a LoRA variant (DoRA or another): plain LoRA is supported in sparse layers")
-
-
 def estimator_factors(
     model: nn.Module,
     active: dict[str, dict[int, float]],
@@ -242,80 +182,6 @@ def estimator_factors(
         path=config.factors,
         group=group,
     )
-
-
-def _on_device(factors: FactorSet, layer: DecoderLayer, name: str) -> tuple[Tensor, Tensor]:
-    device = _first_part(layer.matrix(name)).device
-    a, b = factors[layer.index, name]
-    return (a, b) if device.type == "meta" else (a.to(device), b.to(device))
-
-
-def _first_part(linear: nn.Linear) -> Tensor:
-    return linear.parts[0] if isinstance(linear, FrozenLinear) else linear.weight
-
-
-def _freeze(linear: nn.Linear, *, transposed: bool) -> FrozenLinear:
-    """The linear with the channel as dim 0 of what is stored; a plain linear gives up its weight."""
-    if isinstance(linear, FrozenLinear):
-        return linear
-    stored = linear.weight
-    if transposed:
-        stored = nn.Parameter(full_tensor(linear.weight).t().contiguous(), requires_grad=False)
-        shard_like([stored], linear.weight)
-    linear._parameters["weight"] = None
-    return FrozenLinear.adopt(linear, stored, transposed=transposed)
-
-
-def _replace_ffn(layer: DecoderLayer, state: SparseState, factors: FactorSet) -> None:
-    sparsity = state.sparsity.get("ffn", {}).get(layer.index)
-    if sparsity is None:
-        return
-    mlp = layer.mlp
-    estimator = FFNEstimator(
-        _on_device(factors, layer, "gate_proj"),
-        _on_device(factors, layer, "up_proj"),
-        mlp.act_fn,
-    )
-    shard_like(estimator.parameters(), _first_part(layer.matrix("down_proj")))
-    sparse = SparseFFN(
-        mlp,
-        estimator=estimator,
-        context=state.context,
-        layer=layer.index,
-        keep=kept_count(layer.matrix("down_proj").in_features, sparsity),
-        lora_branch=state.config.lora_branch,
-    )
-    for name in FFN:
-        original: nn.Linear = layer.matrix(name)
-        set_base_linear(sparse, name, _freeze(original, transposed=name in TRANSPOSED))
-        state.linears.append((sparse, name, original))
-    state.mlps.append((layer.module, mlp))
-    layer.module.mlp = sparse
-
-
-def _replace_attention(layer: DecoderLayer, state: SparseState, factors: FactorSet, heads: Any) -> None:
-    sparsity = {
-        group: state.sparsity[group][layer.index]
-        for group in ("qk", "vo")
-        if layer.index in state.sparsity.get(group, {})
-    }
-    if not sparsity:
-        return
-    counts = {"qk": heads.qk_channels, "vo": heads.vo_channels}
-    scored = [name for group in sparsity for name in SCORED[group]]
-    estimator = AttentionEstimator({name: _on_device(factors, layer, name) for name in scored}, heads)
-    shard_like(estimator.parameters(), _first_part(layer.matrix("q_proj")))
-    layer.attention.add_module(_ESTIMATOR, estimator)
-    state.attentions.append(layer.attention)
-    keep = {group: kept_count(counts[group], s) for group, s in sparsity.items()}
-    channels = AttentionChannels(state.context, layer.index, estimator, keep)
-    roles: Iterable[Any] = ("q", "k") * ("qk" in sparsity) + ("v", "o") * ("vo" in sparsity)
-    for role in roles:
-        name = f"{role}_proj"
-        original: nn.Linear = layer.matrix(name)
-        frozen = _freeze(original, transposed=name in TRANSPOSED)
-        set_base_linear(layer.attention, name, SparseProjection(frozen, role=role, channels=channels))
-        state.linears.append((layer.attention, name, original))
 
 
 __all__ = ["SparseState", "apply_sparselora", "find_state", "remove_sparselora", "selection", "set_step"]

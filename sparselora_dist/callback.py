@@ -20,7 +20,12 @@ class SparseLoRACallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # DeepSpeed steps inside backward, before on_pre_optimizer_step: there the masks are compared after each forward.
-        self._context(kwargs["model"]).check_each_forward = bool(args.deepspeed)
+        self._context(kwargs["model"]).check_masks = "each" if args.deepspeed else "caller"
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._context(kwargs["model"]).check_masks = "next"
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

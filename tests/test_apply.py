@@ -159,7 +159,7 @@ def test_selection_is_sorted_indices_by_layer_and_group() -> None:
     assert {layer: sorted(groups) for layer, groups in chosen.items()} == {
         0: ["ffn"],
         1: ["ffn", "qk", "vo"],
-        2: ["ffn", "qk"],
+        2: ["qk"],  # The last layer's FFN runs at label positions only, whole.
     }
     for groups in chosen.values():
         for group, channels in groups.items():

@@ -48,8 +48,9 @@ class SparseLoRAConfig:
     """The adapters inside the FFN: ``kept`` drops a neuron whole, ``dense`` keeps full width as the paper does."""
 
     skip_unused_logits: bool = True
-    """In training, run the LM head and the loss only at positions whose next token carries a label. Exact, also for a
-    plain LoRA run (``enabled`` false). The model's training ``logits`` then hold these positions only."""
+    """In training, run the LM head, the loss and the last layer's q, o and FFN only at positions whose next token carries
+    a label. Exact, also for a plain LoRA run (``enabled`` false). The model's training ``logits`` then hold these
+    positions only."""
 
     merge_lora: bool = False
     """Add the LoRA update to the frozen weight in every product of all tokens where that takes fewer FLOPs (RunLoRA). It

@@ -4,6 +4,10 @@ A forward of the model opens a :class:`MicroBatch`; the layers ask for it and le
 checkpointing runs a layer again during backward, the layer finds the micro-batch of its first run and reuses its masks:
 nothing is selected and nothing is communicated twice. The micro-batch is recognised by the memory of the layer's
 input, which checkpointing keeps alive until then, so that several forwards may be pending before their backwards.
+
+Nothing here waits for a GPU but making the token partition from labels that are on it, once per forward, and comparing
+the mask collectives; a training loop that has the batch on the host saves the first (:meth:`SparseContext.hand_over`)
+and does the second once per optimizer step (:attr:`SparseContext.check_masks`).
 """
 
 from __future__ import annotations
@@ -12,12 +16,13 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..method.schedule import is_sparse_step
-from ..method.tokens import TokenPartition, loss_positions, partition_tokens
+from ..method.tokens import TokenPartition, partition_tokens
 from ..sync.masks import MaskSync, Site
 
 # Forwards whose backward may still be to come.
@@ -36,6 +41,8 @@ class MicroBatch:
     """Address of each layer's input."""
     loss: LossPositions | None = None
     """Where the loss reads logits; ``None`` leaves the LM head whole."""
+    last_layer: int | None = None
+    """The decoder layer that computes q, o and FFN at ``loss`` only."""
 
 
 @dataclass(slots=True)
@@ -80,7 +87,11 @@ class SparseContext:
         self.counts = TokenCounts()
         self.enabled = True
         self.skip_unused_logits = False
-        self.check_each_forward = False
+        self.last_layer: int | None = None
+        """The layer that may compute only what the loss reads, see :mod:`.last_layer`."""
+        self.check_masks: Literal["next", "each", "caller"] = "next"
+        """When the mask collectives of a forward are compared on a GPU, which waits for it: before the next forward, at
+        the forward's own end, or never here, because the caller does so before each optimizer step."""
         self.probe: Mapping[tuple[int, str], int] | None = None
         """Channels to keep by (layer, group). While it is set, every forward with labels is sparse at these sites and
         dense elsewhere, in evaluation too and whatever the schedule says. Set it between forwards, on every rank."""
@@ -90,6 +101,7 @@ class SparseContext:
         self._forwards: deque[MicroBatch] = deque(maxlen=_PENDING_FORWARDS)
         self._training_forwards = 0
         self._held: dict[tuple[int, str], tuple[int, Tensor]] = {}
+        self._handed: tuple[Tensor, TokenPartition] | None = None
         self._warned = self._warned_labels = False
 
     # --- schedule ---------------------------------------------------------------------------------------------
@@ -117,6 +129,10 @@ class SparseContext:
 
     # --- a forward of the model ---------------------------------------------------------------------------------
 
+    def hand_over(self, labels: Tensor, partition: TokenPartition) -> None:
+        """Give the partition of the forward that comes next with ``labels``; it was made on the host, without a wait."""
+        self._handed = labels, partition
+
     def begin(
         self,
         labels: Tensor | None,
@@ -124,26 +140,39 @@ class SparseContext:
         training: bool,
         shifted: bool = False,
         opened_by: object = None,
+        logits_only: bool = True,
     ) -> None:
-        """Open the micro-batch of a forward. Without labels, or in evaluation, everything is dense (see ``probe``)."""
-        partition = None
-        if self.probe is not None and labels is not None:
-            partition = partition_tokens(labels, attention_mask, shifted=shifted)
-        elif training and labels is not None and self.is_sparse:
-            partition = partition_tokens(labels, attention_mask, shifted=shifted)
-            self.counts.dense += partition.dense.numel()
-            self.counts.context += partition.context.numel()
-        elif training and labels is None and self.enabled and torch.is_grad_enabled() and not self._warned_labels:
+        """Open the micro-batch of a forward. Without labels, or in evaluation, everything is dense (see ``probe``).
+
+        ``logits_only`` says that nobody reads more of the last decoder layer than what the loss reads.
+        """
+        if self.check_masks == "next":
+            self.sync.check()
+        handed, self._handed = self._handed, None
+        partition: TokenPartition | None = None
+        loss: LossPositions | None = None
+        if labels is not None and (training or self.probe is not None):
+            sparse = self.probe is not None or self.is_sparse
+            packed = self.skip_unused_logits and not shifted
+            if sparse or packed:
+                if handed is not None and _same(handed[0], labels) and not shifted:
+                    found = handed[1]
+                else:
+                    found = partition_tokens(labels, attention_mask, shifted=shifted)
+                partition = found if sparse else None
+                loss = LossPositions(labels.shape, found.loss_rows, found.loss_labels) if packed else None
+            if partition is not None and self.probe is None:
+                self.counts.dense += partition.dense.numel()
+                self.counts.context += partition.context.numel()
+        elif training and self.enabled and torch.is_grad_enabled() and not self._warned_labels:
             self._warned_labels = True
             warnings.warn(
                 "a training forward came without labels and was computed densely: pass labels to the model (a custom loss "
                 "function or label smoothing takes them out)",
                 stacklevel=2,
             )
-        self._current, self._opened_by = MicroBatch(partition), opened_by
-        if (training or self.probe is not None) and labels is not None and not shifted and self.skip_unused_logits:
-            rows, targets = loss_positions(labels)
-            self._current.loss = LossPositions(labels.shape, rows, targets)
+        last_layer = self.last_layer if loss is not None and training and logits_only else None
+        self._current, self._opened_by = MicroBatch(partition, loss=loss, last_layer=last_layer), opened_by
         if training:
             self._training_forwards += 1
             self._forwards.append(self._current)
@@ -152,7 +181,7 @@ class SparseContext:
         """Close the micro-batch that ``opened_by`` opened: from here on, a layer that runs is being recomputed."""
         if self._opened_by is opened_by:
             self._current = self._opened_by = None
-            if self.check_each_forward:
+            if self.check_masks == "each":
                 self.sync.check()
 
     @property
@@ -171,8 +200,12 @@ class SparseContext:
 
     # --- a layer --------------------------------------------------------------------------------------------------
 
-    def enter_layer(self, layer: int, hidden: Tensor) -> None:
-        """Called with each layer's input, in the forward and again in recomputation."""
+    def enter_layer(self, layer: int, hidden: Tensor, required: bool = True) -> None:
+        """Called with each layer's input, in the forward and again in recomputation.
+
+        Raises:
+            RuntimeError: ``required``, and the forward that is recomputed is not known.
+        """
         address = hidden.data_ptr()
         if self._current is not None:
             self._current.inputs[layer] = address
@@ -180,18 +213,34 @@ class SparseContext:
             # The newest one with this address: the memory of a finished forward may have been given out again.
             found = (batch for batch in reversed(self._forwards) if batch.inputs.get(layer) == address)
             self._replayed = next(found, None)
-            if self._replayed is None:
+            if self._replayed is None and required:
                 raise RuntimeError(
                     f"layer {layer} is recomputed for a forward that is not known: more than {_PENDING_FORWARDS} "
                     "forwards were waiting for their backward, or the checkpointing moves its inputs (offloading)"
                 )
 
-    def active(self, layer: int, group: str) -> MicroBatch | None:
-        """The micro-batch that the running layer belongs to, or ``None`` where its ``group`` is computed densely."""
+    @property
+    def _running(self) -> MicroBatch | None:
+        """The micro-batch that the running layer belongs to, in recomputation that of its first run."""
+        return self._current or (self._replayed if _in_backward() else None)
+
+    def active(self, layer: int, group: str, role: str | None = None) -> MicroBatch | None:
+        """The micro-batch that the running layer belongs to, or ``None`` where its ``group`` is computed densely.
+
+        ``role`` is the projection that asks: in a layer that computes only what the loss reads, k and v are sparse as
+        ever, and q, o and the FFN whole, at positions that are all dense.
+        """
         if self.probe is not None and (layer, group) not in self.probe:
             return None
-        batch = self._current or (self._replayed if _in_backward() else None)
-        return batch if batch is not None and batch.partition is not None else None
+        batch = self._running
+        if batch is None or batch.partition is None or (layer == batch.last_layer and role not in ("k", "v")):
+            return None
+        return batch
+
+    def wanted(self, layer: int) -> LossPositions | None:
+        """The positions that q, o and the FFN of the running ``layer`` are computed at; ``None`` is all of them."""
+        batch = self._running
+        return batch.loss if batch is not None and batch.last_layer == layer else None
 
     def keep(self, layer: int, group: str, usual: int) -> int:
         """How many channels to choose: ``usual``, or what the probe says."""
@@ -232,6 +281,11 @@ class SparseContext:
         for key, mask in state.items():
             layer, group, step = key.split(".")
             self._held[int(layer), group] = (int(step), mask)
+
+
+def _same(held: Tensor, labels: Tensor) -> bool:
+    """By address, because engines may rewrap the labels; while they are held, their memory is nobody else's."""
+    return held.data_ptr() == labels.data_ptr() and held.shape == labels.shape
 
 
 def _in_backward() -> bool:

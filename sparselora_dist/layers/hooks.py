@@ -22,8 +22,23 @@ class BeginHook:
         labels, shifted = kwargs.get("labels"), False
         if labels is None and kwargs.get("shift_labels") is not None:
             labels, shifted = kwargs["shift_labels"], True
-        self.context.sync.check()
-        self.context.begin(labels, kwargs.get("attention_mask"), module.training, shifted, opened_by=module)
+        self.context.begin(
+            labels,
+            kwargs.get("attention_mask"),
+            module.training,
+            shifted,
+            opened_by=module,
+            logits_only=not _asks_for_more(module, kwargs),
+        )
+
+
+def _asks_for_more(module: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the caller reads hidden states or attentions, or chose the logits' positions."""
+    for key in ("output_hidden_states", "output_attentions"):
+        if kwargs[key] if kwargs.get(key) is not None else getattr(module.config, key, False):
+            return True
+    keep = kwargs.get("logits_to_keep")
+    return isinstance(keep, Tensor) or bool(keep)
 
 
 class FinishHook:
@@ -37,11 +52,14 @@ class FinishHook:
 
 
 class LayerHook:
-    """Forward pre-hook of a decoder layer's first norm: remembers, or recognises, the layer's input."""
+    """Forward pre-hook of a decoder layer's first norm: remembers, or recognises, the layer's input.
 
-    def __init__(self, context: SparseContext, layer: int) -> None:
-        self.context, self.layer = context, layer
+    ``required`` says that recomputing the layer is an error where its first forward is not known.
+    """
+
+    def __init__(self, context: SparseContext, layer: int, required: bool = True) -> None:
+        self.context, self.layer, self.required = context, layer, required
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if torch.is_grad_enabled() or self.context.in_forward:
-            self.context.enter_layer(self.layer, args[0])
+            self.context.enter_layer(self.layer, args[0], self.required)

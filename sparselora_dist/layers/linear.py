@@ -74,7 +74,7 @@ class SparseProjection(FrozenLinear):
 
     def forward(self, x: Tensor, branch: Branch | None = None, merge: bool = False) -> Tensor:
         """``x`` (..., in) -> (..., out); the LoRA branch, where one is given, is whole for all tokens."""
-        batch = self.channels.context.active(self.channels.site.layer, _GROUP[self.role])
+        batch = self.channels.context.active(self.channels.site.layer, _GROUP[self.role], self.role)
         if batch is None:
             return self._product(x, branch, merge=merge)
         assert batch.partition is not None

@@ -55,6 +55,10 @@ class HeadGeometry:
     def vo_channels(self) -> int:
         return self.kv_heads * self.head_dim
 
+    def channel_counts(self, width: int) -> dict[str, int]:
+        """Channels of a layer by group; ``width`` is the FFN's."""
+        return {"ffn": width, "qk": self.qk_channels, "vo": self.vo_channels}
+
     def _query_heads(self, kv_head: Tensor) -> Tensor:
         """(k,) key/value heads -> (k, G) query heads of their groups."""
         return kv_head[:, None] * self.group + torch.arange(self.group, device=kv_head.device)

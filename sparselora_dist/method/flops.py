@@ -7,9 +7,12 @@ is not counted, nor is the recomputation of activation checkpointing, which scal
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-from .channels import HeadGeometry
+from sparselora_kernels import kept_count
+
+from .channels import FFN, HeadGeometry
 
 _FROZEN = 4  # 2 forward, 2 input gradient
 _TRAINED = 6  # and 2 weight gradient
@@ -24,6 +27,26 @@ class LayerShare:
     vo: float = 1.0
 
 
+def layer_shares(
+    layers: int, channels: Mapping[str, int], sparsity: Mapping[str, Mapping[int, float]]
+) -> tuple[LayerShare, ...]:
+    """Kept share of every group in every layer.
+
+    Args:
+        layers: how many there are.
+        channels: of a layer, by group.
+        sparsity: group -> layer -> sparsity; what is not named is dense.
+    """
+    return tuple(
+        LayerShare(**{g: kept_count(channels[g], by[layer]) / channels[g] for g, by in sparsity.items() if layer in by})
+        for layer in range(layers)
+    )
+
+
+TRIMMED = ("q_proj", "o_proj", *FFN)
+"""Matrices that the last layer runs at the positions of the logits only, where the LM head does."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlopModel:
     """Shapes of a model with LoRA."""
@@ -36,12 +59,31 @@ class FlopModel:
     """Trainable elements of all LoRA matrices, all layers."""
     layers: tuple[LayerShare, ...]
     estimator_rank: int = 8
+    lora_elements_trimmed: int = 0
+    """Those of the last layer's :data:`TRIMMED` matrices."""
 
     @property
-    def _attention_matrices(self) -> tuple[int, int]:
-        """Elements of (q + k, v + o)."""
-        q, kv = self.heads.heads * self.heads.head_dim, self.heads.kv_heads * self.heads.head_dim
-        return self.hidden * (q + kv), self.hidden * (q + kv)
+    def query(self) -> int:
+        """Elements of q; as many as of o."""
+        return self.hidden * self.heads.heads * self.heads.head_dim
+
+    @property
+    def key(self) -> int:
+        """Elements of k; as many as of v."""
+        return self.hidden * self.heads.kv_heads * self.heads.head_dim
+
+    @property
+    def ffn(self) -> int:
+        """Elements of gate, up and down."""
+        return 3 * self.hidden * self.width
+
+    def layer_elements(self, share: LayerShare) -> float:
+        """Elements of a layer's matrices that a token meets."""
+        return (share.qk + share.vo) * (self.query + self.key) + share.ffn * self.ffn
+
+    def trimmed_elements(self, share: LayerShare) -> float:
+        """Those among them that the last layer leaves out at a position without logits."""
+        return (share.qk + share.vo) * self.query + share.ffn * self.ffn
 
     def _per_token(self, length: float) -> float:
         """FLOPs per token outside the sparse matrices: attention products, LoRA, LM head."""
@@ -51,26 +93,31 @@ class FlopModel:
 
     def dense(self, tokens: float, length: float) -> float:
         """A step with ``tokens`` real tokens in sequences of ``length``, all computed densely."""
-        qk, vo = self._attention_matrices
-        frozen = len(self.layers) * (qk + vo + 3 * self.hidden * self.width)
+        frozen = len(self.layers) * self.layer_elements(LayerShare())
         return tokens * (self._per_token(length) + _FROZEN * frozen)
 
     def executed(self, dense_tokens: float, context_tokens: float, length: float, logits: float | None = None) -> float:
         """The same step with ``context_tokens`` of its tokens computed sparsely, estimator included.
 
-        ``logits`` is the number of positions that the LM head runs at; ``None`` means all of them.
+        ``logits`` is the number of positions, all dense, that the LM head runs at, and the last layer's q, o and FFN;
+        ``None`` means that both run at all of them.
         """
-        qk, vo = self._attention_matrices
-        ffn, context = 3 * self.hidden * self.width, self._per_token(length)
-        for layer in self.layers:
-            context += _FROZEN * (layer.qk * qk + layer.vo * vo + layer.ffn * ffn) + self._estimator(layer)
-        tokens = dense_tokens + context_tokens
-        unused = 0.0 if logits is None else tokens - logits
-        return (
-            self.dense(dense_tokens, length)
-            + context_tokens * context
-            - unused * _FROZEN * self.hidden * self.vocabulary
-        )
+        if logits is None:
+            context = self._per_token(length) + sum(map(self._sparse, self.layers))
+            return self.dense(dense_tokens, length) + context_tokens * context
+        # The last layer's FFN does not enter what context tokens cost: there a saving of zero is exactly zero.
+        whole, last = LayerShare(), replace(self.layers[-1], ffn=1.0)
+        trained = _TRAINED * self.lora_elements_trimmed
+        read = _FROZEN * (self.hidden * self.vocabulary + self.trimmed_elements(whole)) + trained
+        every = self._per_token(length) - _FROZEN * self.hidden * self.vocabulary - trained
+        dense = len(self.layers) * self.layer_elements(whole) - self.trimmed_elements(whole)
+        context = sum(map(self._sparse, self.layers[:-1])) + self._sparse(last)
+        context -= _FROZEN * self.trimmed_elements(last)
+        return logits * read + dense_tokens * (every + _FROZEN * dense) + context_tokens * (every + context)
+
+    def _sparse(self, share: LayerShare) -> float:
+        """FLOPs of a context token in the matrices of a layer, estimator included."""
+        return _FROZEN * self.layer_elements(share) + self._estimator(share)
 
     def _estimator(self, layer: LayerShare) -> float:
         matrices = (layer.ffn < 1) * 2 + (layer.qk < 1) * 2 + (layer.vo < 1)

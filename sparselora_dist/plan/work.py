@@ -7,8 +7,9 @@ value, H, I the model's widths, q and kv those of the projections, r the adapter
 
 two norms (input and output, and their fp32 copies), rotated q and k, v and attention's output, and gate, up, their
 activation and product. A context token of a layer with sparse FFN keeps k instead of I neurons (with ``lora_branch``
-"dense" and adapters there, all of them). With checkpointing: every layer's input, e H, and one layer's working set. In
-both cases the gradients that flow through one layer are added, e (2 H + 2 I) a token.
+"dense" and adapters there, all of them); where the LM head skips positions without labels, they keep none in the last
+layer. With checkpointing: every layer's input, e H, and one layer's working set. In both cases the gradients that flow
+through one layer are added, e (2 H + 2 I) a token.
 """
 
 from __future__ import annotations
@@ -17,11 +18,9 @@ from dataclasses import dataclass
 
 import torch
 
-from sparselora_kernels import kept_count
-
 from ..config import RunConfig
 from ..method.channels import FFN
-from ..method.flops import FlopModel, LayerShare
+from ..method.flops import TRIMMED, FlopModel, LayerShare, layer_shares
 from .modules import Tree
 from .shapes import ModelShape
 from .storage import checkpointing
@@ -51,14 +50,9 @@ class Work:
 
 def shares(shape: ModelShape, config: RunConfig) -> tuple[LayerShare, ...]:
     """Kept share of every group in every layer."""
-    counts = {"ffn": shape.width, "qk": shape.heads.qk_channels, "vo": shape.heads.vo_channels}
     sparse = config.sparse_lora
     sparsity = sparse.sparsity(shape.layers) if sparse.enabled else {}
-    found = []
-    for layer in range(shape.layers):
-        kept = {g: kept_count(counts[g], by[layer]) / counts[g] for g, by in sparsity.items() if layer in by}
-        found.append(LayerShare(**kept))
-    return tuple(found)
+    return layer_shares(shape.layers, shape.heads.channel_counts(shape.width), sparsity)
 
 
 def flop_model(shape: ModelShape, config: RunConfig, tree: Tree) -> FlopModel:
@@ -71,6 +65,9 @@ def flop_model(shape: ModelShape, config: RunConfig, tree: Tree) -> FlopModel:
         lora_elements=sum(p.numel for p in tree.parameters() if p.trainable),
         layers=shares(shape, config),
         estimator_rank=config.sparse_lora.rank,
+        lora_elements_trimmed=sum(
+            p.numel for p in tree.layers[-1].walk() if p.trainable and set(p.name.split(".")) & set(TRIMMED)
+        ),
     )
 
 
@@ -78,37 +75,48 @@ def work(shape: ModelShape, config: RunConfig, tree: Tree, batch: Batch) -> Work
     """Of a GPU, with the run's sparsity and checkpointing. Not counted: NF4 decoding, the optimizer, elementwise work."""
     model = flop_model(shape, config, tree)
     context = batch.tokens * batch.context if config.sparse_lora.enabled else 0.0
-    labels = batch.tokens * (1 - batch.context) if config.sparse_lora.skip_unused_logits else float(batch.tokens)
+    labels = batch.tokens * (1 - batch.context) if config.sparse_lora.skip_unused_logits else None
     dense = model.dense(batch.tokens, batch.length)
     executed = model.executed(batch.tokens - context, context, batch.length, labels)
     if checkpointing(config) != "none":
         dense += _recomputed(model, shape, batch.tokens, 0.0, batch.length)
-        executed += _recomputed(model, shape, batch.tokens - context, context, batch.length)
+        executed += _recomputed(model, shape, batch.tokens - context, context, batch.length, labels)
     steps = config.train.gradient_accumulation_steps
     size = 2 if config.model.dtype == "bfloat16" else 4
     # The logits, their fp32 copy and its gradient, and the logits' gradient; in fp32 there is no copy.
-    logits = labels * shape.vocabulary * (2 * size + 8 if size == 2 else 3 * size)
-    return Work(steps * dense, steps * executed, _activations(shape, config, tree, batch, context, size), int(logits))
+    read = batch.tokens if labels is None else labels
+    logits = read * shape.vocabulary * (2 * size + 8 if size == 2 else 3 * size)
+    activations = _activations(shape, config, tree, batch, context, labels, size)
+    return Work(steps * dense, steps * executed, activations, int(logits))
 
 
-def _recomputed(model: FlopModel, shape: ModelShape, dense: float, context: float, length: int) -> float:
+def _recomputed(
+    model: FlopModel, shape: ModelShape, dense: float, context: float, length: int, labels: float | None = None
+) -> float:
     """Forward FLOPs of the decoder layers: 2 a multiply-add, attention's products over half the square."""
-    q, kv = shape.heads.heads * shape.heads.head_dim, shape.heads.kv_heads * shape.heads.head_dim
-    attention, ffn = shape.hidden * (q + kv), 3 * shape.hidden * shape.width
+    q = shape.heads.heads * shape.heads.head_dim
     every = shape.layers * 4 * q * length / 2 + 2 * model.lora_elements
-    kept = sum(2 * ((share.qk + share.vo) * attention + share.ffn * ffn) for share in model.layers)
-    return dense * (every + shape.layers * 2 * (2 * attention + ffn)) + context * (every + kept)
+    kept = 2 * sum(map(model.layer_elements, model.layers))
+    flops = dense * (every + shape.layers * 2 * model.layer_elements(LayerShare())) + context * (every + kept)
+    if labels is not None:
+        flops -= (dense - labels) * 2 * (model.trimmed_elements(LayerShare()) + model.lora_elements_trimmed)
+        flops -= context * 2 * (model.trimmed_elements(model.layers[-1]) + model.lora_elements_trimmed)
+    return flops
 
 
-def _activations(shape: ModelShape, config: RunConfig, tree: Tree, batch: Batch, context: float, size: int) -> int:
+def _activations(
+    shape: ModelShape, config: RunConfig, tree: Tree, batch: Batch, context: float, labels: float | None, size: int
+) -> int:
     q, kv = shape.heads.heads * shape.heads.head_dim, shape.heads.kv_heads * shape.heads.head_dim
     layers = []
-    for module, share in zip(tree.layers, shares(shape, config)):
+    for number, (module, share) in enumerate(zip(tree.layers, shares(shape, config)), 1):
         adapters = [p for p in module.walk() if p.trainable and p.name.endswith("lora_A")]
         ranks = sum(p.shape[0] for p in adapters)
         full = config.sparse_lora.lora_branch == "dense" and any(name in p.name for p in adapters for name in FFN)
         kept = 1.0 if full else share.ffn
         neurons = ((batch.tokens - context) + context * kept) * shape.width
+        if number == shape.layers and labels is not None:
+            neurons = labels * shape.width
         token = size * (4 * shape.hidden + 2 * q + 2 * kv + ranks) + 8 * shape.hidden
         layers.append(batch.tokens * token + 4 * size * neurons)
     flowing = batch.tokens * size * 2 * (shape.hidden + shape.width)

@@ -20,11 +20,6 @@ Site = tuple[int, str]
 """Layer, group."""
 
 
-def channel_counts(shape: ModelShape) -> dict[str, int]:
-    """Channels of a layer by group."""
-    return {"ffn": shape.width, "qk": shape.heads.qk_channels, "vo": shape.heads.vo_channels}
-
-
 class Budget:
     """FLOPs of training on a dataset, by the kept channels of each site; sites that are not named are dense.
 
@@ -38,7 +33,7 @@ class Budget:
         plain = replace(config, sparse_lora=SparseLoRAConfig(enabled=False, rank=config.sparse_lora.rank))
         tree = build_tree(shape, plain, codec_of(config.model, config.quantization), torch.float32)
         self._model: FlopModel = flop_model(shape, plain, tree)
-        self._counts = channel_counts(shape)
+        self._counts = shape.heads.channel_counts(shape.width)
         self._data = data
         self._logits = data.labels if config.sparse_lora.skip_unused_logits else None
         self.dense = self._model.dense(data.tokens, data.length)
@@ -56,9 +51,13 @@ class Budget:
         """:meth:`executed` as a share of dense LoRA's."""
         return self.executed(keep) / self.dense
 
-    def saving(self, group: str, channels: int) -> float:
-        """FLOPs that one layer saves by keeping ``channels`` of ``group``. Layers are alike, and savings add up."""
-        return self.executed({}) - self.executed({(0, group): channels})
+    def saving(self, site: Site, channels: int) -> float:
+        """FLOPs that keeping ``channels`` at ``site`` saves; savings add up. Layers are alike but for the last.
+
+        Where the LM head skips positions without labels, the last layer runs q, o and FFN at label positions only,
+        dense: its FFN then saves nothing, its attention only in k and v.
+        """
+        return self.executed({}) - self.executed({site: channels})
 
     def check(self, target: float, sites: Iterable[Site], keeps: Mapping[str, Iterable[int]]) -> None:
         """Refuse a target that no choice at ``sites`` meets, or that needs none.
@@ -68,7 +67,7 @@ class Budget:
         """
         # The fewest channels save most, unless the estimator costs more than is left out.
         fewest = {group: min(channels) for group, channels in keeps.items()}
-        lowest = {(i, group): fewest[group] for i, group in sites if self.saving(group, fewest[group]) > 0}
+        lowest = {site: fewest[site[1]] for site in sites if self.saving(site, fewest[site[1]]) > 0}
         low, high = self.share(lowest), self.share({})
         if low <= target < high:
             return
@@ -77,5 +76,7 @@ class Budget:
             f"with these groups and levels, and {share:.1%} of the tokens being context, the executed share can be "
             f"{low:.4f} to {high:.4f} of dense LoRA's FLOPs"
         )
+        if self._logits is not None and "ffn" in fewest:
+            reach += " (the last layer's FFN runs at label positions only, and saves nothing)"
         advice = "raise the target, or allow more groups or higher levels" if target < low else "nothing needs sparsity"
         raise ValueError(f"--target-flops {target:g} cannot be met: {reach}; {advice}")

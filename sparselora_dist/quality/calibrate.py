@@ -32,7 +32,7 @@ from ..io.weights import CheckpointWeights, checkpoint_folder
 from ..plan.shapes import ModelShape, from_hf_config
 from ..train.run import build_model
 from .allocate import Allocation, allocate
-from .budget import Budget, Site, channel_counts
+from .budget import Budget, Site
 from .heatmap import HeatMap, check_drawable, draw
 from .importance import layer_importance
 from .probe import Prober
@@ -121,9 +121,9 @@ class _Run:
         self.sample: Sample = take_sample(self.dataset, calibration.rows, size, config.train.seed)
         self.data: DataShape = data_shape(self.dataset)
         self.sites: list[Site] = [(layer, g) for g in calibration.groups for layer in range(self.shape.layers)]
-        counts = channel_counts(self.shape)
+        self.channels = self.shape.heads.channel_counts(self.shape.width)
         self.keep = {
-            (group, level): kept_count(counts[group], level)
+            (group, level): kept_count(self.channels[group], level)
             for group in calibration.groups
             for level in calibration.levels
         }
@@ -223,7 +223,7 @@ class _Run:
             "criterion": self.asked.criterion,
             "groups": list(self.asked.groups),
             "levels": list(self.asked.levels),
-            "channels": channel_counts(self.shape),
+            "channels": self.channels,
             "context_share": self.data.context / self.data.tokens,
             "label_tokens": self.sample.labels,
             "dense_loss": dense,
@@ -233,10 +233,8 @@ class _Run:
                 "target_share": self.asked.target_flops,
                 "chosen_share": self.budget.share(keep),
                 "dense_of_the_data": self.budget.dense,
-                "saving_of_a_layer": {
-                    group: {level: self.budget.saving(group, self.keep[group, level]) for level in self.asked.levels}
-                    for group in self.asked.groups
-                },
+                "saving_of_a_layer": self._savings(0),
+                "saving_of_the_last_layer": self._savings(self.shape.layers - 1),
             },
             "choice": {
                 "layers": section.layers,
@@ -265,10 +263,16 @@ class _Run:
         need = self.budget.executed({}) - self.asked.target_flops * self.budget.dense
         # A measured gain is noise of a finite sample: it counts as no loss, and is no reason to be sparse.
         options = [
-            [(self.budget.saving(group, self.keep[group, level]), max(cost, 0.0)) for level, cost in costs.items()]
-            for (_, group), costs in predicted.items()
+            [(self.budget.saving(site, self.keep[site[1], level]), max(cost, 0.0)) for level, cost in costs.items()]
+            for site, costs in predicted.items()
         ]
         return allocate(options, need)
+
+    def _savings(self, layer: int) -> dict[str, dict[float, float]]:
+        return {
+            group: {level: self.budget.saving((layer, group), self.keep[group, level]) for level in self.asked.levels}
+            for group in self.asked.groups
+        }
 
     def _section(self, chosen: dict[Site, float]) -> SparseLoRAConfig:
         layers = {}

@@ -61,7 +61,7 @@ class Observer:
             layer for layer in decoder_layers(model) if any(layer.index in by_layer for by_layer in sparsity.values())
         ]
         width: int = self.layers[0].matrix("gate_proj").out_features if self.layers else 0
-        counts = {"ffn": width, "qk": self.heads.qk_channels, "vo": self.heads.vo_channels}
+        counts = self.heads.channel_counts(width)
         self.sites = {
             (layer, group): Site(layer, group, counts[group], kept_count(counts[group], value), value, own_rank)
             for group, by_layer in sparsity.items()

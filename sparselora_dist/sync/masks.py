@@ -9,7 +9,8 @@ or another purpose. So the mask collectives
   rank where every other rank is, and an error names both.
 
 On CPU the slots are compared at once. On a GPU that would wait for the device in every layer, so they are kept and
-compared by :meth:`MaskSync.check`, which the model calls once per forward and the training loop before each step.
+compared by :meth:`MaskSync.check`: once per optimizer step where the training loop calls it before the step, else once
+per forward by the model.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ SyncMode = Literal["global", "node", "local"]
 _SLOT = 3
 # Integers up to here are exact in fp32.
 _CALL_MODULUS = 1 << 20
+# Reductions that may wait to be compared: more than the micro-batches of any step, should nobody call check.
+_MOST_PENDING = 1 << 14
 # How long a failing rank waits for the others to say where they are.
 _POST_MORTEM_SECONDS = 3.0
 
@@ -148,8 +151,9 @@ class MaskSync:
             except RuntimeError as error:
                 raise MaskSyncError(self._post_mortem(site)) from error
             self.collectives += 1
-        self._pending.append((header, site, call))
-        if sums.device.type == "cpu":
+        # A copy: a view would keep every payload of an optimizer step alive.
+        self._pending.append((header.clone(), site, call))
+        if sums.device.type == "cpu" or len(self._pending) >= _MOST_PENDING:
             self.check()
         return payload[: sums.numel()]
 

@@ -22,6 +22,7 @@ from ..io.adapter import saved_names
 from ..io.checkpoint import Checkpoint, RunState, save_checkpoint
 from ..layers.context import SparseContext
 from ..method.flops import FlopModel
+from ..method.tokens import partition_tokens, send
 from .evaluate import Evaluation, evaluate
 from .metrics import MetricsWriter
 
@@ -86,6 +87,8 @@ class TrainingLoop:
     def run(self) -> dict[str, Any]:
         """All remaining steps; returns the summary."""
         previous = signal.signal(signal.SIGTERM, self._request_stop)
+        # One wait per optimizer step instead of one per forward: see _optimize.
+        self.context.check_masks = "caller"
         try:
             if self.eval_data is not None and not self.totals.eval_start:
                 self.totals.eval_start = self._evaluate(0)
@@ -106,6 +109,7 @@ class TrainingLoop:
             return self._summary(self._evaluate(self.total_steps))
         finally:
             self.metrics.close()
+            self.context.check_masks = "next"
             signal.signal(signal.SIGTERM, previous)
 
     def _request_stop(self, *_: object) -> None:
@@ -115,7 +119,6 @@ class TrainingLoop:
         batch = self.sampler.batch(step)
         labels = int(self.train_data.label_counts[batch.indices].sum())
         lengths = self.train_data.lengths[batch.indices]
-        tokens = int(lengths.sum())
         learning_rate = self._learning_rate()
         self.context.set_step(step, self.total_steps)
         started = time.perf_counter()
@@ -129,7 +132,7 @@ class TrainingLoop:
         if not self._deepspeed_schedules:  # DeepSpeed's own is stepped by its engine.
             self.scheduler.step()
         seconds = time.perf_counter() - started
-        logits = labels if self.context.skip_unused_logits else tokens
+        logits = labels if self.context.skip_unused_logits else None
         self._record(step, result, lengths, logits, seconds, learning_rate)
 
     def _optimize(self, step: int, batch: GlobalBatch, labels: int) -> StepResult:
@@ -140,14 +143,17 @@ class TrainingLoop:
         loss = torch.zeros((), device=engine.device)
         for number in range(batch.accumulation):
             rows = batch.micro_batch(number, engine.ranks.rank)
-            inputs = collate(self.train_data, rows, self.pad_token_id)
-            inputs = {name: tensor.to(engine.device, non_blocking=True) for name, tensor in inputs.items()}
+            host = collate(self.train_data, rows, self.pad_token_id)
+            # Made on the host, so that the model does not wait for the device to learn how many tokens are of which kind.
+            partition = partition_tokens(host["labels"], host["attention_mask"])
+            inputs = {name: send(tensor, engine.device) for name, tensor in host.items()}
+            self.context.hand_over(inputs["labels"], partition.to(engine.device))
             with engine.autocast():
                 # Engines average gradients over ranks: labels / world makes it the mean over the global batch.
                 output = engine.model(**inputs, use_cache=False, num_items_in_batch=labels / world)
             engine.backward(output.loss, last=number == batch.accumulation - 1)
             loss += output.loss.detach()
-        self.context.sync.check()
+        self.context.sync.check()  # No step is taken on masks that the ranks did not agree on.
         total, context = engine.all_sum(loss.item() / world, counts.context)
         if not math.isfinite(total):
             raise FloatingPointError(
@@ -157,7 +163,7 @@ class TrainingLoop:
         return StepResult(total, engine.step(), context)
 
     def _record(
-        self, step: int, result: StepResult, lengths: Any, logits: int, seconds: float, learning_rate: float
+        self, step: int, result: StepResult, lengths: Any, logits: int | None, seconds: float, learning_rate: float
     ) -> None:
         tokens, totals = float(lengths.sum()), self.totals
         # Mean length that a token sees, so that the quadratic part of attention is counted right.

@@ -8,34 +8,26 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sparselora_kernels import kept_count
-
-from ..apply import SparseState
 from ..config.train import TrainSection
-from ..families import causal_lm, geometry
-from ..method.flops import FlopModel, LayerShare
+from ..families import causal_lm, decoder_layers, geometry
+from ..method.flops import TRIMMED, FlopModel, layer_shares
+from ..replace import SparseState
 
 
 def flop_model(model: Any, state: SparseState) -> FlopModel:
     """FLOP model of a PEFT model before it is sharded, with the kept shares that were applied to it."""
     config, heads = causal_lm(model).config, geometry(model)
-    counts = {"ffn": config.intermediate_size, "qk": heads.qk_channels, "vo": heads.vo_channels}
-    layers = []
-    for layer in range(config.num_hidden_layers):
-        kept = {
-            group: kept_count(counts[group], by_layer[layer]) / counts[group]
-            for group, by_layer in state.sparsity.items()
-            if layer in by_layer
-        }
-        layers.append(LayerShare(**kept))
+    counts = heads.channel_counts(config.intermediate_size)
+    last = decoder_layers(model)[-1].module.named_parameters()
     return FlopModel(
         hidden=config.hidden_size,
         width=config.intermediate_size,
         vocabulary=config.vocab_size,
         heads=heads,
         lora_elements=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        layers=tuple(layers),
+        layers=layer_shares(config.num_hidden_layers, counts, state.sparsity),
         estimator_rank=state.config.rank,
+        lora_elements_trimmed=sum(p.numel() for n, p in last if p.requires_grad and set(n.split(".")) & set(TRIMMED)),
     )
 
 

@@ -23,7 +23,7 @@ from .conftest import Tiny, task_rows
 
 pytestmark = pytest.mark.usefixtures("alone")
 # The tiny model's groups by layer.
-CHOSEN = {1: {"ffn", "qk"}, 2: {"ffn", "vo"}}
+CHOSEN = {1: {"ffn", "qk"}, 2: {"vo"}}
 
 
 def rows(history: list[dict[str, float]]) -> list[dict[str, float]]:

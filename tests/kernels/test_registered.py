@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import sparselora_kernels as kernels
+import sparselora_kernels.flop_counts
 from support.kernel_cases import nf4, some, split
 
 OPS = torch.ops.sparselora
@@ -77,3 +82,29 @@ def test_a_sparse_ffn_compiles_without_a_graph_break() -> None:
         function(*leaves).square().sum().backward()
         found.append([t.grad for t in leaves])
     assert all(torch.allclose(a, b) for a, b in zip(*found))
+
+
+class Inside(TorchDispatchMode):
+    """Runs what an operation is made of where PyTorch's other modes see it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        definition = OPDEFS.get(func._schema.name)
+        return func(*args, **(kwargs or {})) if definition is None else definition._init_fn(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_flops_are_those_of_the_products_inside(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What FlopCounterMode is told of an operation, against the products of its implementation."""
+    name, arguments = CASES[case]
+    aten = torch.ops.aten
+    monkeypatch.setitem(flop_registry, aten.addmm_, flop_registry[aten.addmm])  # PyTorch forgets the in-place form.
+    counts = []
+    for mode in (nullcontext(), Inside()):
+        torch.manual_seed(0)
+        leaves = arguments()
+        with FlopCounterMode(display=False) as counter, mode:
+            outputs = getattr(OPS, name)(*leaves)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            sum(t.sum() for t in outputs if t.requires_grad).backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sparselora_dist.method.channels import HeadGeometry
-from sparselora_dist.method.flops import FlopModel, LayerShare
+from sparselora_dist.method.flops import FlopModel, LayerShare, layer_shares
 
 HEADS = HeadGeometry(heads=6, kv_heads=2, head_dim=8)
 
@@ -60,9 +60,45 @@ def test_more_sparsity_costs_less(group: str) -> None:
     assert len(set(steps)) == len(steps)
 
 
-def test_the_lm_head_counts_where_it_runs() -> None:
-    dense = model(LayerShare())
-    assert dense.executed(10, 30, 24, logits=10) == pytest.approx(dense.dense(40, 24) - 30 * 4 * 40 * 96)
+# Of the last layer, without k and v.
+TRIMMED = 2 * 48 * 40 + 3 * 104 * 40
+
+
+@pytest.mark.parametrize("context", [0, 30])
+def test_lm_head_and_last_layer_count_where_they_run(context: int) -> None:
+    dense = model(LayerShare(), LayerShare(), lora_elements_trimmed=100)
+    unused = 40 - 8
+    expected = dense.dense(40, 24) - unused * (4 * 40 * 96 + 4 * TRIMMED + 6 * 100)
+    assert dense.executed(40 - context, context, 24, logits=8) == pytest.approx(expected)
+
+
+def test_the_last_layer_is_dense_where_it_runs_and_sparse_in_k_and_v_only() -> None:
+    shares = [LayerShare(ffn=0.5, qk=0.25, vo=0.5), LayerShare(ffn=0.1, qk=0.25, vo=0.5)]
+    sparse, k_and_v = model(*shares, rank=1), 16 * 40
+    # A context token: the first layer as ever, in the last one k, v and the attention's estimate (q, k, v).
+    first = model(shares[0], rank=1, vocabulary=0, lora_elements=0).executed(0, 1, 0)
+    attention, lora = 2 * 3 * 4 * 48 * 24 / 2, 6 * 1234
+    token = first + 4 * (0.25 + 0.5) * k_and_v + 3 * 2 * 40 + attention + lora
+    # A dense token: two whole layers but for what only the logits need.
+    layer = TRIMMED + 2 * k_and_v
+    whole = 4 * (2 * layer - TRIMMED) + attention + lora
+    expected = 30 * token + 10 * whole + 8 * 4 * (TRIMMED + 40 * 96)
+    assert sparse.executed(10, 30, 24, logits=8) == pytest.approx(expected)
+
+
+def test_sparsity_in_the_last_layers_ffn_saves_exactly_nothing() -> None:
+    runs = [
+        model(LayerShare(ffn=0.3), LayerShare(ffn=share, qk=0.5)).executed(1e6, 3e6, 717.3, 8e5)
+        for share in (1.0, 0.5, 0.01)
+    ]
+    assert len(set(runs)) == 1
+
+
+def test_kept_shares_by_layer_and_group() -> None:
+    counts = HEADS.channel_counts(104)
+    assert counts == {"ffn": 104, "qk": 8, "vo": 16}
+    shares = layer_shares(3, counts, {"ffn": {0: 0.75, 2: 0.99}, "vo": {2: 0.5}})
+    assert shares == (LayerShare(ffn=26 / 104), LayerShare(), LayerShare(ffn=2 / 104, vo=0.5))
 
 
 def test_dense_tokens_are_not_made_cheaper() -> None:

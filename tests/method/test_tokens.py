@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparselora_dist.method.tokens import loss_positions, partition_tokens
+from sparselora_dist.method.tokens import partition_tokens
 
 
 def by_definition(labels: Tensor, mask: Tensor) -> tuple[list[int], list[int]]:
@@ -49,7 +51,11 @@ def test_equals_the_definition(data: tuple[Tensor, Tensor]) -> None:
     assert got.dense.tolist() == dense
     assert got.context.tolist() == context
     assert got.tokens == labels.numel()
-    assert got.dense.numel() + got.context.numel() == len(dense) + len(context)
+    flat, length = labels.flatten().tolist(), labels.shape[1]
+    read = [t for t in range(len(flat) - 1) if (t + 1) % length and flat[t + 1] != -100]
+    assert got.loss_rows.tolist() == read
+    assert got.loss_labels.tolist() == [flat[t + 1] for t in read]
+    assert set(read) <= set(dense)
 
 
 @settings(max_examples=100, deadline=None)
@@ -62,6 +68,7 @@ def test_shifted_labels_give_the_same_partition(data: tuple[Tensor, Tensor]) -> 
     plain, got = partition_tokens(labels, mask), partition_tokens(shifted, mask, shifted=True)
     assert torch.equal(plain.dense, got.dense)
     assert torch.equal(plain.context, got.context)
+    assert torch.equal(plain.loss_rows, got.loss_rows) and torch.equal(plain.loss_labels, got.loss_labels)
 
 
 def test_the_last_prompt_token_is_dense() -> None:
@@ -93,6 +100,16 @@ def test_everything_trained_leaves_no_context() -> None:
 
 
 def test_the_loss_reads_the_position_before_each_label_and_never_crosses_rows() -> None:
-    rows, targets = loss_positions(torch.tensor([[5, 6, -100, 7], [8, -100, -100, 1]]))
-    assert rows.numel() == 3
-    assert rows.tolist() == [0, 2, 6] and targets.tolist() == [6, 7, 1]
+    got = partition_tokens(torch.tensor([[5, 6, -100, 7], [8, -100, -100, 1]]))
+    assert got.loss_rows.tolist() == [0, 2, 6] and got.loss_labels.tolist() == [6, 7, 1]
+
+
+def test_to_a_device_keeps_everything() -> None:
+    plain = partition_tokens(torch.tensor([[5, 6, -100, 7], [8, -100, -100, 1]]))
+    moved = plain.to(torch.device("meta"))
+    for field in dataclasses.fields(plain):
+        before, after = getattr(plain, field.name), getattr(moved, field.name)
+        if isinstance(before, Tensor):
+            assert after.device.type == "meta" and after.shape == before.shape
+        else:
+            assert after == before

@@ -13,7 +13,7 @@ from support.harness import run_ranks
 from support.models import batch
 from support.sync_workers import PREDICTED, TIMEOUT, Masks
 
-GROUPS = [(0, "ffn"), (1, "ffn"), (1, "qk"), (1, "vo"), (2, "ffn"), (2, "vo")]
+GROUPS = [(0, "ffn"), (1, "ffn"), (1, "qk"), (1, "vo"), (2, "vo")]
 MODES = ("none", "reentrant", "non-reentrant")
 
 

@@ -21,7 +21,7 @@ from sparselora_dist.io import factors as factor_files
 from sparselora_dist.io.load import load_base
 from sparselora_dist.io.shard_files import TensorFiles
 from sparselora_dist.io.weights import CheckpointWeights, ModelWeights
-from sparselora_dist.method.tokens import loss_positions
+from sparselora_dist.method.tokens import partition_tokens
 
 from .models import ALL_LINEAR, ATTENTION, batch, tiny_base, tiny_lora
 
@@ -40,6 +40,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], bool | None]] = {
     "non-reentrant": ({}, {}, False),
     "all linear": ({"targets": ALL_LINEAR}, {}, None),
     "all linear, lora_branch dense": ({"targets": ALL_LINEAR}, {"lora_branch": "dense"}, None),
+    "a rank without labels": ({"targets": ALL_LINEAR}, {}, None),
+    "a rank without labels, non-reentrant": ({"targets": ALL_LINEAR}, {}, False),
 }
 
 
@@ -95,7 +97,7 @@ def close(engine: Engine) -> None:
 def train_step(engine: Engine, inputs: dict[str, Tensor], accumulation: int = 1) -> tuple[float, float]:
     """A step on a global batch, cut into micro-batches whose rows are dealt to the ranks: loss and gradient norm."""
     ranks = engine.ranks
-    labels, total = loss_positions(inputs["labels"])[0].numel(), torch.zeros(())
+    labels, total = partition_tokens(inputs["labels"]).loss_rows.numel(), torch.zeros(())
     for number in range(accumulation):
         mine = {name: t.chunk(accumulation)[number][ranks.rank :: ranks.world_size] for name, t in inputs.items()}
         with engine.autocast():
@@ -105,11 +107,16 @@ def train_step(engine: Engine, inputs: dict[str, Tensor], accumulation: int = 1)
     return engine.all_sum(total.item() / ranks.world_size)[0], engine.step()
 
 
-def follow(engine: Engine, model: Any) -> dict[str, Any]:
-    """STEPS optimizer steps: losses, masks, gradient norms, first gradients (from Adam's mean), parameters."""
+def follow(engine: Engine, model: Any, labelled: int = 1) -> dict[str, Any]:
+    """STEPS optimizer steps: losses, masks, gradient norms, first gradients (from Adam's mean), parameters.
+
+    Every ``labelled``-th row has labels.
+    """
     seen: dict[str, Any] = {"loss": [], "norm": [], "masks": [], "parameters": [engine.full_parameters()]}
     for step in range(STEPS):
-        loss, norm = train_step(engine, batch(4, 24, seed=step))
+        inputs = batch(4, 24, seed=step)
+        inputs["labels"][[row for row in range(4) if row % labelled]] = -100
+        loss, norm = train_step(engine, inputs)
         seen["loss"].append(loss)
         seen["norm"].append(norm)
         seen["masks"].append(selection(model))
@@ -128,7 +135,7 @@ def agreement_case(name: str, case: str, **train: Any) -> dict[str, Any]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         model.enable_input_require_grads()
     engine.prepare(model)
-    seen = follow(engine, model)
+    seen = follow(engine, model, labelled=2 if "without labels" in case else 1)
     close(engine)
     return seen
 

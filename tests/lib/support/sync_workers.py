@@ -19,8 +19,8 @@ from sparselora_dist.sync.masks import MaskSync, MaskSyncError, Site
 from .models import batch, gradients, tiny_lora
 
 LAYERS = {"ffn": {"0-2": 0.75}, "qk": {"1": 0.5}, "vo": {"1-2": 0.5}}
-PREDICTED = 3 + 2
-"""Collectives of one forward: layers with ffn, and layers with qk or vo."""
+PREDICTED = 2 + 2
+"""Collectives of one forward: layers with ffn but for the last, which needs no mask, and layers with qk or vo."""
 
 TIMEOUT = 5.0
 

@@ -1,0 +1,112 @@
+"""FLOPs of the registered operations, for ``torch.utils.flop_counter.FlopCounterMode``, which cannot see inside them.
+
+As that mode counts aten's: 2 per multiply-add of the matrix products, nothing for elementwise work or decoding. Import
+this module to count; nothing else does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from .lora_linear import lora_order
+from .stored import PLAIN
+
+Shape = Any
+_OPS = torch.ops.sparselora
+
+
+def _matrix(parts: list[Shape], layout: list[int]) -> tuple[int, int]:
+    """(channels, length)."""
+    return parts[0][0], parts[0][1] if len(layout) == len(PLAIN) else layout[0]
+
+
+def _base(tokens: int, matrix: tuple[int, int], dense: Shape, context: Shape, kept: Shape) -> int:
+    """One product with a frozen matrix."""
+    if dense is None:
+        return 2 * tokens * matrix[0] * matrix[1]
+    return 2 * matrix[1] * (dense[0] * matrix[0] + context[0] * kept[0])
+
+
+@register_flop_formula(_OPS.lora_linear)
+def _lora_linear(
+    x: Shape, parts: Any, layout: Any, bias: Shape, a: Shape, b: Shape, scaling: float, dense: Shape, context: Shape,
+    kept: Shape, transposed: bool, merge: bool, **_: Any,
+) -> int:  # fmt: skip
+    base = _base(x[0], _matrix(parts, layout), dense, context, kept)
+    if a is None:
+        return base
+    rank, inputs, outputs = a[0], a[1], b[0]
+    merged, _order = lora_order(x[0], inputs, outputs, rank, merge=merge and dense is None)
+    return base + 2 * rank * (inputs * outputs if merged else x[0] * (inputs + outputs))
+
+
+@register_flop_formula(_OPS.lora_linear_backward)
+def _lora_linear_backward(
+    grad: Shape, x: Shape, low: Shape, parts: Any, layout: Any, a: Shape, b: Shape, scaling: float, dense: Shape,
+    context: Shape, kept: Shape, transposed: bool, merge: bool, needs_input: bool, **_: Any,
+) -> int:  # fmt: skip
+    tokens = grad[0]
+    base = _base(tokens, _matrix(parts, layout), dense, context, kept) if needs_input else 0
+    if a is None:
+        return base
+    rank, inputs, outputs = a[0], a[1], b[0]
+    merged, order = lora_order(tokens, inputs, outputs, rank, merge=merge and dense is None)
+    through_rank = order == "through_rank"
+    products = 0
+    if not merged or through_rank:
+        products += tokens * outputs * rank
+    if through_rank:
+        products += tokens * rank * (inputs + outputs) + (tokens * inputs * rank if merged else 0)
+    else:
+        products += tokens * inputs * outputs + 2 * inputs * outputs * rank
+    if needs_input:
+        products += inputs * outputs * rank if merged else tokens * rank * inputs
+    return base + 2 * products
+
+
+def _update(low: Shape, b: Shape, dense: Shape, context: Shape, kept: Shape) -> int:
+    """A low-rank update whose outputs are the neurons."""
+    return 0 if low is None else 2 * low[1] * (dense[0] * b[0] + context[0] * kept[0])
+
+
+@register_flop_formula(_OPS.gated_up)
+def _gated_up(
+    x: Shape, gate: Any, gate_layout: Any, up: Any, up_layout: Any, gate_bias: Shape, up_bias: Shape, gate_low: Shape,
+    gate_b: Shape, up_low: Shape, up_b: Shape, dense: Shape, context: Shape, kept: Shape, activation: str, **_: Any,
+) -> int:  # fmt: skip
+    lists = dense, context, kept
+    base = 2 * _base(x[0], _matrix(gate, gate_layout), *lists)
+    return base + _update(gate_low, gate_b, *lists) + _update(up_low, up_b, *lists)
+
+
+@register_flop_formula(_OPS.gated_up_backward)
+def _gated_up_backward(
+    grad_dense: Shape, grad_context: Shape, g_d: Shape, u_d: Shape, g_c: Shape, u_c: Shape, gate: Any,
+    gate_layout: Any, up: Any, up_layout: Any, gate_low: Shape, gate_b: Shape, up_low: Shape, up_b: Shape, dense: Shape,
+    context: Shape, kept: Shape, activation: str, tokens: int, needs_input: bool, **_: Any,
+) -> int:  # fmt: skip
+    lists = dense, context, kept
+    base = 2 * _base(tokens, _matrix(gate, gate_layout), *lists) if needs_input else 0
+    # The gradients of both factors.
+    return base + 2 * (_update(gate_low, gate_b, *lists) + _update(up_low, up_b, *lists))
+
+
+@register_flop_formula(_OPS.ffn_down)
+def _ffn_down(
+    h_dense: Shape, h_context: Shape, parts: Any, layout: Any, bias: Shape, low_dense: Shape, low_context: Shape,
+    b: Shape, dense: Shape, context: Shape, kept: Shape, tokens: int, **_: Any,
+) -> int:  # fmt: skip
+    base = _base(tokens, _matrix(parts, layout), dense, context, kept)
+    return base if b is None else base + 2 * (dense[0] + context[0]) * b[0] * b[1]
+
+
+@register_flop_formula(_OPS.ffn_down_backward)
+def _ffn_down_backward(
+    grad: Shape, parts: Any, layout: Any, low_dense: Shape, low_context: Shape, b: Shape, dense: Shape, context: Shape,
+    kept: Shape, **_: Any,
+) -> int:  # fmt: skip
+    base = _base(grad[0], _matrix(parts, layout), dense, context, kept)
+    return base if b is None else base + 4 * (dense[0] + context[0]) * b[0] * b[1]

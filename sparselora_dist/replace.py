@@ -1,0 +1,170 @@
+"""Sparse modules in the place of a decoder layer's own, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparselora_kernels import kept_count
+
+from .config.sparse import SparseLoRAConfig
+from .engines.shards import full_tensor, is_dtensor, shard_like
+from .families import DecoderLayer
+from .io.factors import FactorSet
+from .layers.context import SparseContext
+from .layers.estimator import AttentionEstimator, FFNEstimator
+from .layers.ffn import SparseFFN
+from .layers.frozen import FrozenLinear
+from .layers.linear import AttentionChannels, SparseProjection
+from .layers.lora import base_linear, fuse_lora, set_base_linear, unfuse_lora
+from .method.channels import ATTENTION, FFN, SCORED, TRANSPOSED, HeadGeometry
+
+_ESTIMATOR = "sparse_estimator"
+
+
+@dataclass(slots=True)
+class SparseState:
+    """What :func:`apply_sparselora` did to a model; kept on the model, undone by :func:`remove_sparselora`."""
+
+    config: SparseLoRAConfig
+    context: SparseContext
+    sparsity: dict[str, dict[int, float]]
+    """Resolved: group -> layer -> sparsity."""
+    handles: list[Any] = field(default_factory=list)
+    linears: list[tuple[nn.Module, str, nn.Linear]] = field(default_factory=list)
+    """(parent, name, original) of every frozen linear that was replaced."""
+    mlps: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)
+    """(decoder layer, original MLP)."""
+    attentions: list[nn.Module] = field(default_factory=list)
+    """Attention modules that were given an estimator."""
+    fused: list[nn.Module] = field(default_factory=list)
+    """LoRA layers that compute base and branch together."""
+
+
+def check_frozen(layer: DecoderLayer, active: dict[str, dict[int, float]]) -> None:
+    """Raises ValueError, naming the matrix, unless the layer can be made sparse."""
+    names: list[str] = []
+    if layer.index in active.get("ffn", {}):
+        names += FFN
+    if any(layer.index in active.get(group, {}) for group in ("qk", "vo")):
+        names += ATTENTION
+    for name in names:
+        linear = layer.matrix(name)
+        parent = getattr(layer.attention if name in ATTENTION else layer.mlp, name)
+        where = f"layers.{layer.index}.{name}"
+        if is_dtensor(_first_part(linear)):
+            raise ValueError(
+                f"{where} is already sharded by FSDP2: call apply_sparselora before fully_shard, so that the factors "
+                "and the transposed weights are sharded with the rest"
+            )
+        if any(p.requires_grad for p in linear.parameters()):
+            raise ValueError(f"{where} is trainable: sparse layers need frozen base weights (use PEFT's LoRA)")
+        if any(getattr(parent, "use_dora", {}).values()) or getattr(parent, "lora_variant", None):
+            raise ValueError(f"{where} uses a LoRA variant (DoRA or another): plain LoRA is supported in sparse layers")
+
+
+def _on_device(factors: FactorSet, layer: DecoderLayer, name: str) -> tuple[Tensor, Tensor]:
+    device = _first_part(layer.matrix(name)).device
+    a, b = factors[layer.index, name]
+    return (a, b) if device.type == "meta" else (a.to(device), b.to(device))
+
+
+def _first_part(linear: nn.Linear) -> Tensor:
+    return linear.parts[0] if isinstance(linear, FrozenLinear) else linear.weight
+
+
+def _freeze(linear: nn.Linear, *, transposed: bool) -> FrozenLinear:
+    """The linear with the channel as dim 0 of what is stored; a plain linear gives up its weight."""
+    if isinstance(linear, FrozenLinear):
+        return linear
+    stored = linear.weight
+    if transposed:
+        stored = nn.Parameter(full_tensor(linear.weight).t().contiguous(), requires_grad=False)
+        shard_like([stored], linear.weight)
+    linear._parameters["weight"] = None
+    return FrozenLinear.adopt(linear, stored, transposed=transposed)
+
+
+def replace_ffn(layer: DecoderLayer, state: SparseState, factors: FactorSet) -> None:
+    """Put a :class:`SparseFFN` where the configuration has one."""
+    sparsity = state.sparsity.get("ffn", {}).get(layer.index)
+    if sparsity is None:
+        return
+    mlp = layer.mlp
+    estimator = FFNEstimator(
+        _on_device(factors, layer, "gate_proj"),
+        _on_device(factors, layer, "up_proj"),
+        mlp.act_fn,
+    )
+    shard_like(estimator.parameters(), _first_part(layer.matrix("down_proj")))
+    sparse = SparseFFN(
+        mlp,
+        estimator=estimator,
+        context=state.context,
+        layer=layer.index,
+        keep=kept_count(layer.matrix("down_proj").in_features, sparsity),
+        lora_branch=state.config.lora_branch,
+    )
+    for name in FFN:
+        original: nn.Linear = layer.matrix(name)
+        set_base_linear(sparse, name, _freeze(original, transposed=name in TRANSPOSED))
+        state.linears.append((sparse, name, original))
+    state.mlps.append((layer.module, mlp))
+    layer.module.mlp = sparse
+
+
+def replace_attention(layer: DecoderLayer, state: SparseState, factors: FactorSet, heads: HeadGeometry) -> None:
+    """Put :class:`SparseProjection` where the configuration has some, and their estimator beside them."""
+    sparsity = {
+        group: state.sparsity[group][layer.index]
+        for group in ("qk", "vo")
+        if layer.index in state.sparsity.get(group, {})
+    }
+    if not sparsity:
+        return
+    scored = [name for group in sparsity for name in SCORED[group]]
+    estimator = AttentionEstimator({name: _on_device(factors, layer, name) for name in scored}, heads)
+    shard_like(estimator.parameters(), _first_part(layer.matrix("q_proj")))
+    layer.attention.add_module(_ESTIMATOR, estimator)
+    state.attentions.append(layer.attention)
+    counts = heads.channel_counts(layer.matrix("gate_proj").out_features)
+    keep = {group: kept_count(counts[group], s) for group, s in sparsity.items()}
+    channels = AttentionChannels(state.context, layer.index, estimator, keep)
+    roles: Iterable[Any] = ("q", "k") * ("qk" in sparsity) + ("v", "o") * ("vo" in sparsity)
+    for role in roles:
+        name = f"{role}_proj"
+        original: nn.Linear = layer.matrix(name)
+        frozen = _freeze(original, transposed=name in TRANSPOSED)
+        set_base_linear(layer.attention, name, SparseProjection(frozen, role=role, channels=channels))
+        state.linears.append((layer.attention, name, original))
+
+
+def fuse_branches(layer: DecoderLayer, state: SparseState) -> None:
+    """Compute base and LoRA branch of the layer's matrices together."""
+    for parent, names in ((layer.attention, ATTENTION), (layer.module.mlp, FFN)):
+        linears = [getattr(parent, name) for name in names]
+        state.fused += [linear for linear in linears if fuse_lora(linear, merge=state.config.merge_lora)]
+
+
+def restore(state: SparseState) -> None:
+    """Put the family's own modules back."""
+    for parent, name, original in state.linears:
+        sparse = base_linear(getattr(parent, name))
+        assert isinstance(sparse, FrozenLinear)
+        if not isinstance(original, FrozenLinear):
+            (stored,) = sparse.parts
+            if sparse.transposed:
+                stored = nn.Parameter(stored.detach().t().contiguous(), requires_grad=False)
+            original.weight = stored
+        original.train(sparse.training)
+        set_base_linear(parent, name, original)
+    for module, mlp in state.mlps:
+        mlp.train(module.training)
+        module.mlp = mlp
+    for layer in state.fused:
+        unfuse_lora(layer)
+    for attention in state.attentions:
+        delattr(attention, _ESTIMATOR)

@@ -79,7 +79,8 @@ def variants(module: str) -> list[Variant]:
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise ValueError(f"{module}: several variants are called {', '.join(twice)}")
     compiled = {variant.kernel.fn.__name__ for variant in found}
-    own = {name for name, value in vars(holder).items() if name.endswith("_kernel") and hasattr(value, "arg_names")}
+    functions = {name: getattr(value, "fn", None) for name, value in vars(holder).items() if name.endswith("_kernel")}
+    own = {name for name, function in functions.items() if getattr(function, "__module__", None) == module}
     if forgotten := sorted(own - compiled):
         raise ValueError(f"{module}: no variant of {', '.join(forgotten)}")
     return found

@@ -26,9 +26,11 @@ from .indexed_linear import (
     Matrix,
     NF4Matrix,
     Tile,
+    check_rows,
     choose,
     constants_of,
     count_of,
+    factors,
     index_at,
     kind_of,
     low_rank,
@@ -257,18 +259,14 @@ def gated_forward(
         ValueError: an unknown activation, dtypes that differ, NF4 beside plain, a low-rank factor without its pair.
     """
     _known(activation)
-    if (gate_low is None) != (gate_b is None) or (up_low is None) != (up_b is None):
-        raise ValueError("low and b go together: the product low · bᵀ")
     x = unit_stride(x)
+    gate_low, gate_b, gate_rank = factors(gate_low, gate_b, x)
+    up_low, up_b, up_rank = factors(up_low, up_b, x)
     gate_data, gate_absmax, up_data, up_absmax, levels, length = _pair(gate, up, x)
     n, k = count_of(rows, x.shape[0]), count_of(channels, gate_data.shape[0])
     g, u, h = x.new_empty(n, k), x.new_empty(n, k), x.new_empty(n, k)
     if not (n and k):
         return g, u, h
-    gate_rank, up_rank = (0 if low is None else low.shape[1] for low in (gate_low, up_low))
-    gate_low, gate_b, up_low, up_b = (
-        x if factor is None else unit_stride(factor) for factor in (gate_low, gate_b, up_low, up_b)
-    )
     tile = choose(FORWARD_TILES[kind_of(x.dtype, nf4=levels is not None, ragged=k % 16 > 0)], n, k, x.device)
     absent = x.new_empty(1, dtype=torch.int64)
     with torch.cuda.device_of(x):
@@ -325,8 +323,9 @@ def gated_input_gradient(
         ``out``.
 
     Raises:
-        ValueError: dtypes that differ, NF4 beside plain.
+        ValueError: dtypes that differ, NF4 beside plain, rows of ``out`` not contiguous.
     """
+    check_rows(out)
     dg, du = unit_stride(dg), unit_stride(du)
     gate_data, gate_absmax, up_data, up_absmax, levels, length = _pair(gate, up, dg)
     n, k = count_of(rows, out.shape[0]), count_of(channels, gate_data.shape[0])

@@ -242,3 +242,10 @@ def test_refusals() -> None:
         op.indexed_nt(x, weight, None, None, accumulate=True)
     with pytest.raises(ValueError, match="low and b"):
         op.indexed_nn(torch.randn(3, 5), weight, None, None, x, indexed=False, low=torch.randn(3, 2))
+    with pytest.raises(ValueError, match=r"b is torch\.float16"):
+        low, b = torch.randn(3, 2), torch.randn(8, 2).half()
+        op.indexed_nn(torch.randn(3, 5), weight, None, None, x, indexed=False, low=low, b=b)
+    with pytest.raises(ValueError, match="float64"):
+        op.indexed_nt(x.double(), weight.double(), None, None)
+    with pytest.raises(ValueError, match="contiguous"):
+        op.indexed_nt(x, weight, None, None, out=torch.empty(5, 3).t())

@@ -272,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "ops" in parts:
         run_ops(report, device, arguments.tiny, budget)
     if "steps" in parts:
-        cases = [c for c in step_cases(3 if arguments.tiny else arguments.layers, dtype, tiny=arguments.tiny)]
+        cases = list(step_cases(3 if arguments.tiny else arguments.layers, dtype, tiny=arguments.tiny))
         run_steps(report, device, [case for case in cases if arguments.only in case.name], budget)
     return 0
 

@@ -7,10 +7,11 @@ The folder is called ``kernels/`` and imported as ``sparselora_kernels``: the na
 Face package.
 """
 
+from .activations import activation_name
 from .indexed_linear import indexed_linear, indexed_projection
 from .nf4 import nf4_rows
 from .rows import join_rows, split_rows
-from .score import gated_ffn_score, projection_score
+from .score import gated_ffn_score, projection_score, projection_scores
 from .select import kept_count, select_channels
 from .split_linear import split_linear
 from .stored import EncodedWeight, Weight
@@ -18,6 +19,7 @@ from .stored import EncodedWeight, Weight
 __all__ = [
     "EncodedWeight",
     "Weight",
+    "activation_name",
     "gated_ffn_score",
     "indexed_linear",
     "indexed_projection",
@@ -25,6 +27,7 @@ __all__ = [
     "kept_count",
     "nf4_rows",
     "projection_score",
+    "projection_scores",
     "select_channels",
     "split_linear",
     "split_rows",

@@ -24,10 +24,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .backend import use_triton
+
 BLOCK = 64
 """Values per absmax."""
 NESTED_BLOCK = 256
 """Absmax values per nested scale."""
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def blocks(length: int) -> int:
@@ -61,6 +64,14 @@ def absmax_map(device: torch.device) -> Tensor:
     return create_dynamic_map().to(device)
 
 
+@cache
+def levels(device: torch.device) -> Tensor:
+    """The value of each code, (16,) fp32."""
+    from bitsandbytes.functional import get_4bit_type
+
+    return get_4bit_type("nf4", device="cpu").to(device)
+
+
 def _floats(data: Tensor) -> Tensor:
     # A copy, because a gathered parameter may begin at any byte of its buffer.
     return data.clone(memory_format=torch.contiguous_format).view(torch.float32)
@@ -90,7 +101,7 @@ def nf4_rows(
     double_quant: bool,
     first: int = 0,
 ) -> Tensor:
-    """Decode ``channels`` of an NF4 matrix, by bitsandbytes' own kernel.
+    """Decode ``channels`` of an NF4 matrix, by bitsandbytes' own kernel on the CPU. Carries no gradient.
 
     Args:
         codes, scales: uint8, laid out as above; whole (gathered), all C channels, or from row ``first`` on.
@@ -102,6 +113,31 @@ def nf4_rows(
     Returns:
         (k, length).
     """
+    return _nf4_rows(codes, scales, channels, dtype, length, double_quant, first)
+
+
+@torch.library.custom_op(
+    "sparselora::nf4_rows",
+    mutates_args=(),
+    schema="(Tensor codes, Tensor scales, Tensor? channels, ScalarType dtype, int length, bool double_quant, int first)"
+    " -> Tensor",
+)
+def _nf4_rows(
+    codes: Tensor,
+    scales: Tensor,
+    channels: Tensor | None,
+    dtype: torch.dtype,
+    length: int,
+    double_quant: bool,
+    first: int,
+) -> Tensor:
+    if use_triton(codes) and dtype in _KERNEL_DTYPES:
+        from .gpu import nf4
+
+        tables = levels(codes.device), absmax_map(codes.device)
+        return nf4.nf4_rows(
+            codes, scales, channels, *tables, dtype, length=length, double_quant=double_quant, first=first
+        )
     import bitsandbytes  # noqa: F401  (registers the operators)
 
     absmax = row_absmax(scales, channels, length, double_quant, first)
@@ -113,3 +149,16 @@ def nf4_rows(
         rows.reshape(-1, 1), absmax.reshape(-1), BLOCK, "nf4", list(shape), dtype
     ).view(shape)
     return values if shape[1] == length else values[:, :length].contiguous()
+
+
+@_nf4_rows.register_fake
+def _(
+    codes: Tensor,
+    scales: Tensor,
+    channels: Tensor | None,
+    dtype: torch.dtype,
+    length: int,
+    double_quant: bool,
+    first: int,
+) -> Tensor:
+    return codes.new_empty((codes.shape[0] if channels is None else channels.shape[0], length), dtype=dtype)

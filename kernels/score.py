@@ -3,25 +3,37 @@
     projection_score    s_j = Σ_t (B A x_t)_j²                                   (out,)
     gated_ffn_score     s_j = Σ_t [ act((B_g A_g x_t)_j) · (B_u A_u x_t)_j ]²     (I,)
 
-with ``A`` (r, in) and ``B`` (out, r), ``W ≈ B·A``. A tensor of tokens × channels is never written: a linear
+with ``A`` (r, in) and ``B`` (out, r), ``W ≈ B·A``. A tensor of tokens × channels is never written. On the CPU a linear
 projection needs only the r × r Gram matrix of ``A x`` (``Σ_t (b·p_t)² = bᵀ (Σ_t p_t p_tᵀ) b``), and the gated FFN is
-summed in blocks of tokens. The blocks are summed in a fixed order, so that the result is deterministic.
+summed in blocks of tokens; on a GPU both are sums of tiles (:mod:`sparselora_kernels.gpu.score`). Every sum has a fixed
+order, so that repeated runs agree to the bit. Scores carry no gradient.
+
+The operators ``sparselora::projection_scores`` and ``sparselora::gated_ffn_score`` read ``x`` once for all factors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from .activations import ACTIVATIONS, activate, activation_name
+from .backend import use_triton
+
+Factors = tuple[Tensor, Tensor]
+"""``A`` (r, in) and ``B`` (out, r)."""
 
 # Tokens per block of the FFN score: 64 × 4096 channels × 4 bytes is 1 MiB, which stays in a core's L2 cache.
 _TOKEN_BLOCK = 64
 
 
-def _without_autocast(x: Tensor) -> torch.autocast:
-    """Autocast would round the fp32 sums to 16 bits."""
-    return torch.autocast(x.device.type, enabled=False)
+def projection_scores(x: Tensor, rows: Tensor, factors: Sequence[Factors]) -> list[Tensor]:
+    """:func:`projection_score` of several projections of one ``x``, which is read once: (out_i,) fp32 each."""
+    a, b = [pair[0].detach() for pair in factors], [pair[1].detach() for pair in factors]
+    scores = _projection_scores(x.detach(), rows, a, b)
+    return list(scores.split([factor.shape[0] for factor in b]))
 
 
 def projection_score(x: Tensor, rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -35,18 +47,11 @@ def projection_score(x: Tensor, rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
     Returns:
         (out,) fp32.
     """
-    with _without_autocast(x):
-        p = torch.nn.functional.linear(x, a.to(x.dtype)).index_select(0, rows).float()
-        b = b.float()
-        return ((b @ (p.t() @ p)) * b).sum(1).clamp_min_(0.0)
+    return projection_scores(x, rows, [(a, b)])[0]
 
 
 def gated_ffn_score(
-    x: Tensor,
-    rows: Tensor,
-    gate: tuple[Tensor, Tensor],
-    up: tuple[Tensor, Tensor],
-    activation: Callable[[Tensor], Tensor],
+    x: Tensor, rows: Tensor, gate: Factors, up: Factors, activation: str | Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Σ over ``rows`` of [act(B_g A_g x) · (B_u A_u x)]².
 
@@ -54,18 +59,101 @@ def gated_ffn_score(
         x: (T, H), any floating dtype.
         rows: int64 rows of ``x`` to sum over; may be empty, then the result is zero.
         gate, up: factors ``(A, B)``, (r, H) and (I, r).
-        activation: the FFN's elementwise activation.
+        activation: the FFN's elementwise activation, by name or as a function. One without a name in
+            :mod:`sparselora_kernels.activations` is computed by torch on every device.
 
     Returns:
         (I,) fp32.
+
+    Raises:
+        ValueError: no activation has this name.
     """
-    (gate_a, gate_b), (up_a, up_b) = gate, up
+    name = activation if isinstance(activation, str) else activation_name(activation)
+    with torch.no_grad():
+        if name is None:
+            assert callable(activation)
+            return _gated_blocks(x, rows, gate, up, activation)
+        return _gated_ffn_score(x, rows, *gate, *up, name)
+
+
+# --- operators --------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "sparselora::projection_scores",
+    mutates_args=(),
+    schema="(Tensor x, Tensor rows, Tensor[] a, Tensor[] b) -> Tensor",
+)
+def _projection_scores(x: Tensor, rows: Tensor, a: list[Tensor], b: list[Tensor]) -> Tensor:
     with _without_autocast(x):
-        p = torch.nn.functional.linear(x, torch.cat([gate_a, up_a]).to(x.dtype)).index_select(0, rows).float()
-        p_gate, p_up = p[:, : gate_a.shape[0]], p[:, gate_a.shape[0] :]
-        gate_bt, up_bt = gate_b.float().t(), up_b.float().t()
-        scores = p.new_zeros(gate_b.shape[0])
-        for start in range(0, p.shape[0], _TOKEN_BLOCK):
+        if use_triton(x):
+            from .gpu import score
+
+            return score.projection_scores(x, rows, a, b)
+        return _projection_grams(x, rows, a, b)
+
+
+@_projection_scores.register_fake
+def _(x: Tensor, rows: Tensor, a: list[Tensor], b: list[Tensor]) -> Tensor:
+    return x.new_empty(sum(factor.shape[0] for factor in b), dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "sparselora::gated_ffn_score",
+    mutates_args=(),
+    schema="(Tensor x, Tensor rows, Tensor gate_a, Tensor gate_b, Tensor up_a, Tensor up_b, str activation) -> Tensor",
+)
+def _gated_ffn_score(
+    x: Tensor, rows: Tensor, gate_a: Tensor, gate_b: Tensor, up_a: Tensor, up_b: Tensor, activation: str
+) -> Tensor:
+    gate, up = (gate_a, gate_b), (up_a, up_b)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+    if use_triton(x):
+        from .gpu import score
+
+        with _without_autocast(x):
+            return score.gated_ffn_score(x, rows, gate, up, activation)
+    return _gated_blocks(x, rows, gate, up, partial(activate, activation))
+
+
+@_gated_ffn_score.register_fake
+def _(
+    x: Tensor, rows: Tensor, gate_a: Tensor, gate_b: Tensor, up_a: Tensor, up_b: Tensor, activation: str
+) -> Tensor:
+    return x.new_empty(gate_b.shape[0], dtype=torch.float32)
+
+
+# --- CPU --------------------------------------------------------------------------------------------------------------
+
+
+def _without_autocast(x: Tensor) -> torch.autocast:
+    """Autocast would round the fp32 sums to 16 bits."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _low(x: Tensor, rows: Tensor, a: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """``A x`` of the rows for each ``A``, fp32: one read of ``x``, and no copy of its rows."""
+    p = torch.nn.functional.linear(x, torch.cat(list(a)).to(x.dtype)).index_select(0, rows).float()
+    return p.split([factor.shape[0] for factor in a], 1)
+
+
+def _projection_grams(x: Tensor, rows: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    scores = []
+    for p, factor in zip(_low(x, rows, a), b):
+        factor = factor.float()
+        scores.append(((factor @ (p.t() @ p)) * factor).sum(1).clamp_min_(0.0))
+    return torch.cat(scores)
+
+
+def _gated_blocks(
+    x: Tensor, rows: Tensor, gate: Factors, up: Factors, activation: Callable[[Tensor], Tensor]
+) -> Tensor:
+    with _without_autocast(x):
+        p_gate, p_up = _low(x, rows, (gate[0], up[0]))
+        gate_bt, up_bt = gate[1].float().t(), up[1].float().t()
+        scores = p_gate.new_zeros(gate_bt.shape[1])
+        for start in range(0, rows.shape[0], _TOKEN_BLOCK):
             block = slice(start, start + _TOKEN_BLOCK)
             hidden = activation(p_gate[block] @ gate_bt).mul_(p_up[block] @ up_bt)
             scores += hidden.square_().sum(0)

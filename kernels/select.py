@@ -4,7 +4,10 @@
     kept = indices of the k largest scores, ascending; among equal scores the lowest index wins
 
 ``torch.topk`` promises nothing about ties and ranks NaN first, so that two ranks with equal scores could choose
-differently. A stable sort does not.
+differently. A stable sort does not, nor does the kernel that a GPU uses for up to 32768 channels.
+
+NaN counts as -inf: the result is valid and the same everywhere, and whoever needs to know looks at the scores (mask
+synchronisation carries a flag for non-finite ones, which stops the step).
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ import math
 
 import torch
 from torch import Tensor
+
+from .backend import use_triton
 
 # (1 - 0.7) * 10 is 3.0000000000000004 in floating point; the ceiling must still be 3.
 _ROUNDING = 1e-9
@@ -24,6 +29,27 @@ def kept_count(channels: int, sparsity: float) -> int:
 
 
 def select_channels(scores: Tensor, keep: int) -> Tensor:
-    """Indices of the ``keep`` largest of ``scores`` (n,), ascending, int64. Does not wait for the device."""
+    """Indices of the ``keep`` largest of ``scores`` (n,) fp32, ascending, int64. Does not wait for the device.
+
+    All of them where ``keep`` is larger than n.
+    """
+    return _select_channels(scores.detach(), keep)
+
+
+@torch.library.custom_op(
+    "sparselora::select_channels", mutates_args=(), schema="(Tensor scores, int keep) -> Tensor"
+)
+def _select_channels(scores: Tensor, keep: int) -> Tensor:
+    if use_triton(scores) and scores.dtype == torch.float32:
+        from .gpu import select
+
+        if scores.shape[0] <= select.LARGEST:
+            return select.select_channels(scores, min(keep, scores.shape[0]))
+    scores = scores.masked_fill(scores.isnan(), -math.inf)
     order = torch.sort(scores, descending=True, stable=True).indices
     return order[:keep].sort().values
+
+
+@_select_channels.register_fake
+def _(scores: Tensor, keep: int) -> Tensor:
+    return scores.new_empty(min(keep, scores.shape[0]), dtype=torch.int64)

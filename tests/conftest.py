@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+
+# Before anything imports Triton, which reads it once: its kernels run in the interpreter here.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import warnings
 from pathlib import Path
 

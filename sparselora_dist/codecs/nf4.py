@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from sparselora_kernels import EncodedWeight, Weight, nf4_rows
-from sparselora_kernels.nf4 import BLOCK, NESTED_BLOCK, absmax_map, blocks, nested_scales, scale_bytes
-from sparselora_kernels.reference.nf4 import LEVELS
+from sparselora_kernels.nf4 import BLOCK, NESTED_BLOCK, absmax_map, blocks, levels, nested_scales, scale_bytes
 
 from .base import Codec, Part, Share, alone
 
@@ -98,8 +97,8 @@ def _quantize(rows: Tensor, length: int) -> tuple[Tensor, Tensor]:
 @cache
 def _tables() -> tuple[Tensor, Tensor]:
     """Boundaries between levels, (15,) fp32; and the level of each cell, (_CELLS + 1,) uint8, 255 where it holds one."""
-    levels = torch.tensor(LEVELS)
-    bounds = (levels[:-1] + levels[1:]) / 2
+    values = levels(torch.device("cpu"))
+    bounds = (values[:-1] + values[1:]) / 2
     at_bound = _cell(bounds * (_CELLS / 2))
     cells = torch.searchsorted(at_bound, torch.arange(_CELLS + 1, dtype=torch.int32)).to(torch.uint8)
     cells[at_bound.long()] = _EDGE

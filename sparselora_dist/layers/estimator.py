@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from sparselora_kernels import gated_ffn_score, projection_score
+from sparselora_kernels import activation_name, gated_ffn_score, projection_scores
 
 from ..method.channels import HeadGeometry
 
@@ -35,7 +35,8 @@ class FFNEstimator(nn.Module):
         super().__init__()
         _register(self, "gate", gate)
         _register(self, "up", up)
-        self.activation = activation
+        # By name where it has one: kernels need that, and computing it anew in every forward is needless.
+        self.activation = activation_name(activation) or activation
 
     def forward(self, x: Tensor, rows: Tensor) -> Tensor:
         return gated_ffn_score(x, rows, (self.gate_a, self.gate_b), (self.up_a, self.up_b), self.activation)
@@ -56,17 +57,14 @@ class AttentionEstimator(nn.Module):
         for name, pair in factors.items():
             _register(self, name.removesuffix("_proj"), pair)
 
-    def _sums(self, x: Tensor, rows: Tensor, name: str) -> Tensor:
-        return projection_score(x, rows, getattr(self, f"{name}_a"), getattr(self, f"{name}_b"))
-
     def forward(self, x: Tensor, rows: Tensor) -> Tensor:
-        sums = []
+        names = (["q", "k"] if self.qk else []) + (["v"] if self.vo else [])
+        factors = [(getattr(self, f"{name}_a"), getattr(self, f"{name}_b")) for name in names]
+        sums = dict(zip(names, projection_scores(x, rows, factors)))
         if self.qk:
-            sums.append(self.geometry.q_pair_sums(self._sums(x, rows, "q")))
-            sums.append(self.geometry.k_pair_sums(self._sums(x, rows, "k")))
-        if self.vo:
-            sums.append(self._sums(x, rows, "v"))
-        return torch.cat(sums)
+            sums["q"] = self.geometry.q_pair_sums(sums["q"])
+            sums["k"] = self.geometry.k_pair_sums(sums["k"])
+        return torch.cat(list(sums.values()))
 
     def scores(self, sums: Tensor) -> dict[str, Tensor]:
         """Scores by group from (reduced) sums: ``qk`` (kv_heads * D/2,), ``vo`` (kv_heads * D,)."""

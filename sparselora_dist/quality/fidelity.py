@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sparselora_kernels import gated_ffn_score, projection_score, select_channels
+from sparselora_kernels import gated_ffn_score, projection_scores, select_channels
 
 from ..method.channels import HeadGeometry
 
@@ -58,7 +58,7 @@ def estimated_sums(
     """The same from the layer's input ``x`` (T, in) and low-rank factors by matrix name, as training computes it."""
     if group == "ffn":
         return gated_ffn_score(x, rows, factors["gate_proj"], factors["up_proj"], activation)[None]
-    sums = {name: projection_score(x, rows, *pair) for name, pair in factors.items()}
+    sums = dict(zip(factors, projection_scores(x, rows, list(factors.values()))))
     return _attention(group, sums, heads)
 
 

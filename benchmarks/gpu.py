@@ -112,9 +112,9 @@ def run_check(report: Report, device: torch.device, tiny: bool) -> None:
 
 
 def run_ops(report: Report, device: torch.device, tiny: bool, budget: Budget) -> None:
-    import gpu_kernels
+    import gpu_ops
 
-    report.add("ops", gpu_kernels.time_ops(device, tiny=tiny, seconds=min(90.0, 0.25 * budget.left)))
+    report.add("ops", gpu_ops.time_ops(device, tiny=tiny, seconds=min(90.0, 0.25 * budget.left)))
 
 
 def run_steps(report: Report, device: torch.device, cases: list[Any], budget: Budget) -> None:

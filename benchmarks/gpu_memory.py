@@ -46,7 +46,7 @@ def measure_memory(
             torch.cuda.reset_peak_memory_stats()
         fits, seconds = True, None
         try:
-            seconds = [timed(lambda side=side: side.step(batch), device) for _ in range(STEPS)]  # type: ignore[misc]
+            seconds = [timed(lambda side=side: side.step(batch), device) for _ in range(STEPS)]
         except torch.OutOfMemoryError:
             fits = False
         planned, resident = _planned(

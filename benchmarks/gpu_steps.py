@@ -143,7 +143,7 @@ def _dropped(model: Any, kept: dict[int, dict[str, Tensor]], context: Tensor) ->
         chosen = kept.get(layer.index, {})
         projections: Any = layer.attention
         if "ffn" in chosen:
-            handles.append(layer.mlp.down_proj.register_forward_pre_hook(_before(chosen["ffn"], context)))  # type: ignore
+            handles.append(layer.mlp.down_proj.register_forward_pre_hook(_before(chosen["ffn"], context)))
         if "qk" in chosen:
             for name, rows in (("q_proj", heads.q_rows(chosen["qk"])), ("k_proj", heads.k_rows(chosen["qk"]))):
                 handles.append(base_linear(getattr(projections, name)).register_forward_hook(_after(rows, context)))
@@ -222,7 +222,7 @@ class Models:
 
     @property
     def vocabulary(self) -> int:
-        return causal_lm(self.sparse.model).config.vocab_size  # type: ignore[union-attr,return-value]
+        return causal_lm(self.sparse.model).config.vocab_size
 
     def batch(self, tokens: int, context: float) -> dict[str, Tensor]:
         return make_batch(self.vocabulary, tokens, self.pair.length, context, self.device)
@@ -261,7 +261,7 @@ class Models:
         started = time.perf_counter()
         while alive and (len(next(iter(times[name] for name in alive))) < 3 or time.perf_counter() - started < seconds):
             for name, side in alive.items():
-                times[name].append(timed(lambda side=side: side.step(batch), self.device))  # type: ignore[misc]
+                times[name].append(timed(lambda side=side: side.step(batch), self.device))
         return self._row(case, batch, times, peaks)
 
     def _warm_up(self, side: Side, batch: dict[str, Tensor]) -> tuple[bool, float | None]:
@@ -363,6 +363,6 @@ def drop(models: Models | None) -> None:
     """Free a pair's memory."""
     if models is not None:
         for side in (models.dense, models.sparse):
-            side.model, side.optimizer = nn.Module(), None  # type: ignore[assignment]
+            side.model, side.optimizer = nn.Module(), None
     forget_parts()
     free()

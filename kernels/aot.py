@@ -38,7 +38,7 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MATRIX_INSTRUCTIONS = {80: ("mma.sync",), 90: ("wgmma",), 100: ("tcgen05.mma",)}
 SMALL_TILE = "mma.sync"
 """What sm_90 and sm_100 use where the tile is too small for their own instruction (fewer than 64 rows)."""
-HELPERS = ("activations", "dot", "variants")
+HELPERS = ("activations", "tiles", "variants")
 """Modules of ``gpu/`` that hold no kernel."""
 PROCESSES = 2
 
@@ -111,7 +111,7 @@ def examine(module: str, variant: Variant, arch: int) -> Compiled:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread, and bytes of its stack: that is where spilled registers go, and kernels here use it for no more."""
+    """Registers a thread, and bytes of its stack, which holds spilled registers and in these kernels nothing else."""
     with tempfile.TemporaryDirectory() as place:
         file = Path(place, "kernel.cubin")
         file.write_bytes(cubin)

@@ -118,9 +118,7 @@ def _gated_ffn_score(
 
 
 @_gated_ffn_score.register_fake
-def _(
-    x: Tensor, rows: Tensor, gate_a: Tensor, gate_b: Tensor, up_a: Tensor, up_b: Tensor, activation: str
-) -> Tensor:
+def _(x: Tensor, rows: Tensor, gate_a: Tensor, gate_b: Tensor, up_a: Tensor, up_b: Tensor, activation: str) -> Tensor:
     return x.new_empty(gate_b.shape[0], dtype=torch.float32)
 
 

@@ -36,9 +36,7 @@ def select_channels(scores: Tensor, keep: int) -> Tensor:
     return _select_channels(scores.detach(), keep)
 
 
-@torch.library.custom_op(
-    "sparselora::select_channels", mutates_args=(), schema="(Tensor scores, int keep) -> Tensor"
-)
+@torch.library.custom_op("sparselora::select_channels", mutates_args=(), schema="(Tensor scores, int keep) -> Tensor")
 def _select_channels(scores: Tensor, keep: int) -> Tensor:
     if use_triton(scores) and scores.dtype == torch.float32:
         from .gpu import select

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .tiles import rounded
 from .variants import TYPE_NAMES, Variant
 
 # Absmax blocks per program: 2048 values, 16 a thread. A row of 4096 values takes two programs.
@@ -72,7 +73,7 @@ def nf4_rows_kernel(
     low = tl.load(levels + (pair & 15)) * absmax[:, None]
     values = tl.interleave(high, low)  # (BLOCKS, 64)
     column = block[:, None] * 64 + tl.arange(0, 64)[None, :]
-    tl.store(out + place * length + column, values.to(out.dtype.element_ty), mask=column < length)
+    tl.store(out + place * length + column, rounded(values, out.dtype.element_ty), mask=column < length)
 
 
 def variants() -> Iterator[Variant]:
@@ -90,8 +91,7 @@ def variants() -> Iterator[Variant]:
                     | ({"channels": "*i64"} if chosen else {})
                     | {"out": f"*{name}"}
                     | dict.fromkeys(sizes, "i32"),
-                    constants={"DOUBLE_QUANT": double_quant, "BLOCKS": BLOCKS}
-                    | ({} if chosen else {"channels": None}),
+                    constants={"DOUBLE_QUANT": double_quant, "BLOCKS": BLOCKS} | ({} if chosen else {"channels": None}),
                     num_warps=NUM_WARPS,
                     fp_fusion=False,
                 )

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..activations import ACTIVATIONS
 from .activations import activate
-from .dot import dot
+from .tiles import dot
 from .variants import TYPE_NAMES, Variant
 
 Factors = tuple[Tensor, Tensor]
@@ -113,9 +113,7 @@ def variants() -> Iterator[Variant]:
             )
 
 
-def _sum(
-    p: Tensor, first: int, rows: Tensor, gate_b: Tensor, up_b: Tensor, activation: str, out: Tensor
-) -> None:
+def _sum(p: Tensor, first: int, rows: Tensor, gate_b: Tensor, up_b: Tensor, activation: str, out: Tensor) -> None:
     """Fill ``out`` (chunks, channels) from the columns of ``p`` from ``first`` on."""
     channels, rank = gate_b.shape
     if p.dtype not in TILES or not p.dtype == gate_b.dtype == up_b.dtype:

@@ -17,7 +17,7 @@ from torch import Tensor
 from .variants import Variant
 
 # (most channels, indices per step of the compaction, warps): at most 32 scores a thread.
-SIZES = ((1024, 1024, 4), (4096, 4096, 8), (16384, 4096, 16), (32768, 4096, 32))
+SIZES = ((1024, 1024, 4), (4096, 4096, 8), (16384, 4096, 16), (32768, 2048, 32))
 LARGEST = SIZES[-1][0]
 
 
@@ -42,10 +42,12 @@ def select_kernel(
 ):
     keys = _keys(scores, tl.arange(0, SIZE), n)
     least = tl.zeros((), dtype=tl.uint32)  # The largest integer that at least `keep` keys reach.
-    for step in range(32):
-        candidate = least | (tl.full((), 1, tl.uint32) << (31 - step).to(tl.uint32))
+    bit = tl.full((), 0x80000000, dtype=tl.uint32)
+    for _ in range(32):
+        candidate = least | bit
         reached = tl.sum((keys >= candidate).to(tl.int32), 0)
         least = tl.where(reached >= keep, candidate, least)
+        bit = bit >> 1
     free = keep - tl.sum((keys > least).to(tl.int32), 0)  # Places for keys equal to it.
     kept = 0
     equal_before = 0

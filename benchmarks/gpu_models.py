@@ -21,7 +21,7 @@ import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sparselora_dist import SparseLoRAConfig, apply_sparselora, families
 from sparselora_dist.apply import find_state
@@ -146,7 +146,7 @@ def build(
     """
     torch.manual_seed(0)
     with init_empty_weights(include_buffers=False):
-        model = LlamaForCausalLM(shape.config(layers, length)).to(dtype)
+        model = AutoModelForCausalLM.from_config(shape.config(layers, length), dtype=dtype)
     model.requires_grad_(False)
     if storage != "plain":
         for layer in decoder_layers(model):

@@ -59,7 +59,7 @@ class Case:
     @property
     def name(self) -> str:
         kind = "checkpointing" if self.checkpointing else "no checkpointing"
-        return f"{self.pair.name}, {self.tokens} tokens, context {self.context:.0%}, {kind}"
+        return f"{self.pair.name}, {self.pair.layers} layers, {self.tokens} tokens, context {self.context:.0%}, {kind}"
 
 
 class Side:
@@ -186,7 +186,8 @@ def check_small(shape: str, layers: int, device: torch.device) -> list[dict[str,
             for checkpointing in (False, True):
                 models.sparse.checkpointing(checkpointing)
                 error = models.check(tokens=192, context=0.75)
-                rows.append({"what": pair.name, "checkpointing": checkpointing, "error": error})
+                kind = str(dtype).removeprefix("torch.")
+                rows.append({"what": pair.name, "dtype": kind, "checkpointing": checkpointing, "error": error})
             forget_parts()
     return rows
 

@@ -301,7 +301,14 @@ def _indexed_checks(data: Data, kind: str) -> Iterator[Check]:
         got = indexed_linear.indexed_nn(h, every, None, None, start_nn.clone(), indexed=True)
         yield got, h.double() @ values.double()
 
+    def vendor() -> Iterator[tuple[Tensor, Tensor]]:
+        got = indexed_linear.vendor_nt(x, chosen, rows, channels, bias=bias)
+        yield got, nt + bias[channels].double()
+        got = indexed_linear.vendor_nn(h, chosen, rows, channels, start_nn.clone(), indexed=True, low=low, b=b)
+        yield got, placed(start_nn, rows, nn + adapter, False)
+
     for name, run in (
+        ("vendor forms", vendor),
         ("indexed_nt", plain_nt), ("indexed_nt scattered", scattered_nt),
         ("indexed_nn compact", compact_nn), ("indexed_nn by index", indexed_nn),
     ):  # fmt: skip

@@ -112,11 +112,11 @@ def _row(op: Op, peak: Peak, device: torch.device, flush: Tensor, repeats: int) 
         vendor = _median(op.vendor, device, flush, repeats)
         row |= {
             "vendor us": vendor * 1e6,
-            "faster": "vendor" if vendor < took else "indexed",
+            "faster": "vendor" if vendor < took else "own",
             "by": _ratio(vendor, took),
         }
         if op.prefers_vendor is not None:
-            row["rule says"] = "vendor" if op.prefers_vendor else "indexed"
+            row["rule says"] = "vendor" if op.prefers_vendor else "own"
     return row
 
 
@@ -173,15 +173,20 @@ def _size(tokens: int, hidden: int, channels: int, context: int, kept: int) -> S
     return Size(T=tokens, H=hidden, C=channels, n=context, k=kept, R=32)
 
 
-def _matrix(data: Data, kind: str) -> tuple[Any, float]:
-    """A (C, H) weight as the kernels take it for the chosen channels, and the bytes of a row."""
+def _matrix(data: Data, kind: str) -> tuple[Any, float, Callable[[], Tensor]]:
+    """A (C, H) weight as the kernels take it for the chosen channels, the bytes of a row, and what copies the chosen rows
+    out for the vendor's product: NF4 by the decoding kernel."""
     size, item = data.size, data.dtype.itemsize
     if kind == "plain":
-        return data.normal(size.C, size.H, scale=0.02), size.H * item
+        plain = data.normal(size.C, size.H, scale=0.02)
+        return plain, size.H * item, lambda: plain.index_select(0, data.channels)
     codes = data.bytes(size.C, blocks(size.H) * BLOCK // 2)
-    absmax = torch.rand(size.k, blocks(size.H), device=data.device)
-    levels = torch.tensor(LEVELS, device=data.device)
-    return NF4Matrix(codes, absmax, levels, size.H), size.H * (0.5 + 4 / BLOCK)
+    scales = torch.rand(size.C, blocks(size.H), device=data.device)
+    levels, table = torch.tensor(LEVELS, device=data.device), torch.linspace(-1, 1, 256, device=data.device)
+    options = {"length": size.H, "double_quant": False, "first": 0}
+    decode = partial(nf4.nf4_rows, codes, scales.view(torch.uint8), data.channels, levels, table, data.dtype, **options)
+    chosen = scales.index_select(0, data.channels)
+    return NF4Matrix(codes, chosen, levels, size.H), size.H * (0.5 + 4 / BLOCK), decode
 
 
 def _name(data: Data, kind: str) -> str:
@@ -193,11 +198,17 @@ def _ffn_ops(data: Data, kind: str) -> Iterator[Op]:
     size, e = data.size, data.dtype.itemsize
     n, k, h = size.n, size.k, size.H
     x = data.normal(size.T, h)
-    (gate, row), (up, _) = _matrix(data, kind), _matrix(data, kind)
+    (gate, row, rows_of_gate), (up, _, rows_of_up) = _matrix(data, kind), _matrix(data, kind)
     what = _name(data, kind)
+
+    def vendor_forward() -> Tensor:
+        tokens = x.index_select(0, data.rows)
+        return torch.nn.functional.silu(tokens @ rows_of_gate().t()) * (tokens @ rows_of_up().t())
+
     yield Op(
         "gated_forward", what, 4 * n * k * h, n * h * e + 2 * k * row + 3 * n * k * e,
         lambda: gated_ffn.gated_forward(x, data.rows, gate, up, data.channels, activation="silu"),
+        vendor_forward,
     )  # fmt: skip
     dh, g, u = (data.normal(n, k) for _ in range(3))
     if kind == "plain":
@@ -206,57 +217,68 @@ def _ffn_ops(data: Data, kind: str) -> Iterator[Op]:
     yield Op(
         "gated_input_gradient", what, 4 * n * k * h, n * h * e + 2 * k * row + 2 * n * k * e,
         lambda: gated_ffn.gated_input_gradient(g, u, gate, up, data.rows, data.channels, out),
+        lambda: out.index_copy_(0, data.rows, torch.addmm(g @ rows_of_gate(), u, rows_of_up())),
     )  # fmt: skip
     yield Op(
         "indexed_nn (down)", what, 2 * n * k * h, n * h * e + k * row + n * k * e,
         lambda: indexed_linear.indexed_nn(g, up, data.rows, data.channels, out, indexed=False),
-        lambda: indexed_linear.vendor_nn(g, up, data.rows, data.channels, out, indexed=False),
-        _rule(data),
+        lambda: indexed_linear.vendor_nn(g, rows_of_up(), data.rows, None, out, indexed=False),
+        _rule(data, kind),
     )  # fmt: skip
 
 
 def _attention_ops(data: Data, kind: str) -> Iterator[Op]:
     size, e = data.size, data.dtype.itemsize
     n, k, h = size.n, size.k, size.H
-    weight, row = _matrix(data, kind)
+    weight, row, rows_of = _matrix(data, kind)
     x, full, out = data.normal(size.T, h), data.normal(size.T, size.C), data.normal(size.T, h)
     what = _name(data, kind)
     yield Op(
         "indexed_nt (q, k, v)", what, 2 * n * k * h, n * h * e + k * row + n * k * e,
         lambda: indexed_linear.indexed_nt(x, weight, data.rows, data.channels, out=full),
-        lambda: indexed_linear.vendor_nt(x, weight, data.rows, data.channels, out=full),
-        _rule(data),
+        lambda: _scatter(full, data, indexed_linear.vendor_nt(x, rows_of(), data.rows, None)),
+        _rule(data, kind),
     )  # fmt: skip
     yield Op(
         "indexed_nn (o, by index)", what, 2 * n * k * h, n * h * e + k * row + n * k * e,
         lambda: indexed_linear.indexed_nn(full, weight, data.rows, data.channels, out, indexed=True),
-        lambda: indexed_linear.vendor_nn(full, weight, data.rows, data.channels, out, indexed=True),
-        _rule(data),
+        lambda: indexed_linear.vendor_nn(_gather(full, data), rows_of(), data.rows, None, out, indexed=False),
+        _rule(data, kind),
     )  # fmt: skip
 
 
 def _vendor_ops(data: Data, kind: str) -> Iterator[Op]:
     size, e = data.size, data.dtype.itemsize
     n, k, h = size.n, size.k, size.H
-    weight, row = _matrix(data, kind)
+    weight, row, rows_of = _matrix(data, kind)
     x, hidden, out = data.normal(n, h), data.normal(n, k), data.normal(n, h)
     flops, moved, what = 2 * n * k * h, n * h * e + k * row + n * k * e, _name(data, kind)
     yield Op(
         "indexed_nt (grid)", what, flops, moved,
         lambda: indexed_linear.indexed_nt(x, weight, data.rows, data.channels),
-        lambda: indexed_linear.vendor_nt(x, weight, data.rows, data.channels),
-        _rule(data),
+        lambda: indexed_linear.vendor_nt(x, rows_of(), data.rows, None),
+        _rule(data, kind),
     )  # fmt: skip
     yield Op(
         "indexed_nn (grid)", what, flops, moved,
         lambda: indexed_linear.indexed_nn(hidden, weight, data.rows, data.channels, out, indexed=False),
-        lambda: indexed_linear.vendor_nn(hidden, weight, data.rows, data.channels, out, indexed=False),
-        _rule(data),
+        lambda: indexed_linear.vendor_nn(hidden, rows_of(), data.rows, None, out, indexed=False),
+        _rule(data, kind),
     )  # fmt: skip
 
 
-def _rule(data: Data) -> bool:
-    return indexed_linear.prefers_vendor(data.size.n, data.size.k, data.size.H, data.dtype)
+def _rule(data: Data, kind: str) -> bool:
+    size = data.size
+    return indexed_linear.prefers_vendor(size.n, size.k, size.H, data.dtype, nf4=kind == "nf4")
+
+
+def _gather(full: Tensor, data: Data) -> Tensor:
+    return full.index_select(0, data.rows).index_select(1, data.channels)
+
+
+def _scatter(full: Tensor, data: Data, y: Tensor) -> Tensor:
+    """``full[rows, channels] = y`` without a kernel of our own."""
+    return full.index_copy_(0, data.rows, full.index_select(0, data.rows).index_copy_(1, data.channels, y))
 
 
 def _choice_ops(data: Data) -> Iterator[Op]:

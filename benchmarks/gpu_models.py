@@ -1,7 +1,8 @@
 """Models of published shapes with random weights, made on the device, for benchmarks/gpu.py.
 
 A stack of some of the layers stands for the whole model: the vocabulary is cut in the same proportion, so that the LM head
-and the loss keep their share of a step, and the sparse layers keep theirs.
+and the loss keep their share of a step, and the sparse layers keep theirs. What the last layer saves at positions without
+labels weighs more in a stack than in the whole model, on both sides.
 """
 
 from __future__ import annotations
@@ -154,7 +155,8 @@ def build(
                 parent = layer.attention if name in ATTENTION else layer.mlp
                 make = _nf4_linear if storage == "nf4" else _bitsandbytes_linear
                 setattr(parent, name, make(getattr(parent, name), name in TRANSPOSED, device, dtype))
-    model.is_loaded_in_4bit = storage == "bitsandbytes"  # What PEFT looks at.
+    if storage == "bitsandbytes":
+        model.is_loaded_in_4bit = True  # What PEFT looks at.
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.device.type == "meta":

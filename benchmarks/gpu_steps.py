@@ -1,4 +1,9 @@
-"""Whole training steps for benchmarks/gpu.py: SparseLoRA against dense PEFT LoRA, checked before they are timed."""
+"""Whole training steps for benchmarks/gpu.py: SparseLoRA against dense PEFT LoRA, checked before they are timed.
+
+FLOPs (``ideal``, ``dense_tflops``) are those of the step without the recomputation of activation checkpointing. ``dense_gb``
+and ``sparse_gb`` are the peaks that each side would have alone: both models are on the device, and what belongs to the
+other is taken off.
+"""
 
 from __future__ import annotations
 

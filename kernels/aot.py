@@ -66,14 +66,21 @@ def modules() -> list[str]:
 
 
 def variants(module: str) -> list[Variant]:
-    """Raises ValueError: two variants have one label, or a function named ``*_kernel`` has no variant."""
+    """The variants of a module.
+
+    Raises:
+        ValueError: it has none, two have one label, or a function named ``*_kernel`` has no variant.
+    """
     holder: ModuleType = importlib.import_module(module)
+    if not hasattr(holder, "variants"):
+        raise ValueError(f"{module} has no variants(); if it holds no kernel, add it to HELPERS")
     found: list[Variant] = list(holder.variants())
     labels = [variant.label for variant in found]
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise ValueError(f"{module}: several variants are called {', '.join(twice)}")
     compiled = {variant.kernel.fn.__name__ for variant in found}
-    own = {name for name, value in vars(holder).items() if name.endswith("_kernel") and hasattr(value, "arg_names")}
+    functions = {name: getattr(value, "fn", None) for name, value in vars(holder).items() if name.endswith("_kernel")}
+    own = {name for name, function in functions.items() if getattr(function, "__module__", None) == module}
     if forgotten := sorted(own - compiled):
         raise ValueError(f"{module}: no variant of {', '.join(forgotten)}")
     return found

@@ -24,7 +24,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .backend import use_triton
+from .backend import on_device, use_triton
 
 BLOCK = 64
 """Values per absmax."""
@@ -135,9 +135,10 @@ def _nf4_rows(
         from .gpu import nf4
 
         tables = levels(codes.device), absmax_map(codes.device)
-        return nf4.nf4_rows(
-            codes, scales, channels, *tables, dtype, length=length, double_quant=double_quant, first=first
-        )
+        with on_device(codes):
+            return nf4.nf4_rows(
+                codes, scales, channels, *tables, dtype, length=length, double_quant=double_quant, first=first
+            )
     import bitsandbytes  # noqa: F401  (registers the operators)
 
     absmax = row_absmax(scales, channels, length, double_quant, first)

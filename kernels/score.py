@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS, activate, activation_name
-from .backend import use_triton
+from .backend import on_device, use_triton
 
 Factors = tuple[Tensor, Tensor]
 """``A`` (r, in) and ``B`` (out, r)."""
@@ -89,7 +89,8 @@ def _projection_scores(x: Tensor, rows: Tensor, a: list[Tensor], b: list[Tensor]
         if use_triton(x):
             from .gpu import score
 
-            return score.projection_scores(x, rows, a, b)
+            with on_device(x):
+                return score.projection_scores(x, rows, a, b)
         return _projection_grams(x, rows, a, b)
 
 
@@ -112,7 +113,7 @@ def _gated_ffn_score(
     if use_triton(x):
         from .gpu import score
 
-        with _without_autocast(x):
+        with _without_autocast(x), on_device(x):
             return score.gated_ffn_score(x, rows, gate, up, activation)
     return _gated_blocks(x, rows, gate, up, partial(activate, activation))
 

@@ -32,11 +32,11 @@ def _float_at(at, mask):
     return bits.to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["count", "scale_width", "length", "first", "code_stride", "scale_stride"])
+@triton.jit(do_not_specialize=["count", "scale_width", "length", "first", "code_blocks", "scale_stride"])
 def nf4_rows_kernel(
-    codes,  # (C, 32 * count) uint8
+    codes,  # (C, 32 * count) uint8, rows 32 * code_blocks bytes apart
     scales,  # (C, scale_width) uint8
-    channels,  # (k,) int64, or None for all rows in order
+    channels,  # (k,) int64
     levels,  # (16,) fp32
     absmax_map,  # (256,) fp32, not read without double quantisation
     out,  # (k, length)
@@ -44,18 +44,17 @@ def nf4_rows_kernel(
     scale_width,
     length,
     first,  # Number of the first row in its matrix.
-    code_stride,
+    code_blocks,
     scale_stride,
     DOUBLE_QUANT: tl.constexpr,
+    WHOLE: tl.constexpr,  # 64 divides the length, so that every block begins at a multiple of 64 values.
     BLOCKS: tl.constexpr,
 ):
     per_row = tl.cdiv(count, BLOCKS)
     place = (tl.program_id(0) // per_row).to(tl.int64)
     block = tl.program_id(0) % per_row * BLOCKS + tl.arange(0, BLOCKS)
-    row = place
-    if channels is not None:
-        row = tl.load(channels + place)
     inside = block < count
+    row = tl.load(channels + place)
     scale_at = scales + row * scale_stride
     if DOUBLE_QUANT:
         begin = (first + row) * count  # Of this row's absmax values in those of the matrix.
@@ -66,34 +65,37 @@ def nf4_rows_kernel(
         absmax = tl.load(absmax_map + code) * nested + offset
     else:
         absmax = _float_at(scale_at + 4 * block, inside)
-    byte = tl.arange(0, 32)
-    code_at = codes + row * code_stride + block[:, None] * 32 + byte[None, :]
+    code_at = codes + (row * code_blocks + block)[:, None] * 32 + tl.arange(0, 32)[None, :]
     pair = tl.load(code_at, mask=inside[:, None], other=0).to(tl.int32)  # (BLOCKS, 32)
     high = tl.load(levels + (pair >> 4)) * absmax[:, None]
     low = tl.load(levels + (pair & 15)) * absmax[:, None]
-    values = tl.interleave(high, low)  # (BLOCKS, 64)
-    column = block[:, None] * 64 + tl.arange(0, 64)[None, :]
-    tl.store(out + place * length + column, rounded(values, out.dtype.element_ty), mask=column < length)
+    values = rounded(tl.interleave(high, low), out.dtype.element_ty)  # (BLOCKS, 64)
+    if WHOLE:
+        out_at = out + (place * count + block)[:, None] * 64 + tl.arange(0, 64)[None, :]
+        tl.store(out_at, values, mask=inside[:, None])
+    else:
+        column = block[:, None] * 64 + tl.arange(0, 64)[None, :]
+        tl.store(out + place * length + column, values, mask=column < length)
 
 
 def variants() -> Iterator[Variant]:
-    """Every dtype, with and without double quantisation, chosen rows and all rows."""
-    pointers = {"codes": "*u8", "scales": "*u8", "levels": "*fp32", "absmax_map": "*fp32"}
-    sizes = ("count", "scale_width", "length", "first", "code_stride", "scale_stride")
+    """Every dtype, with and without double quantisation, rows of whole blocks and others."""
+    signature = {
+        "codes": "*u8", "scales": "*u8", "channels": "*i64", "levels": "*fp32", "absmax_map": "*fp32",
+        **dict.fromkeys(("count", "scale_width", "length", "first", "code_blocks", "scale_stride"), "i32"),
+    }  # fmt: skip
     for dtype in DTYPES:
         for double_quant in (True, False):
-            for chosen in (True, False):
+            for whole in (True, False):
                 name = TYPE_NAMES[dtype]
                 yield Variant(
                     kernel=nf4_rows_kernel,
-                    label=f"nf4 {name} {'double' if double_quant else 'single'} {'chosen' if chosen else 'all'}",
-                    signature=pointers
-                    | ({"channels": "*i64"} if chosen else {})
-                    | {"out": f"*{name}"}
-                    | dict.fromkeys(sizes, "i32"),
-                    constants={"DOUBLE_QUANT": double_quant, "BLOCKS": BLOCKS} | ({} if chosen else {"channels": None}),
+                    label=f"nf4 {name} {'double' if double_quant else 'single'} {'whole' if whole else 'any'}",
+                    signature=signature | {"out": f"*{name}"},
+                    constants={"DOUBLE_QUANT": double_quant, "WHOLE": whole, "BLOCKS": BLOCKS},
                     num_warps=NUM_WARPS,
                     fp_fusion=False,
+                    aligned=("codes", "channels", "levels", "absmax_map", "out"),
                 )
 
 
@@ -119,11 +121,16 @@ def nf4_rows(
     out = codes.new_empty((rows, length), dtype=dtype)
     if not out.numel():
         return out
-    codes, scales = (part if part.stride(1) == 1 else part.contiguous() for part in (codes, scales))
+    if codes.stride(1) != 1 or codes.stride(0) % 32:
+        codes = codes.contiguous()
+    if scales.stride(1) != 1:
+        scales = scales.contiguous()
+    if channels is None:
+        channels = torch.arange(rows, device=codes.device)
     count = codes.shape[1] // 32
     nf4_rows_kernel[(rows * triton.cdiv(count, BLOCKS),)](
         codes, scales, channels, levels, absmax_map, out,
-        count, scales.shape[1], length, first, codes.stride(0), scales.stride(0),
-        DOUBLE_QUANT=double_quant, BLOCKS=BLOCKS, num_warps=NUM_WARPS, enable_fp_fusion=False,
+        count, scales.shape[1], length, first, codes.stride(0) // 32, scales.stride(0),
+        DOUBLE_QUANT=double_quant, WHOLE=length % 64 == 0, BLOCKS=BLOCKS, num_warps=NUM_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return out

@@ -23,9 +23,9 @@ from sparselora_kernels.nf4 import BLOCK, blocks, nested_scales, nested_slots
 from sparselora_kernels.reference import gated_ffn_score, projection_score, select_channels
 from sparselora_kernels.reference.nf4 import LEVELS
 
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
-"""Of the largest value. Some bf16 results are made of rounded ones, and Triton's interpreter cuts off where a GPU rounds;
-fp32 sums of thousands of products differ by their order."""
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
+"""Of the largest value. Some bf16 results are made of rounded ones; fp32 sums of thousands of products differ by their
+order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,9 +255,7 @@ def _nf4_checks(data: Data) -> Iterator[Check]:
             yield nf4.nf4_rows(*args, data.dtype, **options), _decode(*want).to(data.dtype)
 
         what = f"{'double' if double else 'single'}, {'chosen' if chosen else 'all'} rows of {length}"
-        # Triton's interpreter, on a CPU, cuts bf16 off where a GPU rounds it.
-        exact = data.device.type == "cuda" or data.dtype == torch.float32
-        yield data.check(f"nf4.nf4_rows, {what}", run, tolerance=0 if exact else 1)
+        yield data.check(f"nf4.nf4_rows, {what}", run, tolerance=0)
 
 
 def _indexed_checks(data: Data, kind: str) -> Iterator[Check]:
@@ -353,8 +351,7 @@ def _gated_checks(data: Data, kind: str) -> Iterator[Check]:
             yield got, want
 
     for name in ACTIVATIONS:
-        # The product is made of a rounded gate and a rounded up.
-        yield data.check(f"gated_ffn.gated_forward {kind}, {name}", lambda name=name: forward(name, False), 4)
+        yield data.check(f"gated_ffn.gated_forward {kind}, {name}", lambda name=name: forward(name, False))
         yield data.check(f"gated_ffn.gated_backward, {name}", lambda name=name: backward(name))
-    yield data.check(f"gated_ffn.gated_forward {kind}, with adapter and bias", lambda: forward("silu", True), 4)
+    yield data.check(f"gated_ffn.gated_forward {kind}, with adapter and bias", lambda: forward("silu", True))
     yield data.check(f"gated_ffn.gated_input_gradient {kind}", gradient)

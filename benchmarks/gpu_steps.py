@@ -26,9 +26,9 @@ from sparselora_dist.layers.lora import base_linear
 from sparselora_dist.method.tokens import partition_tokens
 from sparselora_dist.train.metrics import flop_model
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-"""Of a gradient's norm. In bf16 eight layers alone round two differently ordered products some per cent apart; a wrong
-channel shows in fp32."""
+TOLERANCE = {torch.float32: (1e-3, 1e-3), torch.bfloat16: (0.25, 0.05)}
+"""Of a gradient's norm: the worst matrix, and all of them together. bf16 against fp32 is 4 % and 2 % apart in 32 layers of
+hidden 512, by rounding alone; a wrong channel shows in fp32."""
 WARM_UP = 2
 """Turns: the first compiles, the second lets the allocator settle."""
 
@@ -123,21 +123,24 @@ def make_batch(vocabulary: int, tokens: int, length: int, context: float, device
 # --- correctness ----------------------------------------------------------------------------------------------------
 
 
-def check_step(dense: Side, sparse: Side, batch: dict[str, Tensor]) -> float:
-    """Largest difference, relative to its norm, between a gradient of the sparse step and of the dense step in which the
-    dropped channels are set to zero; ``dense`` has the weights and adapters of ``sparse``."""
+def check_step(dense: Side, sparse: Side, batch: dict[str, Tensor]) -> tuple[float, float]:
+    """Difference between the gradients of the sparse step and of the dense step in which the dropped channels are set to
+    zero, relative to their norm: of the worst matrix, and of all. ``dense`` has the weights and adapters of ``sparse``."""
     sparse.gradients(batch)
     with _dropped(dense.model, selection(sparse.model), partition_tokens(batch["labels"].cpu()).context):
         dense.gradients(batch)
     got = {name: p.grad for name, p in sparse.model.named_parameters() if p.requires_grad}
-    errors = []
+    apart: list[tuple[float, float]] = []
     for name, parameter in dense.model.named_parameters():
         if parameter.requires_grad:
             want, have = parameter.grad, got[name]
             missing = want is None or have is None
-            errors.append(float("nan") if missing else ((want - have).norm() / want.norm().clamp_min(1e-12)).item())
+            apart.append((math.inf, 1.0) if missing else ((want - have).norm().item(), want.norm().item()))
     dense.clear(), sparse.clear()
-    return max(errors) if all(map(math.isfinite, errors)) else float("inf")
+    if not all(math.isfinite(value) for pair in apart for value in pair):
+        return math.inf, math.inf
+    worst = max(difference / max(norm, 1e-12) for difference, norm in apart)
+    return worst, math.hypot(*(d for d, _ in apart)) / math.hypot(*(n for _, n in apart))
 
 
 @contextmanager
@@ -190,7 +193,7 @@ def check_small(shape: str, layers: int, device: torch.device) -> list[dict[str,
             models = Models(pair, device)
             for checkpointing in (False, True):
                 models.sparse.checkpointing(checkpointing)
-                error = models.check(tokens=192, context=0.75)
+                error = models.check(tokens=192, context=0.75)[0]
                 kind = str(dtype).removeprefix("torch.")
                 rows.append({"what": pair.name, "dtype": kind, "checkpointing": checkpointing, "error": error})
             forget_parts()
@@ -233,7 +236,7 @@ class Models:
     def batch(self, tokens: int, context: float) -> dict[str, Tensor]:
         return make_batch(self.vocabulary, tokens, self.pair.length, context, self.device)
 
-    def check(self, tokens: int, context: float) -> float:
+    def check(self, tokens: int, context: float) -> tuple[float, float]:
         """See :func:`check_step`.
 
         Raises:
@@ -243,13 +246,14 @@ class Models:
         if pair.storage != "plain":  # bitsandbytes quantises down and o in the other direction.
             options: dict[str, Any] = {"device": self.device, "dtype": pair.dtype, "length": pair.length}
             reference = Side(plain_copy(self.sparse.model, self.shape, **options), self.device, pair.dtype)
-        error = check_step(reference, self.sparse, self.batch(tokens, context))
-        if not error <= TOLERANCE[pair.dtype]:
+        worst, overall = check_step(reference, self.sparse, self.batch(tokens, context))
+        most = TOLERANCE[pair.dtype]
+        if not (worst <= most[0] and overall <= most[1]):
             raise SystemExit(
-                f"wrong gradients, {pair.name}: the sparse step differs from the masked dense step by {error:.2g} "
-                f"(allowed {TOLERANCE[pair.dtype]:g}): no timing"
+                f"wrong gradients, {pair.name}: the sparse step differs from the masked dense step by {worst:.2g} in one "
+                f"matrix, {overall:.2g} in all (allowed {most[0]:g} and {most[1]:g}): no timing"
             )
-        return error
+        return worst, overall
 
     def measure(self, case: Case, seconds: float) -> dict[str, Any]:
         """One row; about ``seconds`` of repeats, three at least."""

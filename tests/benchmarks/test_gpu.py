@@ -126,7 +126,7 @@ def models(gpu: ModuleType) -> Any:
 def test_wrong_gradients_end_it(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import gpu_steps
 
-    assert models.check(tokens=64, context=0.75) < 1e-4
+    assert max(models.check(tokens=64, context=0.75)) < 1e-4
     kept = gpu_steps.selection
     one_off = lambda model: {layer: {g: c ^ 1 for g, c in groups.items()} for layer, groups in kept(model).items()}  # noqa: E731
     monkeypatch.setattr(gpu_steps, "selection", one_off)

@@ -126,7 +126,9 @@ def run_steps(report: Report, device: torch.device, cases: list[Any], budget: Bu
 
     models: gpu_steps.Models | None = None
     checked: set[gpu_steps.Pair] = set()
-    rows, left_out = [], []
+    rows: list[dict[str, Any]] = []
+    left_out: list[str] = []
+    report.tables["steps"] = rows  # Written with every row, so that a run that is cut off leaves what it has.
     for case in cases:
         if case.pair.storage == "nf4" and not gpu_steps.has("bitsandbytes"):
             left_out.append(f"{case.name}: bitsandbytes is not installed")
@@ -149,6 +151,7 @@ def run_steps(report: Report, device: torch.device, cases: list[Any], budget: Bu
         rows.append(models.measure(case, REPEAT_SECONDS if device.type == "cuda" else 0.0))
         budget.took(work, time.monotonic() - started)
         report.say(json.dumps(rows[-1]))
+        report.write()
     gpu_steps.drop(models)
     report.add("steps", rows)
     report.add("equal memory: dense with checkpointing, sparse without", gpu_steps.equal_memory(rows))

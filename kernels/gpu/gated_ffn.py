@@ -20,16 +20,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .tiles import dot, rounded
 from .indexed_linear import (
     GROUP,
     RANK_STEP,
     Matrix,
     NF4Matrix,
     Tile,
+    check_rows,
     choose,
     constants_of,
     count_of,
+    factors,
     index_at,
     kind_of,
     low_rank,
@@ -41,6 +42,7 @@ from .indexed_linear import (
     unpack,
     variant,
 )
+from .tiles import dot, rounded
 from .variants import TYPE_NAMES, Variant
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -49,7 +51,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 # spills on sm_80, which keeps operands in registers too).
 FORWARD_TILES = {
     "16": (Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4, 1.3)),
-    "16 ragged": (Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4, 1.3)),
+    "16 ragged": (Tile(64, 64, 64, 4, 4),),
     "16 nf4": (Tile(128, 64, 64, 8, 3), Tile(64, 32, 64, 4, 3, 1.5)),
     "16 nf4 ragged": (Tile(64, 64, 64, 4, 3),),
     "32": (Tile(64, 32, 16, 8, 3),),
@@ -201,7 +203,9 @@ def gated_input_gradient_kernel(
     tl.store(place, rounded(sums, out.dtype.element_ty), mask=inside)
 
 
-def _pair(gate: Matrix, up: Matrix, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, int]:
+def _pair(
+    gate: Matrix, up: Matrix, x: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, int]:
     """Data and absmax of gate and of up, levels, and values per row.
 
     Raises:
@@ -255,18 +259,14 @@ def gated_forward(
         ValueError: an unknown activation, dtypes that differ, NF4 beside plain, a low-rank factor without its pair.
     """
     _known(activation)
-    if (gate_low is None) != (gate_b is None) or (up_low is None) != (up_b is None):
-        raise ValueError("low and b go together: the product low · bᵀ")
     x = unit_stride(x)
+    gate_low, gate_b, gate_rank = factors(gate_low, gate_b, x)
+    up_low, up_b, up_rank = factors(up_low, up_b, x)
     gate_data, gate_absmax, up_data, up_absmax, levels, length = _pair(gate, up, x)
     n, k = count_of(rows, x.shape[0]), count_of(channels, gate_data.shape[0])
     g, u, h = x.new_empty(n, k), x.new_empty(n, k), x.new_empty(n, k)
     if not (n and k):
         return g, u, h
-    gate_rank, up_rank = (0 if low is None else low.shape[1] for low in (gate_low, up_low))
-    gate_low, gate_b, up_low, up_b = (
-        x if factor is None else unit_stride(factor) for factor in (gate_low, gate_b, up_low, up_b)
-    )
     tile = choose(FORWARD_TILES[kind_of(x.dtype, nf4=levels is not None, ragged=k % 16 > 0)], n, k, x.device)
     absent = x.new_empty(1, dtype=torch.int64)
     with torch.cuda.device_of(x):
@@ -323,8 +323,9 @@ def gated_input_gradient(
         ``out``.
 
     Raises:
-        ValueError: dtypes that differ, NF4 beside plain.
+        ValueError: dtypes that differ, NF4 beside plain, rows of ``out`` not contiguous.
     """
+    check_rows(out)
     dg, du = unit_stride(dg), unit_stride(du)
     gate_data, gate_absmax, up_data, up_absmax, levels, length = _pair(gate, up, dg)
     n, k = count_of(rows, out.shape[0]), count_of(channels, gate_data.shape[0])
@@ -345,11 +346,11 @@ def gated_input_gradient(
 
 
 def variants() -> Iterator[Variant]:
-    """Every tile with SiLU, the first ones with every activation, and gated_backward with every activation."""
+    """Every tile, in bf16 and fp32, and with every activation where there is one."""
     for kind, tiles in FORWARD_TILES.items():
         for tile in tiles:
             absent = () if "nf4" in kind else ("gate_absmax", "up_absmax", "levels")
-            for activation in ACTIVATIONS if tile is FORWARD_TILES[kind][0] and kind in ("16", "32") else ("silu",):
+            for activation in ACTIVATIONS:
                 constants = constants_of(tile, absent) | {"ACTIVATION": activation, "RANK_STEP": RANK_STEP}
                 unaligned = _FORWARD_FREE + (("k", "out_stride") if "ragged" in kind else ())
                 yield variant(gated_forward_kernel, f"{kind} {activation}", tile, constants, unaligned)

@@ -24,6 +24,7 @@ from torch import Tensor
 from .tiles import dot, rounded
 from .variants import Variant
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NF4_BLOCK = 64
 """Values per absmax."""
 
@@ -276,8 +277,10 @@ def unpack(weight: Matrix, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | N
     """Data, absmax and levels (``None`` for a plain matrix), and values per row.
 
     Raises:
-        ValueError: a plain weight of another dtype than ``x``.
+        ValueError: a dtype of ``x`` that has no kernel, or a plain weight of another one.
     """
+    if x.dtype not in DTYPES:
+        raise ValueError(f"no indexed product in {x.dtype}: bfloat16, float16 or float32")
     if isinstance(weight, NF4Matrix):
         return unit_stride(weight.codes), unit_stride(weight.absmax), weight.levels, weight.length
     if weight.dtype != x.dtype:
@@ -288,6 +291,27 @@ def unpack(weight: Matrix, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | N
 def unit_stride(matrix: Tensor) -> Tensor:
     """The matrix with its rows contiguous; they may lie apart."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def factors(low: Tensor | None, b: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor, int]:
+    """The factors of a low-rank product and its rank; ``x``, which is not read, and 0 where there is none.
+
+    Raises:
+        ValueError: one without the other, or of another dtype than ``x``.
+    """
+    if low is None and b is None:
+        return x, x, 0
+    if low is None or b is None:
+        raise ValueError("low and b go together: the product low · bᵀ")
+    if not low.dtype == b.dtype == x.dtype:
+        raise ValueError(f"low is {low.dtype}, b is {b.dtype}, x is {x.dtype}: the indexed products take one dtype")
+    return unit_stride(low), unit_stride(b), low.shape[1]
+
+
+def check_rows(out: Tensor) -> None:
+    """Raises ValueError: the rows of ``out``, which is written in place, are not contiguous."""
+    if out.shape[1] > 1 and out.stride(1) != 1:
+        raise ValueError(f"the rows of out must be contiguous, its strides are {out.stride()}")
 
 
 def count_of(index: Tensor | None, otherwise: int) -> int:
@@ -329,10 +353,12 @@ def indexed_nt(
         ``out``, or (n, k) in ``x.dtype`` without it.
 
     Raises:
-        ValueError: a plain weight of another dtype than ``x``; ``accumulate`` without ``out``.
+        ValueError: dtypes that differ or have no kernel, ``accumulate`` without ``out``, rows of ``out`` not contiguous.
     """
     if accumulate and out is None:
         raise ValueError("accumulate=True needs the tensor to add to: out")
+    if out is not None:
+        check_rows(out)
     x = unit_stride(x)
     data, absmax, levels, length = unpack(weight, x)
     n, k = count_of(rows, x.shape[0]), count_of(channels, data.shape[0])
@@ -350,7 +376,8 @@ def indexed_nt(
             absent if rows is None else rows, absent if channels is None else channels,
             x if bias is None else bias.to(x.dtype), y,
             length, k, x.stride(0), data.stride(0), stride_of(absmax), y.stride(0),
-            n, int(rows is not None), int(channels is not None), int(bias is not None), int(scatter and rows is not None), int(accumulate),
+            n, int(rows is not None), int(channels is not None), int(bias is not None),
+            int(scatter and rows is not None), int(accumulate),
             columns, tile.m, tile.n, tile.k, GROUP, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return y
@@ -385,11 +412,12 @@ def indexed_nn(
         ``out``.
 
     Raises:
-        ValueError: a plain weight of another dtype than ``h``; ``low`` without ``b`` or the reverse.
+        ValueError: dtypes that differ or have no kernel, a low-rank factor without its pair, rows of ``out`` not
+            contiguous.
     """
-    if (low is None) != (b is None):
-        raise ValueError("low and b go together: the product low · bᵀ")
+    check_rows(out)
     h = unit_stride(h)
+    low, b, rank = factors(low, b, h)
     data, absmax, levels, length = unpack(weight, h)
     n, k = count_of(rows, out.shape[0]), count_of(channels, data.shape[0])
     if not (n and length):
@@ -398,8 +426,6 @@ def indexed_nn(
     nf4 = absmax is not None
     tile = choose(NN_TILES[kind_of(h.dtype, nf4=nf4, ragged=k % 16 > 0, columns=columns)], n, length, h.device)
     absent = h.new_empty(1, dtype=torch.int64)
-    low, b = (h, h) if low is None or b is None else (unit_stride(low), unit_stride(b))
-    rank = 0 if low is h else low.shape[1]
     with torch.cuda.device_of(h):
         nn_kernel[(triton.cdiv(n, tile.m) * triton.cdiv(length, tile.n),)](
             h, data, absmax, levels,
@@ -527,7 +553,11 @@ def variant(
 
 
 def variants() -> Iterator[Variant]:
-    """Every tile of both tables, in bf16 and fp32; fp16 has bf16's, but for the type."""
+    """Every tile of both tables, in bf16 and fp32; fp16 has bf16's, but for the type.
+
+    Widths and strides are aligned here (k and its stride are not where ``ragged``), as those of real models are;
+    Triton makes others, with narrower loads, when it meets them.
+    """
     for kernel, tables, free, compact in (
         (nt_kernel, NT_TILES, _NT_FREE, "out_stride"),
         (nn_kernel, NN_TILES, _NN_FREE, "h_stride"),

@@ -27,7 +27,7 @@ def _keys(scores, i, n):
     x = tl.load(scores + i, mask=i < n, other=0.0)
     x = tl.where(x != x, float("-inf"), tl.where(x == 0.0, 0.0, x))
     bits = x.to(tl.uint32, bitcast=True)
-    keys = tl.where(bits >> 31 != 0, ~bits, bits | 0x80000000)
+    keys = tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     return tl.where(i < n, keys, 0)
 
 

@@ -100,6 +100,9 @@ class TrainSection:
     gradient_checkpointing_kwargs: dict[str, bool] = field(default_factory=lambda: {"use_reentrant": False})
     """``use_reentrant``: which of PyTorch's two implementations."""
 
+    use_liger_kernel: bool = False
+    """On a GPU: RMS norm and RoPE by liger-kernel, an optional dependency. Its SwiGLU and losses are not used."""
+
     group_by_length: bool = True
     """Batches of similar length, so that little is padding."""
 

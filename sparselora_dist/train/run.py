@@ -24,6 +24,7 @@ from ..io.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, resol
 from ..io.load import LoadReport, check_model, load_base, load_tokenizer
 from ..io.manifest import write_text
 from ..io.weights import checkpoint_folder
+from .liger import liger_patch, use_liger
 from .loop import TrainingLoop
 from .metrics import flop_model
 
@@ -48,7 +49,9 @@ def _run(config: RunConfig, engine: Engine) -> dict[str, Any]:
     output_dir = Path(config.train.output_dir)
     if not engine.is_main:
         disable_progress_bar()
-    check_model(config.model)
+    family = check_model(config.model).model_type
+    if config.train.use_liger_kernel:
+        liger_patch(family)  # Refuses what cannot work.
     tokenizer = load_tokenizer(config.model)
     train_data, eval_data = _datasets(config, tokenizer)
     sampler = GlobalBatchSampler(
@@ -105,6 +108,8 @@ def _run(config: RunConfig, engine: Engine) -> dict[str, Any]:
 
 def build_model(config: RunConfig, engine: Engine, resumed_from: Path | None = None) -> tuple[Any, dict[str, float]]:
     """Base model, adapter and sparse layers, before the engine shards what is not sharded yet; and what loading took."""
+    if config.train.use_liger_kernel:
+        use_liger(check_model(config.model).model_type)
     lora = config.lora.build()
     base = load_base(
         config.model,

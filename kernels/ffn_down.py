@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from .indexed_linear import add_update, indexed_nn, indexed_nt, linear, matmul
+from .operator import register, register_with_gradient
 from .stored import EncodedWeight, Weight, refuse_trainable, unpack
 
 
-@torch.library.custom_op("sparselora::ffn_down", mutates_args=())
 def _forward(
     h_dense: Tensor,
     h_context: Tensor,
@@ -40,12 +40,11 @@ def _forward(
     return indexed_nn(h_context, weight, context_rows, channels, y, bias=bias, low=low_context, b=b)
 
 
-@_forward.register_fake
-def _(h_dense, h_context, parts, layout, bias, low_dense, low_context, b, dense_rows, context_rows, channels, tokens):  # type: ignore[no-untyped-def]
+def _forward_fake(h_dense: Tensor, h_context: Tensor, parts: list[Tensor], layout: list[int], *rest: Any) -> Tensor:
+    tokens: int = rest[-1]
     return h_context.new_empty(tokens, EncodedWeight(parts, layout).length)
 
 
-@torch.library.custom_op("sparselora::ffn_down_backward", mutates_args=())
 def _backward(
     grad: Tensor,
     parts: list[Tensor],
@@ -70,11 +69,14 @@ def _backward(
     return wide, kept, dense @ b, context @ b, grad_b
 
 
-@_backward.register_fake
-def _(grad, parts, layout, low_dense, low_context, b, dense_rows, context_rows, channels):  # type: ignore[no-untyped-def]
+def _backward_fake(grad: Tensor, parts: list[Tensor], layout: list[int], *rest: Any) -> tuple[Tensor, ...]:
+    low_dense, low_context, b, dense_rows, context_rows, channels = rest
     like = (grad.new_empty(0) if t is None else torch.empty_like(t) for t in (low_dense, low_context, b))
     wide = grad.new_empty(dense_rows.shape[0], parts[0].shape[0])
     return wide, grad.new_empty(context_rows.shape[0], channels.shape[0]), *like
+
+
+_run_backward = register("ffn_down_backward", _backward, _backward_fake)
 
 
 def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -86,12 +88,12 @@ def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _gradients(ctx: Any, grad: Tensor) -> tuple:
     saved = ctx.saved_tensors
     lows, rows, parts = saved[:3], saved[3:6], list(saved[6:])
-    grads = _backward(grad.contiguous(), parts, ctx.layout, *lows, *rows)
+    grads = _run_backward(grad.contiguous(), parts, ctx.layout, *lows, *rows)
     updates = [None if low is None else g for low, g in zip(lows, grads[2:])]
     return *grads[:2], [None] * len(parts), None, None, *updates, None, None, None, None
 
 
-_forward.register_autograd(_gradients, setup_context=_keep)
+_run = register_with_gradient("ffn_down", _forward, _forward_fake, keep=_keep, gradients=_gradients)
 
 
 def ffn_down(
@@ -128,7 +130,7 @@ def ffn_down(
     refuse_trainable("ffn_down", stored, bias)
     if len({low_dense is None, low_context is None, b is None}) > 1:
         raise ValueError("ffn_down takes all of low_dense, low_context and b or none")
-    return _forward(
+    return _run(
         h_dense,
         h_context,
         list(stored.parts),

@@ -1,4 +1,4 @@
-"""FLOPs of the registered operations, for ``torch.utils.flop_counter.FlopCounterMode``, which cannot see inside them.
+"""FLOPs of the registered operations, for ``torch.utils.flop_counter.FlopCounterMode``, which cannot see inside a node.
 
 As that mode counts aten's: 2 per multiply-add of the matrix products, nothing for elementwise work or decoding. Import
 this module to count; nothing else does.
@@ -9,13 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from . import ffn_down, gated_ffn  # noqa: F401  (registered when imported)
 from .lora_linear import lora_order
 from .stored import PLAIN
 
 Shape = Any
 _OPS = torch.ops.sparselora
+
+# In eager mode the products themselves are seen, except this form of one, which PyTorch forgets.
+flop_registry.setdefault(torch.ops.aten.addmm_, flop_registry[torch.ops.aten.addmm])
 
 
 def _matrix(parts: list[Shape], layout: list[int]) -> tuple[int, int]:

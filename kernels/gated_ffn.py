@@ -18,13 +18,13 @@ from torch import Tensor
 from .activations import activate, activate_backward
 from .backend import use_triton
 from .indexed_linear import add_update, indexed_nt, linear, matmul, triton_matrix
+from .operator import register, register_with_gradient
 from .stored import EncodedWeight, Weight, refuse_trainable, unpack
 
 if TYPE_CHECKING:
     from .gpu.indexed_linear import Matrix
 
 
-@torch.library.custom_op("sparselora::gated_up", mutates_args=())
 def _up(
     x: Tensor,
     gate_parts: list[Tensor],
@@ -80,9 +80,8 @@ def _up(
     return h_d, h_c, g_d, u_d, g_c, u_c
 
 
-@_up.register_fake
-def _(x, gate_parts, gate_layout, up_parts, up_layout, gate_bias, up_bias, gate_low, gate_b, up_low, up_b, *lists):  # type: ignore[no-untyped-def]
-    dense_rows, context_rows, channels, _ = lists
+def _up_fake(x: Tensor, gate_parts: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
+    dense_rows, context_rows, channels = rest[-4:-1]
     wide = x.new_empty(dense_rows.shape[0], gate_parts[0].shape[0])
     kept = x.new_empty(context_rows.shape[0], channels.shape[0])
     return wide, kept, *(torch.empty_like(t) for t in (wide, wide, kept, kept))
@@ -109,7 +108,6 @@ def _gate_gradients(activation: str, grad: Tensor, g: Tensor, u: Tensor) -> tupl
     return activate_backward(activation, g, grad * u), activate(activation, g).mul_(grad)
 
 
-@torch.library.custom_op("sparselora::gated_up_backward", mutates_args=())
 def _up_backward(
     grad_dense: Tensor | None,
     grad_context: Tensor | None,
@@ -184,13 +182,15 @@ def _zeros(like: Tensor | None, rows: int) -> Tensor:
     return torch.empty(0) if like is None else like.new_zeros(rows, like.shape[1])
 
 
-@_up_backward.register_fake
-def _(*args):  # type: ignore[no-untyped-def]
+def _up_backward_fake(*args: Any) -> tuple[Tensor, ...]:
     g_c, gate_parts, gate_layout = args[4], args[6], args[7]
     tokens, needs_input = args[18], args[19]
     width = EncodedWeight(gate_parts, gate_layout).length
     like = (g_c.new_empty(0) if t is None else torch.empty_like(t) for t in args[10:14])
     return g_c.new_empty(tokens, width) if needs_input else g_c.new_empty(0), *like
+
+
+_run_backward = register("gated_up_backward", _up_backward, _up_backward_fake)
 
 
 def _keep_up(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -210,7 +210,7 @@ def _up_gradients(ctx: Any, grad_dense: Tensor | None, grad_context: Tensor | No
     none[1], none[3] = [None] * ctx.gate_count, [None] * (len(parts) - ctx.gate_count)
     if grad_dense is None and grad_context is None:
         return tuple(none)
-    grads = _up_backward(
+    grads = _run_backward(
         grad_dense,
         grad_context,
         *saved[:4],
@@ -229,7 +229,7 @@ def _up_gradients(ctx: Any, grad_dense: Tensor | None, grad_context: Tensor | No
     return tuple(none)
 
 
-_up.register_autograd(_up_gradients, setup_context=_keep_up)
+_run = register_with_gradient("gated_up", _up, _up_fake, keep=_keep_up, gradients=_up_gradients)
 
 
 def gated_up(
@@ -271,7 +271,7 @@ def gated_up(
         refuse_trainable("gated_up", weight, bias)
     if (gate_low is None) != (gate_b is None) or (up_low is None) != (up_b is None):
         raise ValueError("gated_up takes both of low and b or neither")
-    return _up(
+    return _run(
         x,
         list(stored[0].parts),
         list(stored[0].layout),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .indexed_linear import indexed_nn, indexed_nt, linear, matmul
+from .operator import register, register_with_gradient
 from .stored import EncodedWeight, Weight, refuse_trainable, unpack
 
 Backward = Literal["through_rank", "through_weight"]
@@ -53,7 +54,6 @@ def _order(x: Tensor, weight: EncodedWeight, a: Tensor, b: Tensor, sparse: bool,
     return lora_order(x.shape[0], a.shape[1], b.shape[0], a.shape[0], merge=merge and not sparse)
 
 
-@torch.library.custom_op("sparselora::lora_linear", mutates_args=())
 def _forward(
     x: Tensor,
     parts: list[Tensor],
@@ -106,8 +106,8 @@ def _forward(
     return y, low
 
 
-@_forward.register_fake
-def _(x, parts, layout, bias, a, b, scaling, dense_rows, context_rows, channels, transposed, merge):  # type: ignore[no-untyped-def]
+def _forward_fake(x: Tensor, parts: list[Tensor], layout: list[int], *rest: Any) -> tuple[Tensor, Tensor]:
+    _, a, b, _, _, context_rows, _, transposed, merge = rest
     weight = EncodedWeight(parts, layout)
     out = weight.length if transposed else weight.channels
     kept = False
@@ -117,7 +117,6 @@ def _(x, parts, layout, bias, a, b, scaling, dense_rows, context_rows, channels,
     return x.new_empty(x.shape[0], out), x.new_empty(x.shape[0], a.shape[0]) if kept else x.new_empty(0)
 
 
-@torch.library.custom_op("sparselora::lora_linear_backward", mutates_args=())
 def _backward(
     grad: Tensor,
     x: Tensor | None,
@@ -178,8 +177,10 @@ def _backward(
     return grad_x, grad_a, grad_b
 
 
-@_backward.register_fake
-def _(grad, x, low, parts, layout, a, b, scaling, dense_rows, context_rows, channels, transposed, merge, needs_input):  # type: ignore[no-untyped-def]
+def _backward_fake(
+    grad: Tensor, x: Tensor | None, low: Tensor, parts: list[Tensor], layout: list[int], *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    a, b, transposed, needs_input = rest[0], rest[1], rest[-3], rest[-1]
     weight = EncodedWeight(parts, layout)
     width = weight.channels if transposed else weight.length
     return (
@@ -187,6 +188,9 @@ def _(grad, x, low, parts, layout, a, b, scaling, dense_rows, context_rows, chan
         grad.new_empty(0) if a is None else torch.empty_like(a),
         grad.new_empty(0) if b is None else torch.empty_like(b),
     )
+
+
+_run_backward = register("lora_linear_backward", _backward, _backward_fake)
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -203,7 +207,7 @@ def _gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple:
     none[1] = [None] * len(parts)  # The structure of the inputs is asked for.
     if grad is None:
         return tuple(none)
-    grad_x, grad_a, grad_b = _backward(
+    grad_x, grad_a, grad_b = _run_backward(
         grad.contiguous(),
         x,
         low,
@@ -224,7 +228,7 @@ def _gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple:
     return tuple(none)
 
 
-_forward.register_autograd(_gradients, setup_context=_keep)
+_run = register_with_gradient("lora_linear", _forward, _forward_fake, keep=_keep, gradients=_gradients)
 
 
 def lora_linear(
@@ -265,7 +269,7 @@ def lora_linear(
     refuse_trainable("lora_linear", stored, bias)
     if len({a is None, b is None}) > 1 or len({dense_rows is None, context_rows is None, channels is None}) > 1:
         raise ValueError("lora_linear takes both of a and b or neither, and all three index lists or none")
-    return _forward(
+    return _run(
         x,
         list(stored.parts),
         list(stored.layout),

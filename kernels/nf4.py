@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .backend import on_device, use_triton
+from .operator import register
 
 BLOCK = 64
 """Values per absmax."""
@@ -113,15 +114,9 @@ def nf4_rows(
     Returns:
         (k, length).
     """
-    return _nf4_rows(codes, scales, channels, dtype, length, double_quant, first)
+    return _run(codes, scales, channels, dtype, length, double_quant, first)
 
 
-@torch.library.custom_op(
-    "sparselora::nf4_rows",
-    mutates_args=(),
-    schema="(Tensor codes, Tensor scales, Tensor? channels, ScalarType dtype, int length, bool double_quant, int first)"
-    " -> Tensor",
-)
 def _nf4_rows(
     codes: Tensor,
     scales: Tensor,
@@ -152,8 +147,7 @@ def _nf4_rows(
     return values if shape[1] == length else values[:, :length].contiguous()
 
 
-@_nf4_rows.register_fake
-def _(
+def _nf4_rows_fake(
     codes: Tensor,
     scales: Tensor,
     channels: Tensor | None,
@@ -163,3 +157,6 @@ def _(
     first: int,
 ) -> Tensor:
     return codes.new_empty((codes.shape[0] if channels is None else channels.shape[0], length), dtype=dtype)
+
+
+_run = register("nf4_rows", _nf4_rows, _nf4_rows_fake)

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS, activate, activation_name
 from .backend import on_device, use_triton
+from .operator import register
 
 Factors = tuple[Tensor, Tensor]
 """``A`` (r, in) and ``B`` (out, r)."""
@@ -32,7 +34,7 @@ _TOKEN_BLOCK = 64
 def projection_scores(x: Tensor, rows: Tensor, factors: Sequence[Factors]) -> list[Tensor]:
     """:func:`projection_score` of several projections of one ``x``, which is read once: (out_i,) fp32 each."""
     a, b = [pair[0].detach() for pair in factors], [pair[1].detach() for pair in factors]
-    scores = _projection_scores(x.detach(), rows, a, b)
+    scores = _run_projections(x.detach(), rows, a, b)
     return list(scores.split([factor.shape[0] for factor in b]))
 
 
@@ -73,17 +75,12 @@ def gated_ffn_score(
         if name is None:
             assert callable(activation)
             return _gated_blocks(x, rows, gate, up, activation)
-        return _gated_ffn_score(x, rows, *gate, *up, name)
+        return _run_gated_ffn(x, rows, *gate, *up, name)
 
 
 # --- operators --------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(
-    "sparselora::projection_scores",
-    mutates_args=(),
-    schema="(Tensor x, Tensor rows, Tensor[] a, Tensor[] b) -> Tensor",
-)
 def _projection_scores(x: Tensor, rows: Tensor, a: list[Tensor], b: list[Tensor]) -> Tensor:
     with _without_autocast(x):
         if use_triton(x):
@@ -94,16 +91,13 @@ def _projection_scores(x: Tensor, rows: Tensor, a: list[Tensor], b: list[Tensor]
         return _projection_grams(x, rows, a, b)
 
 
-@_projection_scores.register_fake
-def _(x: Tensor, rows: Tensor, a: list[Tensor], b: list[Tensor]) -> Tensor:
+def _projection_scores_fake(x: Tensor, rows: Tensor, a: list[Tensor], b: list[Tensor]) -> Tensor:
     return x.new_empty(sum(factor.shape[0] for factor in b), dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "sparselora::gated_ffn_score",
-    mutates_args=(),
-    schema="(Tensor x, Tensor rows, Tensor gate_a, Tensor gate_b, Tensor up_a, Tensor up_b, str activation) -> Tensor",
-)
+_run_projections = register("projection_scores", _projection_scores, _projection_scores_fake)
+
+
 def _gated_ffn_score(
     x: Tensor, rows: Tensor, gate_a: Tensor, gate_b: Tensor, up_a: Tensor, up_b: Tensor, activation: str
 ) -> Tensor:
@@ -118,9 +112,11 @@ def _gated_ffn_score(
     return _gated_blocks(x, rows, gate, up, partial(activate, activation))
 
 
-@_gated_ffn_score.register_fake
-def _(x: Tensor, rows: Tensor, gate_a: Tensor, gate_b: Tensor, up_a: Tensor, up_b: Tensor, activation: str) -> Tensor:
+def _gated_ffn_score_fake(x: Tensor, rows: Tensor, gate_a: Tensor, gate_b: Tensor, *_: Any) -> Tensor:
     return x.new_empty(gate_b.shape[0], dtype=torch.float32)
+
+
+_run_gated_ffn = register("gated_ffn_score", _gated_ffn_score, _gated_ffn_score_fake)
 
 
 # --- CPU --------------------------------------------------------------------------------------------------------------

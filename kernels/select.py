@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .backend import on_device, use_triton
+from .operator import register
 
 # (1 - 0.7) * 10 is 3.0000000000000004 in floating point; the ceiling must still be 3.
 _ROUNDING = 1e-9
@@ -37,10 +38,9 @@ def select_channels(scores: Tensor, keep: int) -> Tensor:
 
     All of them where ``keep`` is larger than n.
     """
-    return _select_channels(scores.detach(), keep)
+    return _run(scores.detach(), keep)
 
 
-@torch.library.custom_op("sparselora::select_channels", mutates_args=(), schema="(Tensor scores, int keep) -> Tensor")
 def _select_channels(scores: Tensor, keep: int) -> Tensor:
     if use_triton(scores) and scores.dtype == torch.float32:
         from .gpu import select
@@ -53,6 +53,8 @@ def _select_channels(scores: Tensor, keep: int) -> Tensor:
     return order[:keep].sort().values
 
 
-@_select_channels.register_fake
-def _(scores: Tensor, keep: int) -> Tensor:
+def _select_channels_fake(scores: Tensor, keep: int) -> Tensor:
     return scores.new_empty(min(keep, scores.shape[0]), dtype=torch.int64)
+
+
+_run = register("select_channels", _select_channels, _select_channels_fake)

@@ -29,6 +29,7 @@ from sparselora_dist.method.tokens import partition_tokens
 from sparselora_dist.sync import masks
 from sparselora_dist.sync.masks import MaskSync, Site
 from sparselora_kernels import gated_ffn_score, projection_score
+from sparselora_kernels.activations import activate
 from support.models import ALL_LINEAR, batch, tiny_lora
 from support.waits import OURS, Largest, Waits
 
@@ -149,8 +150,9 @@ class Bad(torch.autograd.Function):
 @pytest.mark.parametrize("how", ["item", "mask", "tolist"])
 @modes
 def test_the_check_sees_a_wait_in_backward(how: str, reentrant: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = sparselora_dist.layers.ffn.join_rows
-    monkeypatch.setattr(sparselora_dist.layers.ffn, "join_rows", lambda *args: Bad.apply(original(*args), how))
+    original = sparselora_dist.layers.ffn.ffn_down
+    bad: Any = lambda *args, **options: Bad.apply(original(*args, **options), how)  # noqa: E731
+    monkeypatch.setattr(sparselora_dist.layers.ffn, "ffn_down", bad)
     assert step(make(reentrant)).all - step(make(reentrant, sparse=False)).all
 
 
@@ -262,7 +264,11 @@ def test_no_score_tensor_of_tokens_times_neurons(monkeypatch: pytest.MonkeyPatch
     limit = partition_tokens(inputs["labels"], inputs["attention_mask"]).context.numel() * 104
     assert limit > 300 * 104
     assert largest(make(), inputs) < limit
-    monkeypatch.setattr("sparselora_dist.layers.estimator.gated_ffn_score", reference.gated_ffn_score)
+
+    def plain_formula(*args: Any) -> Tensor:
+        return reference.gated_ffn_score(*args[:-1], partial(activate, args[-1]))
+
+    monkeypatch.setattr("sparselora_dist.layers.estimator.gated_ffn_score", plain_formula)
     assert largest(make(), inputs) >= limit, "the check does not see the plain formula"
 
 

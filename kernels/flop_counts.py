@@ -59,12 +59,12 @@ def _lora_linear_backward(
     rank, inputs, outputs = a[0], a[1], b[0]
     merged, order = lora_order(tokens, inputs, outputs, rank, merge=merge and dense is None)
     through_rank = order == "through_rank"
-    products = 0
-    if not merged or through_rank:
+    products, trained = 0, x is not None
+    if not merged or (trained and through_rank):
         products += tokens * outputs * rank
-    if through_rank:
+    if trained and through_rank:
         products += tokens * rank * (inputs + outputs) + (tokens * inputs * rank if merged else 0)
-    else:
+    elif trained:
         products += tokens * inputs * outputs + 2 * inputs * outputs * rank
     if needs_input:
         products += inputs * outputs * rank if merged else tokens * rank * inputs

@@ -137,14 +137,14 @@ def _backward(
     weight = EncodedWeight(parts, layout)
     # Results of a registered operator must not share memory: an empty tensor for each.
     none, grad_a, grad_b = (grad.new_empty(0) for _ in range(3))
-    z = none
+    z, trained = none, x is not None
     sparse = dense_rows is not None and context_rows is not None and channels is not None
     merged = False
     if a is not None and b is not None:
-        assert x is not None
-        merged, order = _order(x, weight, a, b, sparse, merge)
-        if not merged or order == "through_rank":
+        merged, order = _order(grad, weight, a, b, sparse, merge)
+        if not merged or (trained and order == "through_rank"):
             z = torch.mm(grad, b).mul_(scaling)
+    if a is not None and b is not None and x is not None:
         if order == "through_rank":
             grad_a = torch.mm(z.t(), x)
             grad_b = torch.mm(grad.t(), linear(x, a) if merged else low).mul_(scaling)
@@ -185,8 +185,8 @@ def _backward_fake(
     width = weight.channels if transposed else weight.length
     return (
         grad.new_empty(grad.shape[0], width) if needs_input else grad.new_empty(0),
-        grad.new_empty(0) if a is None else torch.empty_like(a),
-        grad.new_empty(0) if b is None else torch.empty_like(b),
+        grad.new_empty(0) if a is None or x is None else torch.empty_like(a),
+        grad.new_empty(0) if b is None or x is None else torch.empty_like(b),
     )
 
 
@@ -196,8 +196,9 @@ _run_backward = register("lora_linear_backward", _backward, _backward_fake)
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     x, parts, layout, _, a, b, *rest = inputs
     ctx.set_materialize_grads(False)
-    # The input is read by the branch's gradient only: a frozen linear without one keeps no activation.
-    ctx.save_for_backward(None if a is None else x, output[1], a, b, *rest[1:4], *parts)
+    # The input is read by the branch's gradient only: without a trained branch no activation is kept.
+    trained = a is not None and any(ctx.needs_input_grad[4:6])
+    ctx.save_for_backward(x if trained else None, output[1], a, b, *rest[1:4], *parts)
     ctx.layout, ctx.scaling, ctx.transposed, ctx.merge = layout, rest[0], rest[4], rest[5]
 
 
@@ -224,7 +225,7 @@ def _gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple:
         ctx.needs_input_grad[0],
     )
     none[0] = grad_x if ctx.needs_input_grad[0] else None
-    none[4], none[5] = (None, None) if a is None else (grad_a, grad_b)
+    none[4], none[5] = (None, None) if x is None else (grad_a, grad_b)
     return tuple(none)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 
 from sparselora_kernels import kept_count
@@ -19,7 +20,7 @@ from .layers.estimator import AttentionEstimator, FFNEstimator
 from .layers.ffn import SparseFFN
 from .layers.frozen import FrozenLinear
 from .layers.linear import AttentionChannels, SparseProjection
-from .layers.lora import base_linear, fuse_lora, set_base_linear, unfuse_lora
+from .layers.lora import PLAIN_ONLY, base_linear, fuse_lora, set_base_linear, unfuse_lora
 from .method.channels import ATTENTION, FFN, SCORED, TRANSPOSED, HeadGeometry
 
 _ESTIMATOR = "sparse_estimator"
@@ -63,7 +64,9 @@ def check_frozen(layer: DecoderLayer, active: dict[str, dict[int, float]]) -> No
         if any(p.requires_grad for p in linear.parameters()):
             raise ValueError(f"{where} is trainable: sparse layers need frozen base weights (use PEFT's LoRA)")
         if any(getattr(parent, "use_dora", {}).values()) or getattr(parent, "lora_variant", None):
-            raise ValueError(f"{where} uses a LoRA variant (DoRA or another): plain LoRA is supported in sparse layers")
+            raise ValueError(f"{where} uses a LoRA variant (DoRA or another): {PLAIN_ONLY}")
+        if isinstance(parent, LoraLayer) and type(parent) is not Linear:
+            raise ValueError(f"{where} carries a {type(parent).__name__} (AdaLoRA or another): {PLAIN_ONLY}")
 
 
 def _on_device(factors: FactorSet, layer: DecoderLayer, name: str) -> tuple[Tensor, Tensor]:

@@ -89,11 +89,12 @@ class FrozenLinear(nn.Linear):
         rows = unpack(self.codec.stored(tuple(parts), self.row_length)).decode(None, dtype)
         return rows.t() if self.transposed else rows
 
-    def forward(self, x: Tensor, branch: Branch | None = None, merge: bool = False) -> Tensor:
-        """``x`` (..., in) -> (..., out), all channels; with a LoRA branch where one is given."""
-        return self._product(x, branch, merge=merge)
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` (..., in) -> (..., out), all channels."""
+        return self.product(x)
 
-    def _product(self, x: Tensor, branch: Branch | None, **options: Any) -> Tensor:
+    def product(self, x: Tensor, branch: Branch | None = None, **options: Any) -> Tensor:
+        """``forward``, with a LoRA branch where one is given; ``options`` are :func:`lora_linear`'s."""
         x = compute_input(x)
         flat = x.reshape(-1, x.shape[-1])
         y = lora_linear(flat, self.stored, self.bias, *(branch or ()), transposed=self.transposed, **options)

@@ -6,7 +6,7 @@ attention code runs unchanged on full-width tensors, and PEFT's LoRA branch stay
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -72,18 +72,19 @@ class SparseProjection(FrozenLinear):
         self.role = role
         self.channels = channels
 
-    def forward(self, x: Tensor, branch: Branch | None = None, merge: bool = False) -> Tensor:
+    def product(self, x: Tensor, branch: Branch | None = None, **options: Any) -> Tensor:
         """``x`` (..., in) -> (..., out); the LoRA branch, where one is given, is whole for all tokens."""
         batch = self.channels.context.active(self.channels.site.layer, _GROUP[self.role], self.role)
         if batch is None:
-            return self._product(x, branch, merge=merge)
+            return super().product(x, branch, **options)
         assert batch.partition is not None
-        return self._product(
+        return super().product(
             x,
             branch,
             dense_rows=batch.partition.dense,
             context_rows=batch.partition.context,
             channels=self.channels.rows(self.role, compute_input(x).reshape(-1, x.shape[-1]), batch),
+            **options,
         )
 
     def extra_repr(self) -> str:

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 
 from sparselora_kernels import lora_linear
 
+from ..engines.shards import is_dtensor
 from .frozen import FrozenLinear, compute_input
+
+PLAIN_ONLY = "plain LoRA is supported in sparse layers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +56,17 @@ def _refuse_merge(*_: object, **__: object) -> None:
 
 
 def active_branches(module: nn.Module) -> Iterator[LoRABranch]:
-    """The LoRA branches that PEFT would add to the base output now: none if disabled or merged."""
+    """The LoRA branches that PEFT would add to the base output now: none if disabled or merged.
+
+    Raises:
+        ValueError: an active adapter is a variant of LoRA (DoRA or another).
+    """
     if not isinstance(module, LoraLayer) or module.disable_adapters or module.merged:
         return
+    if _has_variant(module):
+        raise ValueError(
+            f"the active adapters {module.active_adapters} use a LoRA variant (DoRA or another): {PLAIN_ONLY}"
+        )
     for name in module.active_adapters:
         if name in module.lora_A:
             yield LoRABranch(module.lora_A[name], module.lora_B[name], module.lora_dropout[name], module.scaling[name])
@@ -128,35 +139,53 @@ class FusedLoRA:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.layer.base_layer
-        branches = list(active_branches(self.layer))
+        branches = [] if args or kwargs or _has_variant(self.layer) else list(active_branches(self.layer))
         compute = compute_input(x)
-        if args or kwargs or len(branches) != 1 or not _together(base, branches[0], compute):
+        if len(branches) != 1 or not _together(base, branches[0], compute):
             return type(self.layer).forward(self.layer, x, *args, **kwargs)
         (branch,) = branches
-        a, b = compute_input(branch.a.weight), compute_input(branch.b.weight)
+        factors = compute_input(branch.a.weight), compute_input(branch.b.weight), branch.scaling
         if isinstance(base, FrozenLinear):
-            return base(x, (a, b, branch.scaling), self.merge)
-        y = lora_linear(
-            compute.reshape(-1, x.shape[-1]), base.weight, base.bias, a, b, branch.scaling, merge=self.merge
-        )
+            # Not as a module: ZeRO-3 would hand the module copies of the factors that live until backward.
+            return base.product(x, factors, merge=self.merge)
+        y = lora_linear(compute.reshape(-1, x.shape[-1]), base.weight, base.bias, *factors, merge=self.merge)
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _together(base: nn.Module, branch: LoRABranch, compute: Tensor) -> bool:
-    if branch.drops or branch.b.bias is not None:
+    if branch.drops or branch.b.bias is not None or any(map(_replaced, (base, branch.a, branch.b))):
         return False
-    if compute_input(branch.a.weight[:0]).dtype != compute.dtype:
-        return False
-    return isinstance(base, FrozenLinear) or base.weight.dtype == compute.dtype
+    if compute_input(branch.a.weight[:0]).dtype != compute.dtype or is_dtensor(branch.a.weight):
+        return False  # A DTensor is gathered by its own module's forward.
+    if isinstance(base, FrozenLinear):
+        return not is_dtensor(base.parts[0])
+    return base.weight.dtype == compute.dtype and not is_dtensor(base.weight)
+
+
+def _replaced(module: nn.Module) -> bool:
+    """Somebody else needs the module's own forward (accelerate's offloading)."""
+    return "forward" in module.__dict__ or hasattr(module, "_hf_hook")
+
+
+def _hooked(module: nn.Module) -> bool:
+    return _replaced(module) or bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _has_variant(module: LoraLayer) -> bool:
+    return any(name in getattr(module, "lora_variant", {}) for name in module.active_adapters)
 
 
 def fuse_lora(module: nn.Module, *, merge: bool) -> bool:
-    """Give a LoRA layer on a frozen linear its :class:`FusedLoRA`; says whether it is one."""
-    if not isinstance(module, LoraLayer) or "forward" in module.__dict__:
+    """Give a LoRA layer on a frozen linear its :class:`FusedLoRA`; says whether it is one.
+
+    Not where someone has put a hook on a part: fused, the parts' own forwards do not run.
+    """
+    if type(module) is not Linear or "forward" in module.__dict__:
         return False
     base = module.base_layer
     known = isinstance(base, FrozenLinear) or type(base) is nn.Linear
-    if not known or any(p.requires_grad for p in base.parameters()) or getattr(module, "lora_variant", None):
+    parts = (base, *module.lora_A.values(), *module.lora_B.values())
+    if not known or any(p.requires_grad for p in base.parameters()) or any(map(_hooked, parts)):
         return False
     module.__dict__["forward"] = FusedLoRA(module, merge=merge)
     return True

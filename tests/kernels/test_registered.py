@@ -46,10 +46,15 @@ def down_arguments(rank: int) -> tuple:
     return *h, [torch.randn(7, 5)], [0], torch.randn(5), *updates, *split(3, 4, 2), some(7, 2), 9
 
 
+def frozen_branch(arguments: tuple) -> tuple:
+    return *arguments[:4], arguments[4].detach(), arguments[5].detach(), *arguments[6:]
+
+
 CASES: dict[str, tuple[str, Callable[[], tuple]]] = {
     "whole": ("lora_linear", lambda: lora_arguments(False, 3, False, False)),
     "q": ("lora_linear", lambda: lora_arguments(False, 3, True, False)),
     "o, NF4": ("lora_linear", lambda: lora_arguments(True, 3, True, True)),
+    "frozen branch": ("lora_linear", lambda: frozen_branch(lora_arguments(False, 3, True, False))),
     "no branch": ("lora_linear", lambda: lora_arguments(True, 0, True, False)),
     "through the weight": ("lora_linear", lambda: lora_arguments(False, 64, False, False)),
     "gate and up": ("gated_up", lambda: gated_arguments(0, 3)),

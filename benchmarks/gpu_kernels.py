@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparselora_kernels import EncodedWeight
 from sparselora_kernels.activations import ACTIVATIONS, activate, activate_backward
 from sparselora_kernels.gpu import gated_ffn, indexed_linear, nf4, score, select
-from sparselora_kernels.gpu.indexed_linear import NF4Matrix
+from sparselora_kernels.gpu.matrix import NF4Matrix
+from sparselora_kernels.indexed_linear import vendor_nn, vendor_nt
 from sparselora_kernels.nf4 import BLOCK, blocks, nested_scales, nested_slots
 from sparselora_kernels.reference import gated_ffn_score, projection_score, select_channels
 from sparselora_kernels.reference.nf4 import LEVELS
@@ -300,13 +302,15 @@ def _indexed_checks(data: Data, kind: str) -> Iterator[Check]:
         yield got, h.double() @ values.double()
 
     def vendor() -> Iterator[tuple[Tensor, Tensor]]:
-        got = indexed_linear.vendor_nt(x, chosen, rows, channels, bias=bias)
+        stored = EncodedWeight((values,))
+        got = vendor_nt(x, stored, rows, channels, bias=bias)
         yield got, nt + bias[channels].double()
-        got = indexed_linear.vendor_nn(h, chosen, rows, channels, start_nn.clone(), indexed=True, low=low, b=b)
+        got = vendor_nn(h, stored, rows, channels, start_nn.clone(), indexed=True, low=low, b=b)
         yield got, placed(start_nn, rows, nn + adapter, False)
 
+    if kind == "plain":  # Rows in NF4 are first decoded by the kernel that has checks of its own.
+        yield data.check("indexed_linear.vendor forms", vendor)
     for name, run in (
-        ("vendor forms", vendor),
         ("indexed_nt", plain_nt), ("indexed_nt scattered", scattered_nt),
         ("indexed_nn compact", compact_nn), ("indexed_nn by index", indexed_nn),
     ):  # fmt: skip

@@ -19,8 +19,10 @@ from gpu_kernels import Data, Size
 from gpu_steps import free, timed
 from torch import Tensor
 
+from sparselora_kernels import EncodedWeight
 from sparselora_kernels.gpu import gated_ffn, indexed_linear, nf4, score, select
-from sparselora_kernels.gpu.indexed_linear import NF4Matrix
+from sparselora_kernels.gpu.matrix import NF4Matrix
+from sparselora_kernels.indexed_linear import prefers_vendor, vendor_nn, vendor_nt
 from sparselora_kernels.nf4 import BLOCK, blocks, scale_bytes
 from sparselora_kernels.reference.nf4 import LEVELS
 
@@ -222,7 +224,7 @@ def _ffn_ops(data: Data, kind: str) -> Iterator[Op]:
     yield Op(
         "indexed_nn (down)", what, 2 * n * k * h, n * h * e + k * row + n * k * e,
         lambda: indexed_linear.indexed_nn(g, up, data.rows, data.channels, out, indexed=False),
-        lambda: indexed_linear.vendor_nn(g, rows_of_up(), data.rows, None, out, indexed=False),
+        lambda: vendor_nn(g, EncodedWeight((rows_of_up(),)), data.rows, None, out, indexed=False),
         _rule(data, kind),
     )  # fmt: skip
 
@@ -236,13 +238,13 @@ def _attention_ops(data: Data, kind: str) -> Iterator[Op]:
     yield Op(
         "indexed_nt (q, k, v)", what, 2 * n * k * h, n * h * e + k * row + n * k * e,
         lambda: indexed_linear.indexed_nt(x, weight, data.rows, data.channels, out=full),
-        lambda: _scatter(full, data, indexed_linear.vendor_nt(x, rows_of(), data.rows, None)),
+        lambda: _scatter(full, data, vendor_nt(x, EncodedWeight((rows_of(),)), data.rows, None)),
         _rule(data, kind),
     )  # fmt: skip
     yield Op(
         "indexed_nn (o, by index)", what, 2 * n * k * h, n * h * e + k * row + n * k * e,
         lambda: indexed_linear.indexed_nn(full, weight, data.rows, data.channels, out, indexed=True),
-        lambda: indexed_linear.vendor_nn(_gather(full, data), rows_of(), data.rows, None, out, indexed=False),
+        lambda: vendor_nn(_gather(full, data), EncodedWeight((rows_of(),)), data.rows, None, out, indexed=False),
         _rule(data, kind),
     )  # fmt: skip
 
@@ -256,20 +258,20 @@ def _vendor_ops(data: Data, kind: str) -> Iterator[Op]:
     yield Op(
         "indexed_nt (grid)", what, flops, moved,
         lambda: indexed_linear.indexed_nt(x, weight, data.rows, data.channels),
-        lambda: indexed_linear.vendor_nt(x, rows_of(), data.rows, None),
+        lambda: vendor_nt(x, EncodedWeight((rows_of(),)), data.rows, None),
         _rule(data, kind),
     )  # fmt: skip
     yield Op(
         "indexed_nn (grid)", what, flops, moved,
         lambda: indexed_linear.indexed_nn(hidden, weight, data.rows, data.channels, out, indexed=False),
-        lambda: indexed_linear.vendor_nn(hidden, rows_of(), data.rows, None, out, indexed=False),
+        lambda: vendor_nn(hidden, EncodedWeight((rows_of(),)), data.rows, None, out, indexed=False),
         _rule(data, kind),
     )  # fmt: skip
 
 
 def _rule(data: Data, kind: str) -> bool:
     size = data.size
-    return indexed_linear.prefers_vendor(size.n, size.k, size.H, data.dtype, nf4=kind == "nf4")
+    return prefers_vendor(size.n, size.k, size.H, data.dtype, nf4=kind == "nf4")
 
 
 def _gather(full: Tensor, data: Data) -> Tensor:

@@ -15,6 +15,7 @@ import argparse
 import importlib
 import json
 import multiprocessing
+import os
 import pkgutil
 import re
 import subprocess
@@ -38,9 +39,9 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MATRIX_INSTRUCTIONS = {80: ("mma.sync",), 90: ("wgmma",), 100: ("tcgen05.mma",)}
 SMALL_TILE = "mma.sync"
 """What sm_90 and sm_100 use where the tile is too small for their own instruction (fewer than 64 rows)."""
-HELPERS = ("activations", "tiles", "variants")
+HELPERS = ("activations", "indexing", "matrix", "tiles", "tiling", "variants")
 """Modules of ``gpu/`` that hold no kernel."""
-PROCESSES = 2
+PROCESSES = min(os.cpu_count() or 1, 8)
 
 
 @dataclass(frozen=True, slots=True)

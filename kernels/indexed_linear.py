@@ -64,12 +64,13 @@ def prefers_vendor(n: int, k: int, length: int, dtype: torch.dtype, *, nf4: bool
 
 
 def triton_matrix(weight: EncodedWeight, channels: Tensor | None, x: Tensor) -> Matrix | None:
-    """The matrix as the Triton kernels read it; ``None`` where they do not: on a CPU, in fp64, cast from another dtype."""
-    if not use_triton(x) or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    """The matrix as the Triton kernels read it; ``None`` where they do not: on a CPU, in fp16 and fp64, cast from another
+    dtype. They are compiled in bf16 and fp32 only; fp16 is left to the vendor's products."""
+    if not use_triton(x) or x.dtype not in (torch.bfloat16, torch.float32):
         return None
     if weight.plain:
         return weight.parts[0] if weight.parts[0].dtype == x.dtype else None
-    from .gpu.indexed_linear import NF4Matrix
+    from .gpu.matrix import NF4Matrix
 
     codes, scales = weight.parts
     length, double_quant = weight.layout

@@ -13,52 +13,17 @@ Triton would specialise on the numbers that change with every batch; they are ex
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
-from typing import NamedTuple, TypeAlias
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .indexing import index_at, low_rank, nf4_tile, places, tile_of
+from .matrix import Matrix, check_rows, count_of, factors, stride_of, unit_stride, unpack
 from .tiles import dot, rounded
+from .tiling import GROUP, RANK_STEP, Tile, choose, constants_of, kind_of, variant
 from .variants import Variant
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-NF4_BLOCK = 64
-"""Values per absmax."""
-
-
-class NF4Matrix(NamedTuple):
-    """A (C, length) matrix of 4-bit codes, decoded inside the product, bit for bit as if decoded first.
-
-    ``value = levels[code] · absmax``, in fp32, rounded once to the dtype of the product.
-    """
-
-    codes: Tensor
-    """(C, 32·nb) uint8, nb = ceil(length / 64): two values a byte, the first in the high half."""
-    absmax: Tensor
-    """fp32, (k, nb) of the chosen channels in their order, or (C, nb) where all are."""
-    levels: Tensor
-    """(16,) fp32."""
-    length: int
-    """Values per row."""
-
-
-Matrix: TypeAlias = "Tensor | NF4Matrix"
-
-
-class Tile(NamedTuple):
-    """The block of results that one program computes, the step of its sum, and how it is compiled."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
-    cost: float = 1.0
-    """Time per multiplication against the first tile's. An estimate, not measured."""
-
 
 # Tokens × channels (or outputs) × step. A first tile of 32768 sums is 128 a thread: as many as there is room for
 # beside the operands, and its steps in flight fill 144 of sm_80's 163 KiB. The last tile is for few tokens or
@@ -90,81 +55,9 @@ NN_TILES = {
     "32 nf4": (Tile(32, 64, 32, 8, 2),),
     "32 nf4 columns": (Tile(32, 64, 32, 8, 2),),
 }
-GROUP = 8
-"""Rows of tiles that run side by side, so that they share the weight's tiles in L2."""
-RANK_STEP = 16
-"""Step of the sum over a low rank: the least that a matrix unit takes."""
 
 _NT_FREE = ("n", "has_rows", "has_channels", "has_bias", "scatter_rows", "accumulate")
 _NN_FREE = ("n", "rank", "has_rows", "has_channels", "has_bias", "index_h", "accumulate")
-
-
-@triton.jit
-def tile_of(program, n, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """The tile of a program: ``GROUP`` rows of tiles, column by column, then the next rows."""
-    columns = tl.cdiv(width, BLOCK_N)
-    group = program // (GROUP * columns)
-    height = tl.minimum(tl.cdiv(n, BLOCK_M) - group * GROUP, GROUP)
-    within = program - group * GROUP * columns
-    return group * GROUP + within % height, within // height
-
-
-@triton.jit
-def index_at(index, offsets, count, given):
-    """``index[offsets]`` as int64, or ``offsets`` themselves where none is given; 0, a valid row, past the end."""
-    inside = offsets < count
-    chosen = tl.load(index + offsets, mask=offsets < count * given, other=0)
-    return tl.where(given != 0, chosen, tl.where(inside, offsets, 0).to(tl.int64))
-
-
-@triton.jit
-def places(
-    out, rows, channels, m, j, n, width, stride, scatter_rows, COLUMNS: tl.constexpr
-):  # fmt: skip
-    """Addresses of the results of tokens m and columns j, and which of them exist."""
-    row = index_at(rows, m, n, scatter_rows)
-    inside = (m < n)[:, None] & (j < width)[None, :]
-    if COLUMNS:
-        column = index_at(channels, j, width, 1)
-    else:
-        column = j
-    return out + row[:, None] * stride + column[None, :], inside
-
-
-@triton.jit
-def nf4_tile(
-    codes, absmax, levels, channel, position, inside, block, blocks, codes_stride, absmax_stride,
-    BLOCKS: tl.constexpr, ROWS: tl.constexpr, dtype: tl.constexpr
-):  # fmt: skip
-    """Decoded values (ROWS, 64 · BLOCKS) of rows ``channel``, from absmax ``block`` on; zero where not ``inside``."""
-    block = block + tl.arange(0, BLOCKS)
-    inside = inside[:, None] & (block < blocks)[None, :]
-    scale = tl.load(absmax + position[:, None].to(tl.int64) * absmax_stride + block[None, :], mask=inside, other=0.0)
-    byte = (block * 32)[:, None] + tl.arange(0, 32)[None, :]
-    packed = tl.load(
-        codes + channel[:, None, None] * codes_stride + byte[None, :, :], mask=inside[:, :, None], other=0
-    ).to(tl.int32)
-    table = tl.load(levels + tl.arange(0, 16))
-    code = tl.join(packed >> 4, packed & 15).reshape(ROWS * BLOCKS * 64)
-    values = tl.gather(table, code, 0).reshape(ROWS, BLOCKS, 64) * scale[:, :, None]
-    return rounded(values, dtype).reshape(ROWS, 64 * BLOCKS)
-
-
-@triton.jit
-def low_rank(
-    sums, low, b, low_row, b_row, low_inside, b_inside, rank, low_stride, b_stride, STEP: tl.constexpr
-):  # fmt: skip
-    """``sums + low[low_row] · b[b_row]ᵀ`` for any rank, zero included."""
-    for start in tl.range(0, rank, STEP, num_stages=1):
-        r = start + tl.arange(0, STEP)
-        left = tl.load(
-            low + low_row[:, None] * low_stride + r[None, :], mask=low_inside[:, None] & (r < rank)[None, :], other=0.0
-        )
-        right = tl.load(
-            b + b_row[None, :] * b_stride + r[:, None], mask=b_inside[None, :] & (r < rank)[:, None], other=0.0
-        )
-        sums = dot(left, right, sums)
-    return sums
 
 
 @triton.jit(do_not_specialize=_NT_FREE)
@@ -248,86 +141,6 @@ def nn_kernel(
     tl.store(place, rounded(sums, out.dtype.element_ty), mask=inside)
 
 
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
-def kind_of(dtype: torch.dtype, *, nf4: bool, ragged: bool = False, columns: bool = False) -> str:
-    """Key of a table of tiles."""
-    words = ["16" if dtype.itemsize == 2 else "32"]
-    words += ["nf4"] if nf4 else []
-    # fp32 products have the same tile for a ragged k.
-    words += ["columns"] if columns else ["ragged"] if ragged and dtype.itemsize == 2 else []
-    return " ".join(words)
-
-
-def choose(tiles: tuple[Tile, ...], n: int, width: int, device: torch.device) -> Tile:
-    """The tile that covers n × width results soonest: rounds of programs × a program's time."""
-    processors = _multiprocessors(device)
-
-    def time(tile: Tile) -> float:
-        programs = triton.cdiv(n, tile.m) * triton.cdiv(width, tile.n)
-        return triton.cdiv(programs, processors) * tile.m * tile.n * tile.cost
-
-    return min(tiles, key=time)
-
-
-def unpack(weight: Matrix, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
-    """Data, absmax and levels (``None`` for a plain matrix), and values per row.
-
-    Raises:
-        ValueError: a dtype of ``x`` that has no kernel, or a plain weight of another one.
-    """
-    if x.dtype not in DTYPES:
-        raise ValueError(f"no indexed product in {x.dtype}: bfloat16, float16 or float32")
-    if isinstance(weight, NF4Matrix):
-        return unit_stride(weight.codes), unit_stride(weight.absmax), weight.levels, weight.length
-    if weight.dtype != x.dtype:
-        raise ValueError(f"the weight is {weight.dtype}, x is {x.dtype}: the indexed products take one dtype")
-    return unit_stride(weight), None, None, weight.shape[1]
-
-
-def unit_stride(matrix: Tensor) -> Tensor:
-    """The matrix with its rows contiguous; they may lie apart."""
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
-
-
-def factors(low: Tensor | None, b: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor, int]:
-    """The factors of a low-rank product and its rank; ``x``, which is not read, and 0 where there is none.
-
-    Raises:
-        ValueError: one without the other, or of another dtype than ``x``.
-    """
-    if low is None and b is None:
-        return x, x, 0
-    if low is None or b is None:
-        raise ValueError("low and b go together: the product low · bᵀ")
-    if not low.dtype == b.dtype == x.dtype:
-        raise ValueError(f"low is {low.dtype}, b is {b.dtype}, x is {x.dtype}: the indexed products take one dtype")
-    return unit_stride(low), unit_stride(b), low.shape[1]
-
-
-def check_rows(out: Tensor) -> None:
-    """Raises ValueError: the rows of ``out``, which is written in place, are not contiguous."""
-    if out.shape[1] > 1 and out.stride(1) != 1:
-        raise ValueError(f"the rows of out must be contiguous, its strides are {out.stride()}")
-
-
-def count_of(index: Tensor | None, otherwise: int) -> int:
-    return otherwise if index is None else index.shape[0]
-
-
-def stride_of(matrix: Tensor | None) -> int:
-    return 0 if matrix is None else matrix.stride(0)
-
-
-def constants_of(tile: Tile, absent: tuple[str, ...]) -> dict[str, object]:
-    """Constexpr parameters of a kernel with this tile, ``absent`` pointers included."""
-    shape = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": GROUP}
-    return {**shape, **dict.fromkeys(absent)}
-
-
 def indexed_nt(
     x: Tensor,
     weight: Matrix,
@@ -341,7 +154,7 @@ def indexed_nt(
     """``x[rows] · weight[channels]ᵀ + bias[channels]``, into a compact result or into its places in ``out``.
 
     Args:
-        x: (T, in) bf16, fp16 or fp32.
+        x: (T, in) bf16 or fp32.
         weight: (C, in) in ``x.dtype``, or NF4.
         rows: (n,) int64, each at most once; ``None`` for all T.
         channels: (k,) int64, each at most once; ``None`` for all C.
@@ -399,7 +212,7 @@ def indexed_nn(
     """``out[rows] (+)= H · weight[channels] + bias + low · bᵀ``; other rows of ``out`` stay as they are.
 
     Args:
-        h: bf16, fp16 or fp32; (n, k) compact, or (T, C) where ``indexed``, and then ``H = h[rows][:, channels]``.
+        h: bf16 or fp32; (n, k) compact, or (T, C) where ``indexed``, and then ``H = h[rows][:, channels]``.
         weight: (C, out) in ``h.dtype``, or NF4.
         rows: (n,) int64, each at most once; ``None`` for all T.
         channels: (k,) int64, each at most once; ``None`` for all C.
@@ -440,35 +253,8 @@ def indexed_nn(
     return out
 
 
-_TYPES = {"rows": "*i64", "channels": "*i64", "absmax": "*fp32", "levels": "*fp32", "gate_absmax": "*fp32"}
-_TYPES |= {"up_absmax": "*fp32"}
-_MATRICES = ("weight", "gate", "up")
-
-
-def variant(
-    kernel: triton.JITFunction, kind: str, tile: Tile, constants: dict[str, object], unaligned: tuple[str, ...]
-) -> Variant:
-    """A kernel whose parameters are pointers up to ``out`` and integers after it, with one tile."""
-    names = [name for name in kernel.arg_names if name not in constants]
-    place = names.index("out") + 1
-    element = "bf16" if kind.startswith("16") else "fp32"
-    types = _TYPES | (dict.fromkeys(_MATRICES, "*u8") if "nf4" in kind else {})
-    pointers = {name: types.get(name, f"*{element}") for name in names[:place]}
-    words = [kernel.__name__.removesuffix("_kernel"), element, *kind.split()[1:], f"{tile.m}x{tile.n}x{tile.k}"]
-    return Variant(
-        kernel=kernel,
-        label=" ".join(words),
-        signature=pointers | dict.fromkeys(names[place:], "i32"),
-        constants=constants,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        matrix_units=element == "bf16",
-        aligned=tuple(name for name in names if name not in unaligned),
-    )
-
-
 def variants() -> Iterator[Variant]:
-    """Every tile of both tables, in bf16 and fp32; fp16 has bf16's, but for the type.
+    """Every tile of both tables, in bf16 and fp32.
 
     Widths and strides are aligned here (k and its stride are not where ``ragged``), as those of real models are;
     Triton makes others, with narrower loads, when it meets them.

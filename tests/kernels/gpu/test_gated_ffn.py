@@ -1,4 +1,7 @@
-"""The gated FFN kernels, in Triton's interpreter, equal the plain formulas and torch's gradients in fp64."""
+"""Every tile of the gated FFN's kernels, in Triton's interpreter, and what only the launchers take or refuse.
+
+Sizes, activations and gradients are those of the public operation: tests/kernels/test_gated_ffn.py.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparselora_kernels import nf4_rows
+from sparselora_kernels.activations import ACTIVATIONS
 from sparselora_kernels.gpu import gated_ffn as op
-from sparselora_kernels.gpu.indexed_linear import NF4Matrix
-from sparselora_kernels.reference.nf4 import LEVELS
+from sparselora_kernels.gpu.gated_gradient import GRADIENT_TILES
 from support.compare import assert_close
+from support.kernel_cases import some
+from support.tile_cases import close, matrix, only, tiles, weights
 
-# (tokens, chosen or None, channels, chosen or None, width): odd sizes, one of everything, all, one channel.
-SHAPES = [(9, 5, 21, 4, 70), (1, 1, 1, 1, 1), (20, 17, 33, None, 65), (12, None, 40, 16, 130), (5, 3, 7, 1, 64)]
-cases = pytest.mark.parametrize("shape", SHAPES, ids=str)
-weights = pytest.mark.parametrize("nf4", [False, True], ids=["plain", "nf4"])
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-activations = pytest.mark.parametrize("activation", op.ACTIVATIONS)
-# One rounding of the exact result, and the error of fp32 sums of about one.
-TOLERANCE = {torch.float32: (4e-6, 4e-6), torch.bfloat16: (2**-8, 1e-5), torch.float16: (2**-11, 1e-5)}
+TOKENS, CHOSEN, CHANNELS, WIDTH = 41, 33, 100, 70
+activations = pytest.mark.parametrize("activation", ACTIVATIONS)
 FORMULA: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -31,80 +29,67 @@ FORMULA: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def close(name: str, expected: Tensor, got: Tensor) -> None:
-    rtol, atol = TOLERANCE[got.dtype]
-    assert_close(name, expected, got, rtol=rtol, atol=atol)
-
-
-def choice(count: int, chosen: int | None) -> Tensor | None:
-    return None if chosen is None else torch.randperm(count)[:chosen].sort().values
-
-
-def every(count: int, index: Tensor | None) -> Tensor:
-    return torch.arange(count) if index is None else index
-
-
-def matrix(channels: int, width: int, index: Tensor | None, dtype: torch.dtype, nf4: bool) -> tuple:
-    """A stored matrix, and its chosen rows decoded, in fp64."""
-    if not nf4:
-        weight = torch.randn(channels, width).to(dtype)
-        return weight, weight[every(channels, index)].double()
-    blocks = -(-width // 64)
-    codes = torch.randint(0, 256, (channels, 32 * blocks), dtype=torch.uint8)
-    absmax = torch.rand(channels, blocks) + 0.5
-    decoded = nf4_rows(codes, absmax.view(torch.uint8), index, dtype, length=width, double_quant=False)
-    return NF4Matrix(codes, absmax[every(channels, index)], torch.tensor(LEVELS), width), decoded.double()
-
-
-def forward_case(shape: tuple, dtype: torch.dtype, nf4: bool, low: bool) -> tuple:
+def forward_case(k: int, dtype: torch.dtype, nf4: bool) -> tuple:
     """Arguments of gated_forward, its additions, and the exact g and u."""
-    tokens, n, channels, k, width = shape
-    rows, index = choice(tokens, n), choice(channels, k)
-    (gate, gate_rows), (up, up_rows) = (matrix(channels, width, index, dtype, nf4) for _ in range(2))
-    x = (torch.randn(tokens, width) / width**0.5).to(dtype)
-    here, kept = every(tokens, rows), every(channels, index)
-    g, u = x[here].double() @ gate_rows.t(), x[here].double() @ up_rows.t()
-    if not low:
-        return (x, rows, gate, up, index), {}, g, u
+    rows, index = some(TOKENS, CHOSEN), some(CHANNELS, k)
+    (gate, gate_rows), (up, up_rows) = (matrix(CHANNELS, WIDTH, index, dtype, nf4) for _ in range(2))
+    x = (torch.randn(TOKENS, WIDTH) / WIDTH**0.5).to(dtype)
     # Two ranks, neither a multiple of the kernel's step.
     extra = {
-        "gate_bias": torch.randn(channels),
-        "up_bias": torch.randn(channels),
-        "gate_low": torch.randn(tokens, 19) / 4,
-        "gate_b": torch.randn(channels, 19),
-        "up_low": torch.randn(tokens, 5) / 2,
-        "up_b": torch.randn(channels, 5),
+        "gate_bias": torch.randn(CHANNELS),
+        "up_bias": torch.randn(CHANNELS),
+        "gate_low": torch.randn(TOKENS, 19) / 4,
+        "gate_b": torch.randn(CHANNELS, 19),
+        "up_low": torch.randn(TOKENS, 5) / 2,
+        "up_b": torch.randn(CHANNELS, 5),
     }
     extra = {name: value.to(dtype) for name, value in extra.items()}
     wide = {name: value.double() for name, value in extra.items()}
-    g = g + wide["gate_bias"][kept] + wide["gate_low"][here] @ wide["gate_b"][kept].t()
-    u = u + wide["up_bias"][kept] + wide["up_low"][here] @ wide["up_b"][kept].t()
+    g, u = (
+        x[rows].double() @ weight.t()
+        + wide[f"{name}_bias"][index]
+        + wide[f"{name}_low"][rows] @ wide[f"{name}_b"][index].t()
+        for name, weight in (("gate", gate_rows), ("up", up_rows))
+    )
     return (x, rows, gate, up, index), extra, g, u
 
 
-@cases
-@weights
-@dtypes
-@pytest.mark.parametrize("low", [False, True], ids=["base", "bias and low rank"])
-def test_forward_equals_formula(shape: tuple, nf4: bool, dtype: torch.dtype, low: bool) -> None:
-    arguments, extra, expected_g, expected_u = forward_case(shape, dtype, nf4, low)
+def gradient_case(k: int, dtype: torch.dtype, nf4: bool) -> tuple:
+    """Arguments of gated_input_gradient but for ``out``, and the exact result."""
+    rows, index = some(TOKENS, CHOSEN), some(CHANNELS, k)
+    (gate, gate_rows), (up, up_rows) = (matrix(CHANNELS, WIDTH, index, dtype, nf4) for _ in range(2))
+    dg, du = ((torch.randn(CHOSEN, k) / k**0.5).to(dtype) for _ in range(2))
+    return (dg, du, gate, up, rows, index), dg.double() @ gate_rows + du.double() @ up_rows
+
+
+def kept(kind: str) -> int:
+    return 17 if "ragged" in kind else 80
+
+
+@pytest.mark.parametrize("kind, place", tiles(op.FORWARD_TILES))
+def test_every_forward_tile(monkeypatch: pytest.MonkeyPatch, kind: str, place: int) -> None:
+    dtype, nf4 = only(monkeypatch, op.FORWARD_TILES, kind, place)
+    arguments, extra, expected_g, expected_u = forward_case(kept(kind), dtype, nf4)
     g, u, h = op.gated_forward(*arguments, **extra)
-    assert g.dtype == u.dtype == h.dtype == dtype
     close("g", expected_g, g)
     close("u", expected_u, u)
     # Of g and u as they were rounded.
     close("h", F.silu(g.double()) * u.double(), h)
 
 
-@activations
-def test_forward_activations(activation: str) -> None:
-    arguments, _, expected_g, expected_u = forward_case(SHAPES[0], torch.float32, False, False)
-    h = op.gated_forward(*arguments, activation=activation)[2]
-    assert_close("h", FORMULA[activation](expected_g) * expected_u, h)
+@pytest.mark.parametrize("kind, place", tiles(GRADIENT_TILES))
+def test_every_gradient_tile(monkeypatch: pytest.MonkeyPatch, kind: str, place: int) -> None:
+    dtype, nf4 = only(monkeypatch, GRADIENT_TILES, kind, place)
+    arguments, expected = gradient_case(kept(kind), dtype, nf4)
+    out = torch.randn(TOKENS, WIDTH).to(dtype)
+    exact = out.double()
+    exact[arguments[4]] += expected
+    assert op.gated_input_gradient(*arguments, out, accumulate=True) is out
+    close("out", exact, out)
 
 
 def test_one_side_with_a_low_rank_product() -> None:
-    arguments, extra, _, _ = forward_case(SHAPES[0], torch.float32, False, True)
+    arguments, extra, _, _ = forward_case(17, torch.float32, False)
     alone = op.gated_forward(*arguments, up_low=extra["up_low"], up_b=extra["up_b"])
     plain, both = op.gated_forward(*arguments), op.gated_forward(*arguments, **extra)
     assert torch.equal(alone[0], plain[0])
@@ -112,11 +97,20 @@ def test_one_side_with_a_low_rank_product() -> None:
     assert_close("u", expected, alone[1], atol=1e-5)
 
 
+def test_no_lists_are_all_tokens_and_channels() -> None:
+    x, gate, up = torch.randn(7, 20), torch.randn(11, 20), torch.randn(11, 20)
+    for index in (None, torch.arange(11)):
+        g, u, _ = op.gated_forward(x, None, gate, up, index)
+        assert_close("g", x @ gate.t(), g)
+        assert_close("u", x @ up.t(), u)
+        out = op.gated_input_gradient(g, u, gate, up, None, index, torch.empty(7, 20))
+        assert_close("out", g @ gate + u @ up, out, atol=1e-4)
+
+
 @activations
-@dtypes
-@pytest.mark.parametrize("shape", [(5, 7), (1, 1), (3, 700)], ids=str)
-def test_backward_equals_autograd(activation: str, dtype: torch.dtype, shape: tuple) -> None:
-    dh, g, u = (torch.randn(shape).mul(3).to(dtype) for _ in range(3))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backward_equals_autograd(activation: str, dtype: torch.dtype) -> None:
+    dh, g, u = (torch.randn(3, 700).mul(3).to(dtype) for _ in range(3))
     g.view(-1)[0] = 0.0
     gate, up = g.double().requires_grad_(), u.double().requires_grad_()
     (FORMULA[activation](gate) * up).backward(dh.double())
@@ -137,83 +131,15 @@ def test_backward_far_from_zero(activation: str) -> None:
     close("du", FORMULA[activation](g.double()), du)
 
 
-@cases
-@weights
-@dtypes
-def test_input_gradient_equals_formula(shape: tuple, nf4: bool, dtype: torch.dtype) -> None:
-    tokens, n, channels, k, width = shape
-    rows, index = choice(tokens, n), choice(channels, k)
-    (gate, gate_rows), (up, up_rows) = (matrix(channels, width, index, dtype, nf4) for _ in range(2))
-    here, kept = every(tokens, rows), every(channels, index)
-    dg, du = ((torch.randn(here.numel(), kept.numel()) / kept.numel() ** 0.5).to(dtype) for _ in range(2))
-    product = dg.double() @ gate_rows + du.double() @ up_rows
-    before = torch.randn(tokens, width).to(dtype)
-    untouched = torch.ones(tokens, dtype=torch.bool)
-    untouched[here] = False
-    for accumulate in (False, True):
-        out, exact = before.clone(), before.double()
-        exact[here] = product + (exact[here] if accumulate else 0)
-        assert op.gated_input_gradient(dg, du, gate, up, rows, index, out, accumulate) is out
-        close(f"accumulate={accumulate}", exact, out)
-        assert torch.equal(out[untouched], before[untouched])
-
-
-def tiles(tables: dict) -> list:
-    return [
-        pytest.param(kind, place, id=f"{kind} {tile.m}x{tile.n}x{tile.k}")
-        for kind, table in tables.items()
-        for place, tile in enumerate(table)
-    ]
-
-
-def forced(monkeypatch: pytest.MonkeyPatch, tables: dict, kind: str, place: int) -> tuple:
-    """Chosen channels of 100, dtype and NF4 of a case that launches this tile and no other."""
-    tile = tables[kind][place]
-    for name in tables:
-        monkeypatch.setitem(tables, name, (tile,) if name == kind else ())
-    return 17 if "ragged" in kind else 80, torch.bfloat16 if kind.startswith("16") else torch.float32, "nf4" in kind
-
-
-@pytest.mark.parametrize("kind, place", tiles(op.FORWARD_TILES))
-def test_every_forward_tile(monkeypatch: pytest.MonkeyPatch, kind: str, place: int) -> None:
-    k, dtype, nf4 = forced(monkeypatch, op.FORWARD_TILES, kind, place)
-    arguments, extra, expected_g, expected_u = forward_case((41, 33, 100, k, 70), dtype, nf4, True)
-    g, u, _ = op.gated_forward(*arguments, **extra)
-    close("g", expected_g, g)
-    close("u", expected_u, u)
-
-
-@pytest.mark.parametrize("kind, place", tiles(op.GRADIENT_TILES))
-def test_every_gradient_tile(monkeypatch: pytest.MonkeyPatch, kind: str, place: int) -> None:
-    k, dtype, nf4 = forced(monkeypatch, op.GRADIENT_TILES, kind, place)
-    index = choice(100, k)
-    (gate, gate_rows), (up, up_rows) = (matrix(100, 70, index, dtype, nf4) for _ in range(2))
-    dg, du = ((torch.randn(33, k) / k**0.5).to(dtype) for _ in range(2))
-    out = op.gated_input_gradient(dg, du, gate, up, None, index, torch.empty(33, 70, dtype=dtype))
-    close("out", dg.double() @ gate_rows + du.double() @ up_rows, out)
-
-
-@weights
-def test_gradients_of_the_whole(nf4: bool) -> None:
-    """Forward, backward and input gradient together are autograd's gradient of the formula."""
-    arguments, _, _, _ = forward_case(SHAPES[0], torch.float32, nf4, False)
-    x, rows, gate, up, index = arguments
-    identity = torch.eye(70)
-    empty = torch.empty(index.numel(), 70)
-    gate_rows, up_rows = (
-        op.gated_input_gradient(torch.eye(4), torch.zeros(4, 4), w, w, None, index, empty.clone()) for w in (gate, up)
-    )
-    wide = x.double().requires_grad_()
-    hidden = F.silu(wide[rows] @ gate_rows.double().t()) * (wide[rows] @ up_rows.double().t())
-    dh = torch.randn(hidden.shape)
-    hidden.backward(dh.double())
-    g, u, _ = op.gated_forward(*arguments)
-    dg, du = op.gated_backward(dh, g, u)
-    out = op.gated_input_gradient(dg, du, gate, up, rows, index, torch.zeros_like(x))
-    assert_close("grad x", wide.grad, out, rtol=1e-5, atol=1e-5)
-    # The same decoded rows by the forward kernel.
-    g, _, _ = op.gated_forward(identity, None, gate, up, index)
-    assert torch.equal(g.t(), gate_rows)
+def test_nf4_is_decoded_bit_for_bit() -> None:
+    """Products with the identity are the decoded matrices themselves."""
+    index, zero = torch.tensor([0, 3, 4, 5]), torch.zeros(4, 4)
+    (gate, gate_rows), (up, up_rows) = (matrix(6, 70, index, torch.float32, True) for _ in range(2))
+    g, u, _ = op.gated_forward(torch.eye(70), None, gate, up, index)
+    assert torch.equal(g.t(), gate_rows.float()) and torch.equal(u.t(), up_rows.float())
+    for dg, du, rows in ((torch.eye(4), zero, gate_rows), (zero, torch.eye(4), up_rows)):
+        out = op.gated_input_gradient(dg, du, gate, up, None, index, torch.empty(4, 70))
+        assert torch.equal(out, rows.float())
 
 
 @weights
@@ -231,9 +157,8 @@ def test_nothing_to_do(nf4: bool) -> None:
 
 
 @weights
-@dtypes
-def test_runs_are_bit_identical(nf4: bool, dtype: torch.dtype) -> None:
-    arguments, extra, _, _ = forward_case(SHAPES[0], dtype, nf4, True)
+def test_runs_are_bit_identical(nf4: bool) -> None:
+    arguments, extra, _, _ = forward_case(17, torch.bfloat16, nf4)
     x, rows, gate, up, index = arguments
     runs = []
     for _ in range(2):
@@ -245,7 +170,7 @@ def test_runs_are_bit_identical(nf4: bool, dtype: torch.dtype) -> None:
 
 def test_refusals() -> None:
     x, weight = torch.randn(3, 70), torch.randn(5, 70)
-    nf4, _ = matrix(5, 70, None, torch.float32, True)
+    nf4, _ = matrix(5, 70, torch.arange(5), torch.float32, True)
     with pytest.raises(ValueError, match=r"'swish'.*silu"):
         op.gated_forward(x, None, weight, weight, None, activation="swish")
     with pytest.raises(ValueError, match="low and b"):

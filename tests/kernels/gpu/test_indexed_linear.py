@@ -1,181 +1,83 @@
-"""The indexed products, in Triton's interpreter, equal the plain formulas in fp64."""
+"""Every tile of the indexed products, in Triton's interpreter, and what only the launchers take or refuse.
+
+Sizes, dtypes and forms are those of the public operations: tests/kernels/test_indexed_linear.py.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
-from sparselora_kernels import nf4_rows
 from sparselora_kernels.gpu import indexed_linear as op
-from sparselora_kernels.gpu.indexed_linear import NF4Matrix, Tile
-from sparselora_kernels.reference.nf4 import LEVELS
+from sparselora_kernels.gpu.tiling import Tile
 from support.compare import assert_close
+from support.kernel_cases import some
+from support.tile_cases import close, matrix, only, tiles, weights
 
-# (tokens, chosen or None, channels, chosen or None, width): odd sizes, one of everything, all, one channel.
-SHAPES = [(9, 5, 21, 4, 70), (1, 1, 1, 1, 1), (20, 17, 33, None, 65), (12, None, 40, 16, 130), (5, 3, 7, 1, 64)]
-cases = pytest.mark.parametrize("shape", SHAPES, ids=str)
-weights = pytest.mark.parametrize("nf4", [False, True], ids=["plain", "nf4"])
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-# One rounding of the exact result, and the error of fp32 sums of about one.
-TOLERANCE = {torch.float32: (2e-6, 2e-6), torch.bfloat16: (2**-8, 1e-5), torch.float16: (2**-11, 1e-5)}
+TOKENS, CHOSEN, CHANNELS, WIDTH = 41, 33, 150, 70
 
 
-def close(name: str, expected: Tensor, got: Tensor) -> None:
-    rtol, atol = TOLERANCE[got.dtype]
-    assert_close(name, expected, got, rtol=rtol, atol=atol)
-
-
-def choice(count: int, chosen: int | None) -> Tensor | None:
-    return None if chosen is None else torch.randperm(count)[:chosen].sort().values
-
-
-def every(count: int, index: Tensor | None) -> Tensor:
-    return torch.arange(count) if index is None else index
-
-
-def matrix(channels: int, width: int, index: Tensor | None, dtype: torch.dtype, nf4: bool) -> tuple:
-    """A stored matrix, and its chosen rows decoded, in fp64."""
-    if not nf4:
-        weight = torch.randn(channels, width).to(dtype)
-        return weight, weight[every(channels, index)].double()
-    blocks = -(-width // 64)
-    codes = torch.randint(0, 256, (channels, 32 * blocks), dtype=torch.uint8)
-    absmax = torch.rand(channels, blocks) + 0.5
-    decoded = nf4_rows(codes, absmax.view(torch.uint8), index, dtype, length=width, double_quant=False)
-    return NF4Matrix(codes, absmax[every(channels, index)], torch.tensor(LEVELS), width), decoded.double()
-
-
-def nt_case(shape: tuple, dtype: torch.dtype, nf4: bool) -> tuple:
+def nt_case(k: int, dtype: torch.dtype, nf4: bool) -> tuple:
     """Arguments of indexed_nt, its bias, and the exact result."""
-    tokens, n, channels, k, width = shape
-    rows, index = choice(tokens, n), choice(channels, k)
-    weight, decoded = matrix(channels, width, index, dtype, nf4)
-    x, bias = (torch.randn(tokens, width) / width**0.5).to(dtype), torch.randn(channels).to(dtype)
-    product = x[every(tokens, rows)].double() @ decoded.t()
-    return (x, weight, rows, index), bias, product, product + bias[every(channels, index)].double()
+    rows, index = some(TOKENS, CHOSEN), some(CHANNELS, k)
+    weight, decoded = matrix(CHANNELS, WIDTH, index, dtype, nf4)
+    x, bias = (torch.randn(TOKENS, WIDTH) / WIDTH**0.5).to(dtype), torch.randn(CHANNELS).to(dtype)
+    return (x, weight, rows, index), bias, x[rows].double() @ decoded.t() + bias[index].double()
 
 
-def nn_case(shape: tuple, dtype: torch.dtype, nf4: bool, indexed: bool) -> tuple:
-    """Arguments of indexed_nn but for ``out``, those of its additions, and the exact results without and with them."""
-    tokens, n, channels, k, width = shape
-    rows, index = choice(tokens, n), choice(channels, k)
-    weight, decoded = matrix(channels, width, index, dtype, nf4)
-    here, kept = every(tokens, rows), every(channels, index)
-    h = (torch.randn(tokens, channels) / kept.numel() ** 0.5).to(dtype)
-    taken = h[here][:, kept]
-    bias, low, b = (torch.randn(size).to(dtype) for size in ((width,), (here.numel(), 19), (width, 19)))
+def nn_case(k: int, dtype: torch.dtype, nf4: bool, indexed: bool) -> tuple:
+    """Arguments of indexed_nn but for ``out``, its additions, and the exact result."""
+    rows, index = some(TOKENS, CHOSEN), some(CHANNELS, k)
+    weight, decoded = matrix(CHANNELS, WIDTH, index, dtype, nf4)
+    h = (torch.randn(TOKENS, CHANNELS) / k**0.5).to(dtype)
+    taken = h[rows][:, index]
+    # No multiple of the step of the sum over the rank.
+    bias, low, b = (torch.randn(size).to(dtype) for size in ((WIDTH,), (CHOSEN, 19), (WIDTH, 19)))
     low = low / 19**0.5
-    product = taken.double() @ decoded
-    added = product + bias.double() + low.double() @ b.double().t()
-    return (h if indexed else taken, weight, rows, index), {"bias": bias, "low": low, "b": b}, product, added
+    expected = taken.double() @ decoded + bias.double() + low.double() @ b.double().t()
+    return (h if indexed else taken, weight, rows, index), {"bias": bias, "low": low, "b": b}, expected
 
 
-@cases
-@weights
-@dtypes
-def test_nt_equals_formula(shape: tuple, nf4: bool, dtype: torch.dtype) -> None:
-    arguments, bias, product, biased = nt_case(shape, dtype, nf4)
-    close("without bias", product, op.indexed_nt(*arguments))
-    got = op.indexed_nt(*arguments, bias=bias)
-    assert got.dtype == dtype
-    close("with bias", biased, got)
-
-
-@cases
-@weights
-@dtypes
-@pytest.mark.parametrize("accumulate", [False, True], ids=["write", "add"])
-def test_nt_writes_only_its_places(shape: tuple, nf4: bool, dtype: torch.dtype, accumulate: bool) -> None:
-    arguments, bias, _, expected = nt_case(shape, dtype, nf4)
-    tokens, _, channels, _, _ = shape
-    before = torch.randn(tokens, channels).to(dtype)
-    place = every(tokens, arguments[2])[:, None], every(channels, arguments[3])
-    exact = before.double()
-    exact[place] = expected + (exact[place] if accumulate else 0)
-    out = before.clone()
-    assert op.indexed_nt(*arguments, bias=bias, out=out, accumulate=accumulate) is out
-    close("out", exact, out)
-    untouched = torch.ones_like(out, dtype=torch.bool)
-    untouched[place] = False
-    assert torch.equal(out[untouched], before[untouched])
-
-
-@cases
-@weights
-@dtypes
-@pytest.mark.parametrize("indexed", [False, True], ids=["compact", "indexed"])
-def test_nn_equals_formula(shape: tuple, nf4: bool, dtype: torch.dtype, indexed: bool) -> None:
-    arguments, additions, product, added = nn_case(shape, dtype, nf4, indexed)
-    before = torch.randn(shape[0], shape[4]).to(dtype)
-    here = every(shape[0], arguments[2])
-    untouched = torch.ones(shape[0], dtype=torch.bool)
-    untouched[here] = False
-    for name, extra, expected in (("plain", {}, product), ("bias and low rank", additions, added)):
-        for accumulate in (False, True):
-            out, exact = before.clone(), before.double()
-            exact[here] = expected + (exact[here] if accumulate else 0)
-            assert op.indexed_nn(*arguments, out, indexed=indexed, accumulate=accumulate, **extra) is out
-            close(f"{name}, accumulate={accumulate}", exact, out)
-            assert torch.equal(out[untouched], before[untouched])
-
-
-def tiles(tables: dict) -> list:
-    return [
-        pytest.param(kind, place, id=f"{kind} {tile.m}x{tile.n}x{tile.k}")
-        for kind, table in tables.items()
-        for place, tile in enumerate(table)
-    ]
-
-
-def forced(monkeypatch: pytest.MonkeyPatch, tables: dict, kind: str, place: int) -> tuple:
-    """Arguments of a case that launches this tile and no other."""
-    tile = tables[kind][place]
-    for name in tables:
-        monkeypatch.setitem(tables, name, (tile,) if name == kind else ())
-    dtype = torch.bfloat16 if kind.startswith("16") else torch.float32
-    return (41, 33, 150, 17 if "ragged" in kind else 144, 70), dtype, "nf4" in kind
+def kept(kind: str) -> int:
+    return 17 if "ragged" in kind else 144
 
 
 @pytest.mark.parametrize("kind, place", tiles(op.NT_TILES))
 def test_every_nt_tile(monkeypatch: pytest.MonkeyPatch, kind: str, place: int) -> None:
-    shape, dtype, nf4 = forced(monkeypatch, op.NT_TILES, kind, place)
-    arguments, bias, _, expected = nt_case(shape, dtype, nf4)
+    dtype, nf4 = only(monkeypatch, op.NT_TILES, kind, place)
+    arguments, bias, expected = nt_case(kept(kind), dtype, nf4)
     if "columns" not in kind:
         close("y", expected, op.indexed_nt(*arguments, bias=bias))
         return
-    out = torch.zeros(41, 150, dtype=dtype)
-    op.indexed_nt(*arguments, bias=bias, out=out)
-    close("out", expected, out[arguments[2]][:, arguments[3]])
+    out = torch.randn(TOKENS, CHANNELS).to(dtype)
+    exact, at = out.double(), (arguments[2][:, None], arguments[3])
+    exact[at] += expected
+    assert op.indexed_nt(*arguments, bias=bias, out=out, accumulate=True) is out
+    close("out", exact, out)
 
 
 @pytest.mark.parametrize("kind, place", tiles(op.NN_TILES))
 def test_every_nn_tile(monkeypatch: pytest.MonkeyPatch, kind: str, place: int) -> None:
-    shape, dtype, nf4 = forced(monkeypatch, op.NN_TILES, kind, place)
+    dtype, nf4 = only(monkeypatch, op.NN_TILES, kind, place)
     columns = "columns" in kind
-    arguments, additions, _, expected = nn_case(shape, dtype, nf4, columns)
-    out = torch.zeros(41, 70, dtype=dtype)
-    op.indexed_nn(*arguments, out, indexed=columns, **additions)
-    close("out", expected, out[arguments[2]])
+    arguments, additions, expected = nn_case(kept(kind), dtype, nf4, columns)
+    out = torch.randn(TOKENS, WIDTH).to(dtype)
+    exact = out.double()
+    exact[arguments[2]] += expected
+    assert op.indexed_nn(*arguments, out, indexed=columns, accumulate=True, **additions) is out
+    close("out", exact, out)
 
 
 def test_many_tiles_in_both_directions(monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows of tiles than a group, and a last group that is not full."""
     monkeypatch.setitem(op.NT_TILES, "32", (Tile(16, 16, 16, 4, 2),))
-    arguments, bias, _, expected = nt_case((180, 171, 50, 35, 20), torch.float32, False)
-    close("y", expected, op.indexed_nt(*arguments, bias=bias))
-
-
-def test_half_precision() -> None:
-    arguments, bias, _, expected = nt_case(SHAPES[0], torch.float16, True)
-    close("nt", expected, op.indexed_nt(*arguments, bias=bias))
-    arguments, additions, _, expected = nn_case(SHAPES[0], torch.float16, True, False)
-    out = torch.zeros(9, 70, dtype=torch.float16)
-    close("nn", expected, op.indexed_nn(*arguments, out, indexed=False, **additions)[arguments[2]])
+    rows, index = some(180, 171), some(50, 35)
+    x, weight = torch.randn(180, 20) / 20**0.5, torch.randn(50, 20)
+    close("y", x[rows].double() @ weight[index].double().t(), op.indexed_nt(x, weight, rows, index))
 
 
 @pytest.mark.parametrize("width", [64, 70, 130])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nf4_is_decoded_bit_for_bit(width: int, dtype: torch.dtype) -> None:
     """A product with the identity is the decoded matrix itself."""
     index = torch.tensor([0, 3, 4])
@@ -184,13 +86,15 @@ def test_nf4_is_decoded_bit_for_bit(width: int, dtype: torch.dtype) -> None:
     assert torch.equal(op.indexed_nt(torch.eye(width, dtype=dtype), weight, None, index), decoded.t())
     out = torch.empty(3, width, dtype=dtype)
     assert torch.equal(op.indexed_nn(torch.eye(3, dtype=dtype), weight, None, index, out, indexed=False), decoded)
-    assert torch.equal(op.copied_rows(weight, index, dtype), decoded)
 
 
-def test_all_channels_equal_the_dense_product() -> None:
-    x, weight = torch.randn(7, 20), torch.randn(11, 20)
+def test_no_lists_are_all_tokens_and_channels() -> None:
+    x, weight, bias = torch.randn(7, 20), torch.randn(11, 20), torch.randn(11)
     for index in (None, torch.arange(11)):
-        assert_close("nt", x @ weight.t(), op.indexed_nt(x, weight, None, index))
+        expected = x @ weight.t() + bias
+        assert_close("nt", expected, op.indexed_nt(x, weight, None, index, bias=bias))
+        out = op.indexed_nt(x, weight, None, index, bias=bias, out=torch.ones(7, 11), accumulate=True)
+        assert_close("nt, added", expected + 1, out)
         out = torch.empty(7, 20)
         assert_close("nn", x[:, :11] @ weight, op.indexed_nn(x[:, :11], weight, None, index, out, indexed=True))
 
@@ -215,13 +119,11 @@ def test_nothing_to_do(nf4: bool) -> None:
 
 
 @weights
-@dtypes
-def test_runs_are_bit_identical(nf4: bool, dtype: torch.dtype) -> None:
-    nt, bias, _, _ = nt_case(SHAPES[2], dtype, nf4)
-    first = op.indexed_nt(*nt, bias=bias)
-    assert torch.equal(first, op.indexed_nt(*nt, bias=bias))
-    nn, additions, _, _ = nn_case(SHAPES[0], dtype, nf4, True)
-    runs = [op.indexed_nn(*nn, torch.zeros(9, 70, dtype=dtype), indexed=True, **additions) for _ in range(2)]
+def test_runs_are_bit_identical(nf4: bool) -> None:
+    nt, bias, _ = nt_case(17, torch.bfloat16, nf4)
+    assert torch.equal(op.indexed_nt(*nt, bias=bias), op.indexed_nt(*nt, bias=bias))
+    nn, additions, _ = nn_case(17, torch.bfloat16, nf4, True)
+    runs = [op.indexed_nn(*nn, torch.zeros(TOKENS, WIDTH).bfloat16(), indexed=True, **additions) for _ in range(2)]
     assert torch.equal(*runs)
 
 
@@ -245,7 +147,8 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"b is torch\.float16"):
         low, b = torch.randn(3, 2), torch.randn(8, 2).half()
         op.indexed_nn(torch.randn(3, 5), weight, None, None, x, indexed=False, low=low, b=b)
-    with pytest.raises(ValueError, match="float64"):
-        op.indexed_nt(x.double(), weight.double(), None, None)
+    for dtype in (torch.float16, torch.float64):
+        with pytest.raises(ValueError, match=f"no indexed product in {dtype}"):
+            op.indexed_nt(x.to(dtype), weight.to(dtype), None, None)
     with pytest.raises(ValueError, match="contiguous"):
         op.indexed_nt(x, weight, None, None, out=torch.empty(5, 3).t())

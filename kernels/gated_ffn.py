@@ -101,7 +101,7 @@ def _at(x: Tensor | None, rows: Tensor) -> Tensor | None:
 
 def _gate_gradients(activation: str, grad: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up before the activation, from that of their product."""
-    if use_triton(grad):
+    if use_triton(grad) and grad.dtype != torch.float64:  # The kernel computes in fp32.
         from .gpu.gated_ffn import gated_backward
 
         return gated_backward(grad, g, u, activation)

@@ -252,13 +252,12 @@ def _sites(model: nn.Module) -> dict[tuple[int, str], tuple[dict[str, int], str]
     return sites
 
 
-@torch.no_grad()
 def _predictions(model: nn.Module, batch: dict[str, Tensor], dense: bool = False) -> Tensor:
-    """Log-probabilities (labels, vocabulary) in training."""
+    """Log-probabilities (labels, vocabulary) in training; forwards without gradients would be dense."""
     state = find_state(model)
     assert state is not None
     state.context.enabled = not dense
-    return model(**batch).logits.float().flatten(0, -2).log_softmax(-1)
+    return model(**batch).logits.detach().float().flatten(0, -2).log_softmax(-1)
 
 
 def _as_layers(chosen: dict[tuple[int, str], float]) -> Layers:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .config.sparse import SparseLoRAConfig
 from .engines.shards import is_dtensor, is_initialized_zero3, is_zero3
-from .families import causal_lm, decoder_layers, geometry
+from .families import DecoderLayer, causal_lm, decoder_layers, geometry
 from .io.factors import FactorSet, Matrix, load_or_build
 from .io.weights import ModelWeights, WeightSource
 from .layers.context import SparseContext
@@ -58,14 +58,15 @@ def apply_sparselora(
 
     Raises:
         UnsupportedModelError: unknown family or layout.
-        ValueError: already applied, trainable base weights, DoRA, a layer range that does not fit, factors that do
-            not match.
+        ValueError: already applied, weights on several devices, trainable base weights, DoRA, a layer range that does
+            not fit, factors that do not match.
     """
     if find_state(model) is not None:
         raise ValueError("apply_sparselora was already called on this model; call remove_sparselora first")
     if is_initialized_zero3(model):
         raise ValueError("deepspeed.initialize already has this model: call apply_sparselora before it")
     layers = decoder_layers(model)
+    _check_one_device(layers)
     sparsity = config.sparsity(len(layers))
     if not config.enabled:
         sparsity = {}
@@ -105,6 +106,18 @@ def apply_sparselora(
         state.handles.append(entry.register_forward_hook(FinishHook(context), always_call=True))
         setattr(entry, _STATE, state)
     return model
+
+
+def _check_one_device(layers: list[DecoderLayer]) -> None:
+    """Raises ValueError, naming the devices, where the decoder's frozen weights are on more than one."""
+    frozen = (p for layer in layers for p in layer.module.parameters() if not p.requires_grad and not is_zero3(p))
+    devices = {str(p.device) for p in frozen} - {"meta"}
+    if len(devices) > 1:
+        raise ValueError(
+            f"the decoder's frozen weights are on several devices ({', '.join(sorted(devices))}), as with "
+            'device_map="auto": load the model on one device per process, and shard it by FSDP2 or ZeRO-3 if it is too '
+            "large for one"
+        )
 
 
 def remove_sparselora(model: nn.Module) -> nn.Module:

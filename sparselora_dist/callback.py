@@ -8,6 +8,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .apply import find_state
+from .layers.ffn import SparseFFN
 
 
 class SparseLoRACallback(TrainerCallback):
@@ -19,8 +20,11 @@ class SparseLoRACallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        context = self._context(kwargs["model"])
+        _check_not_replaced(kwargs["model"])
         # DeepSpeed steps inside backward, before on_pre_optimizer_step: there the masks are compared after each forward.
-        self._context(kwargs["model"]).check_masks = "each" if args.deepspeed else "caller"
+        # Under accelerate launch the Trainer has the plugin alone.
+        context.check_masks = "each" if args.deepspeed or args.deepspeed_plugin else "caller"
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -66,3 +70,17 @@ class SparseLoRACallback(TrainerCallback):
         if found is None:
             raise ValueError("SparseLoRACallback needs a model that apply_sparselora was called on")
         return found.context
+
+
+def _check_not_replaced(model: nn.Module) -> None:
+    """The Trainer applies Liger when training begins, after :func:`apply_sparselora` and before the callbacks.
+
+    Raises:
+        ValueError: a sparse FFN's ``forward`` was replaced, so that it would be computed densely.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, SparseFFN) and "forward" in module.__dict__:
+            raise ValueError(
+                f"the forward of {name} was replaced, as use_liger_kernel=True does, which makes it dense: pass "
+                'liger_kernel_config={"swiglu": False}'
+            )

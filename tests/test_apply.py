@@ -22,6 +22,7 @@ from sparselora_dist.apply import find_state
 from sparselora_dist.families import UnsupportedModelError
 from sparselora_dist.io.factors import FactorMismatchError
 from sparselora_dist.io.manifest import CorruptFileError, read_safetensors
+from sparselora_dist.layers.hooks import BeginHook
 from support.compare import assert_close
 from support.models import ALL_LINEAR, ATTENTION, FAMILIES, batch, gradients, tiny_base, tiny_lora
 
@@ -228,6 +229,44 @@ def test_shift_labels_make_the_same_split() -> None:
     assert torch.equal(model(**data, labels=None, shift_labels=shifted).logits, expected)
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_shift_labels_win_over_labels(skip: bool) -> None:
+    """Sequence parallelism passes both, and the loss reads the shifted ones."""
+    data, model = batch(), sparse_model(skip_unused_logits=skip)
+    shifted = torch.nn.functional.pad(data["labels"][:, 1:], (0, 1), value=-100)
+    expected = sparse_model(skip_unused_logits=False)(**data)
+    data["labels"] = torch.full_like(data["labels"], 7)  # Would make every position dense.
+    got = model(**data, shift_labels=shifted)
+    assert torch.equal(got.logits, expected.logits) and torch.equal(got.loss, expected.loss)
+
+
+def test_the_token_lists_are_where_the_model_computes() -> None:
+    """Labels may be on the host: the loss moves them. No second device here, so the meta device stands for it."""
+    model, data = sparse_model(), batch()
+    context = find_state(model).context
+    ids = data["input_ids"].to("meta")
+    embeds = torch.empty(4, 24, 48, device="meta")
+    for args, kwargs in (((), {"input_ids": ids}), ((ids,), {}), ((), {"inputs_embeds": embeds})):
+        BeginHook(context)(model, args, {**kwargs, "labels": data["labels"]})
+        lists = context.last.partition.context, context.last.partition.dense, context.last.loss.rows
+        assert [rows.device.type for rows in lists] == ["meta"] * 3
+        context.finish(model)
+
+
+def test_a_training_forward_without_gradients_is_dense_and_not_counted() -> None:
+    """As of a reference model; the channels of the last step stay to be seen."""
+    plain, model = tiny_lora(targets=ALL_LINEAR), sparse_model()
+    outputs(model)
+    counts, chosen = find_state(model).context.counts, selection(model)
+    before = counts.dense, counts.context
+    with torch.no_grad():
+        got, expected = model(**batch(seed=3)), plain(**batch(seed=3))
+    assert_close("logits", expected.logits, got.logits)
+    assert_close("loss", expected.loss, got.loss)
+    assert (counts.dense, counts.context) == before
+    assert torch.equal(selection(model)[0]["ffn"], chosen[0]["ffn"])
+
+
 def test_an_exception_in_a_forward_leaves_no_open_micro_batch() -> None:
     model = sparse_model()
     expected = outputs(model)
@@ -322,6 +361,29 @@ def test_trainable_base(part: str) -> None:
     linear = model.get_base_model().model.layers[2].self_attn.k_proj.base_layer
     getattr(linear, part).requires_grad_()
     refuse(model, "layers.2.k_proj is trainable")
+
+
+class Elsewhere(nn.Parameter):
+    """Says that it is on a GPU."""
+
+    device = torch.device("cuda:1")  # type: ignore[assignment]
+
+
+def test_weights_on_several_devices() -> None:
+    model = tiny_lora()
+    norm = model.get_base_model().model.layers[2].input_layernorm
+    norm.weight = Elsewhere(norm.weight.detach(), requires_grad=False)
+    refuse(model, r"several devices \(cpu, cuda:1\).*device_map.*FSDP2 or ZeRO-3")
+    norm.weight = nn.Parameter(norm.weight.detach().to("meta"), requires_grad=False)
+    apply_sparselora(model, config(layers={"ffn": {"0": 0.5}}))
+
+
+def test_a_replica_of_data_parallel() -> None:
+    model = sparse_model()
+    replica = model._replicate_for_data_parallel()
+    with pytest.raises(ValueError, match=r"DataParallel is not supported.*torchrun or accelerate launch"):
+        replica(**batch())
+    assert not find_state(model).context.in_forward
 
 
 def test_dora() -> None:

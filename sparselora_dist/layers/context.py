@@ -136,21 +136,26 @@ class SparseContext:
     def begin(
         self,
         labels: Tensor | None,
-        attention_mask: Tensor | None,
+        attention_mask: object,
         training: bool,
         shifted: bool = False,
         opened_by: object = None,
         logits_only: bool = True,
+        device: torch.device | None = None,
     ) -> None:
-        """Open the micro-batch of a forward. Without labels, or in evaluation, everything is dense (see ``probe``).
+        """Open the micro-batch of a forward.
 
-        ``logits_only`` says that nobody reads more of the last decoder layer than what the loss reads.
+        Without labels, in evaluation, or without gradients, everything is dense (see ``probe``). ``logits_only`` says
+        that nobody reads more of the last decoder layer than what the loss reads; ``device`` is where the model
+        computes, by default that of the labels.
         """
         if self.check_masks == "next":
             self.sync.check()
         handed, self._handed = self._handed, None
         partition: TokenPartition | None = None
         loss: LossPositions | None = None
+        # Reentrant checkpointing turns gradients off inside the layers only: here it is still on.
+        training = training and torch.is_grad_enabled()
         if labels is not None and (training or self.probe is not None):
             sparse = self.probe is not None or self.is_sparse
             packed = self.skip_unused_logits and not shifted
@@ -159,12 +164,14 @@ class SparseContext:
                     found = handed[1]
                 else:
                     found = partition_tokens(labels, attention_mask, shifted=shifted)
+                if device is not None and found.dense.device != device:
+                    found = found.to(device)
                 partition = found if sparse else None
                 loss = LossPositions(labels.shape, found.loss_rows, found.loss_labels) if packed else None
             if partition is not None and self.probe is None:
                 self.counts.dense += partition.dense.numel()
                 self.counts.context += partition.context.numel()
-        elif training and self.enabled and torch.is_grad_enabled() and not self._warned_labels:
+        elif training and self.enabled and not self._warned_labels:
             self._warned_labels = True
             warnings.warn(
                 "a training forward came without labels and was computed densely: pass labels to the model (a custom loss "
@@ -195,7 +202,7 @@ class SparseContext:
 
     @property
     def last(self) -> MicroBatch | None:
-        """The newest training forward."""
+        """The newest training forward, that is one with gradients."""
         return self._forwards[-1] if self._forwards else None
 
     # --- a layer --------------------------------------------------------------------------------------------------

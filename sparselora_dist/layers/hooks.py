@@ -17,10 +17,17 @@ class BeginHook:
         self.context = context
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if getattr(module, "_is_replica", False):
+            raise ValueError(
+                "nn.DataParallel is not supported: its replicas would share one sparse context. The Trainer uses it by "
+                "itself where one process sees several GPUs: start one process per GPU (torchrun or accelerate launch), "
+                "or let the process see one (CUDA_VISIBLE_DEVICES)"
+            )
         if self.context.in_forward:
             return
         labels, shifted = kwargs.get("labels"), False
-        if labels is None and kwargs.get("shift_labels") is not None:
+        if kwargs.get("shift_labels") is not None:
+            # They win in the loss too; sequence parallelism passes them beside labels.
             labels, shifted = kwargs["shift_labels"], True
         self.context.begin(
             labels,
@@ -29,7 +36,16 @@ class BeginHook:
             shifted,
             opened_by=module,
             logits_only=not _asks_for_more(module, kwargs),
+            device=_input_device(args, kwargs),
         )
+
+
+def _input_device(args: tuple, kwargs: dict[str, Any]) -> torch.device | None:
+    """Where the model computes; labels may still be on the host, as the loss moves them."""
+    for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]):
+        if isinstance(value, Tensor):
+            return value.device
+    return None
 
 
 def _asks_for_more(module: Any, kwargs: dict[str, Any]) -> bool:

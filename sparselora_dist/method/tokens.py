@@ -31,7 +31,7 @@ class TokenPartition:
         return TokenPartition(**{k: send(v, device) if isinstance(v, Tensor) else v for k, v in values.items()})
 
 
-def partition_tokens(labels: Tensor, attention_mask: Tensor | None = None, *, shifted: bool = False) -> TokenPartition:
+def partition_tokens(labels: Tensor, attention_mask: object = None, *, shifted: bool = False) -> TokenPartition:
     """Split a batch by its labels.
 
     A position is dense if ``labels[t] != -100`` or ``labels[t+1] != -100``: the last prompt token's logits enter the
@@ -40,8 +40,8 @@ def partition_tokens(labels: Tensor, attention_mask: Tensor | None = None, *, sh
     Args:
         labels: (B, S) int64, -100 where no loss is taken. With ``shifted``, entry t is the label of position t+1
             (``shift_labels`` of sequence parallelism).
-        attention_mask: (B, S), zero at padding; anything else (``None``, a 4-D mask) means that no position is
-            padding.
+        attention_mask: (B, S), zero at padding; anything else (``None``, a 4-D mask, a dict of masks by kind of
+            layer) means that no position is padding.
 
     Returns:
         The partition, on the device of ``labels``. Labels on a GPU cost one wait for it, labels on the host none.
@@ -55,8 +55,9 @@ def partition_tokens(labels: Tensor, attention_mask: Tensor | None = None, *, sh
         read, own = pad(trained, (0, 1))[:, 1:], trained
     dense = own | read
     real = torch.ones_like(dense)
-    if attention_mask is not None and attention_mask.shape == labels.shape:
-        real = attention_mask.to(labels.device, non_blocking=True) != 0
+    if isinstance(attention_mask, Tensor) and attention_mask.shape == labels.shape:
+        # From a GPU to the host it must be waited for.
+        real = attention_mask.to(labels.device, non_blocking=labels.device.type != "cpu") != 0
     # Sorted by kind, each kind in its order; cutting the list needs the three counts, which are fetched together.
     kind = torch.where(dense, 0, torch.where(real, 1, 2)).to(torch.uint8).flatten()
     order = kind.argsort(stable=True)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
+import transformers.trainer
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from sparselora_dist import SparseLoRACallback, selection
 from sparselora_dist.apply import find_state
@@ -117,6 +120,25 @@ def test_the_callback_needs_a_sparse_model(tmp_path: Path) -> None:
     args, callbacks = arguments(tmp_path, use_cpu=True), [SparseLoRACallback()]
     with pytest.raises(ValueError, match="apply_sparselora"):
         Trainer(model=model, args=args, train_dataset=trainer_rows(), callbacks=callbacks).train()
+
+
+@pytest.mark.parametrize("swiglu", [True, False])
+def test_a_replaced_ffn_is_refused(swiglu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Trainer applies Liger to the instance when training begins; here a stand-in does as Liger's patch."""
+
+    def patch(model: Any, kernel_config: dict[str, bool] | None) -> None:
+        if (kernel_config or {}).get("swiglu", True):
+            for layer in model.get_base_model().model.layers:
+                layer.mlp.forward = MethodType(LlamaMLP.forward, layer.mlp)
+
+    monkeypatch.setattr(transformers.trainer, "apply_liger_kernel", patch)
+    settings = {"use_liger_kernel": True, "liger_kernel_config": {"swiglu": swiglu}, "max_steps": 1}
+    model, training = make_sparse(tiny_base()), arguments(tmp_path, use_cpu=True, **settings)
+    if not swiglu:
+        assert train(model, training)[0].state.global_step == 1
+        return
+    with pytest.raises(ValueError, match=r'layers\.1\.mlp was replaced.*liger_kernel_config={"swiglu": False}'):
+        train(model, training)
 
 
 @pytest.fixture(scope="module")

@@ -112,6 +112,22 @@ def test_an_evaluation_between_forward_and_backward_changes_nothing(reentrant: b
 
 
 @recomputing
+def test_forwards_without_gradients_do_not_push_out_a_pending_one(
+    reentrant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Generation in training mode, between a forward and its backward, is one forward per token."""
+    monkeypatch.setattr(context, "_PENDING_FORWARDS", 2)
+    expected = train_step(sparse_model(), batch())
+    model = sparse_model(reentrant)
+    out = model(**batch())
+    with torch.no_grad():
+        for seed in range(3):
+            model(**batch(seed=seed))
+    out.loss.backward()
+    assert_same(expected, Step(out.loss.detach(), out.logits.detach(), gradients(model)), batch())
+
+
+@recomputing
 def test_a_dense_forward_is_recomputed_densely(reentrant: bool) -> None:
     """Also when the schedule has switched between its forward and its backward."""
     model = sparse_model(start_step=2)

@@ -177,6 +177,13 @@ def test_cuda_agrees() -> None:
     assert waits == []
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_labels_on_the_host_and_the_model_on_a_gpu() -> None:
+    model, expected, inputs = make().cuda(), make().cuda(), batch()
+    moved = {name: tensor.cuda() for name, tensor in inputs.items()}
+    assert torch.equal(model(**moved | {"labels": inputs["labels"]}).loss, expected(**moved).loss)
+
+
 # --- when the ranks are compared ----------------------------------------------------------------------------------------
 
 
@@ -191,13 +198,18 @@ def test_masks_are_compared_when_asked(when: Any, expected: int, monkeypatch: py
     assert len(calls) == expected
 
 
-@pytest.mark.parametrize(("deepspeed", "when"), [(None, "caller"), ("ds.json", "each")])
+@pytest.mark.parametrize(
+    ("deepspeed", "plugin", "when"),
+    [(None, None, "caller"), ("ds.json", object(), "each"), (None, object(), "each")],
+    ids=["without DeepSpeed", "the Trainer's DeepSpeed", "accelerate's DeepSpeed"],
+)
 def test_the_trainer_compares_before_it_steps(
-    deepspeed: str | None, when: str, monkeypatch: pytest.MonkeyPatch
+    deepspeed: str | None, plugin: object, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DeepSpeed steps inside backward, ahead of the callback: there every forward is compared at its end."""
     calls: list[int] = []
-    model, callback, args = make(enabled=False), SparseLoRACallback(), SimpleNamespace(deepspeed=deepspeed)
+    model, callback = make(enabled=False), SparseLoRACallback()
+    args = SimpleNamespace(deepspeed=deepspeed, deepspeed_plugin=plugin)
     monkeypatch.setattr(MaskSync, "check", lambda self: calls.append(1))
     event: Any = (args, None, None)
     callback.on_train_begin(*event, model=model)

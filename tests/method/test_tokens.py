@@ -87,9 +87,9 @@ def test_padding_is_in_neither_list() -> None:
     assert (got.tokens, got.dense.numel() + got.context.numel()) == (8, 5)
 
 
-def test_no_mask_or_a_4d_mask_means_no_padding() -> None:
+def test_no_mask_or_one_of_another_kind_means_no_padding() -> None:
     labels = torch.full((2, 3), -100)
-    for mask in (None, torch.zeros(2, 1, 3, 3)):
+    for mask in (None, torch.zeros(2, 1, 3, 3), {"full_attention": torch.zeros(2, 1, 3, 3)}):
         assert partition_tokens(labels, mask).context.tolist() == list(range(6))
 
 

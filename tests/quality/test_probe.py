@@ -28,8 +28,8 @@ def test_a_probe_is_the_sparse_training_forward(group: str, layer: int) -> None:
     probed = apply_sparselora(tiny_lora(), SparseLoRAConfig(rank=4, layers=EVERYWHERE)).eval()
     state = find_state(probed)
     assert state is not None
+    expected = trained(**rows).loss
     with torch.no_grad():
-        expected = trained(**rows).loss
         dense = probed(**rows).loss
         state.context.probe = {(layer, group): kept_count(CHANNELS[group], 0.5)}
         assert torch.equal(probed(**rows).loss, expected)

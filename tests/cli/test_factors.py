@@ -46,12 +46,13 @@ def _kept(path: Path) -> tuple[dict[int, set[int]], dict[int, set[int]]]:
     for layer in decoder_layers(model):
         layer.mlp.register_forward_pre_hook(lambda _, args, k=layer.index: inputs.update({k: args[0].flatten(0, 1)}))
     model(**collate(rows, [36, 37, 38, 39], padding_id(tokenizer)))
-    chosen = {k: set(groups["ffn"].tolist()) for k, groups in selection(model).items()}
+    # The last layer's FFN runs at label positions only and chooses no neurons.
+    chosen = {k: set(groups["ffn"].tolist()) for k, groups in selection(model).items() if "ffn" in groups}
     state = find_state(model)
     assert state is not None and state.context.last is not None and state.context.last.partition is not None
     context = state.context.last.partition.context
     exact = {}
-    for layer in decoder_layers(model):
+    for layer in decoder_layers(model)[: len(chosen)]:
         x, mlp = inputs[layer.index][context], layer.mlp
         gate, up = (m.base_layer(x) if hasattr(m, "base_layer") else m(x) for m in (mlp.gate_proj, mlp.up_proj))
         score = (mlp.act_fn(gate) * up).square().sum(0)

@@ -76,5 +76,5 @@ def test_it_learns_and_costs_little(runs: tuple[Path, dict[str, dict[str, Any]]]
     for result in (sparse, dense):
         assert result["eval_loss"] < result["eval_loss_start"]
     assert sparse["eval_loss"] == pytest.approx(dense["eval_loss"], rel=0.01)
-    # Dense, only the LM head is spared, where no label is.
-    assert sparse["executed_flops_share"] < 0.9 < dense["executed_flops_share"] < 1
+    # Dense, the LM head and the last layer are spared, where no label is.
+    assert sparse["executed_flops_share"] < 0.75 < dense["executed_flops_share"] < 0.95

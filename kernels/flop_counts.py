@@ -44,7 +44,8 @@ def _lora_linear(
         return base
     rank, inputs, outputs = a[0], a[1], b[0]
     merged, _order = lora_order(x[0], inputs, outputs, rank, merge=merge and dense is None)
-    return base + 2 * rank * (inputs * outputs if merged else x[0] * (inputs + outputs))
+    again = 0 if dense is None else dense[0] * outputs  # Dense tokens' branch is added to their own product.
+    return base + 2 * rank * (inputs * outputs if merged else x[0] * (inputs + outputs) + again)
 
 
 @register_flop_formula(_OPS.lora_linear_backward)
@@ -67,7 +68,8 @@ def _lora_linear_backward(
     elif trained:
         products += tokens * inputs * outputs + 2 * inputs * outputs * rank
     if needs_input:
-        products += inputs * outputs * rank if merged else tokens * rank * inputs
+        again = 0 if dense is None else dense[0]
+        products += inputs * outputs * rank if merged else (tokens + again) * rank * inputs
     return base + 2 * products
 
 

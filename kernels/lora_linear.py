@@ -95,7 +95,9 @@ def _forward(
         weight = weight.once(some_dense, x.dtype)
         if some_dense:
             whole = product(x.index_select(0, dense_rows), weight.parts[0], bias)
-            y = y.index_copy_(0, dense_rows, whole) if b is None else y.index_add_(0, dense_rows, whole)
+            if b is not None:
+                whole.addmm_(low.index_select(0, dense_rows), b.t(), alpha=scaling)
+            y.index_copy_(0, dense_rows, whole)
         adds = b is not None
         if transposed:
             indexed_nn(x, weight, context_rows, channels, y, indexed=True, bias=bias, accumulate=adds)
@@ -169,7 +171,9 @@ def _backward(
     weight = weight.once(some_dense, grad.dtype)
     if some_dense:
         whole = product(grad.index_select(0, dense_rows), weight.parts[0])
-        grad_x = grad_x.index_copy_(0, dense_rows, whole) if a is None else grad_x.index_add_(0, dense_rows, whole)
+        if a is not None:
+            whole.addmm_(z.index_select(0, dense_rows), a)
+        grad_x.index_copy_(0, dense_rows, whole)
     if transposed:
         indexed_nt(grad, weight, context_rows, channels, out=grad_x, accumulate=a is not None)
     else:

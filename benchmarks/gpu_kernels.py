@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparselora_kernels import EncodedWeight
 from sparselora_kernels.activations import ACTIVATIONS, activate, activate_backward
-from sparselora_kernels.gpu import gated_ffn, indexed_linear, nf4, score, select
+from sparselora_kernels.gpu import gated_ffn, gated_gradient, indexed_linear, nf4, score, select
 from sparselora_kernels.gpu.matrix import NF4Matrix
 from sparselora_kernels.indexed_linear import vendor_nn, vendor_nt
 from sparselora_kernels.nf4 import BLOCK, blocks, nested_scales, nested_slots
@@ -343,7 +343,7 @@ def _gated_checks(data: Data, kind: str) -> Iterator[Check]:
     def backward(name: str) -> Iterator[tuple[Tensor, Tensor]]:
         wide = [t.double() for t in (dh, g, u)]
         want = (activate_backward(name, wide[1], wide[0] * wide[2]), wide[0] * activate(name, wide[1]))
-        yield from zip(gated_ffn.gated_backward(dh, g, u, name), want)
+        yield from zip(gated_gradient.gated_backward(dh, g, u, name), want)
 
     def gradient() -> Iterator[tuple[Tensor, Tensor]]:
         sums = g.double() @ gate_values[channels].double() + u.double() @ up_values[channels].double()
@@ -351,11 +351,11 @@ def _gated_checks(data: Data, kind: str) -> Iterator[Check]:
             want = start.double().clone()
             want[rows] = want[rows] + sums if add else sums
             got = start.clone()
-            gated_ffn.gated_input_gradient(g, u, gate, up, rows, channels, got, accumulate=add)
+            gated_gradient.gated_input_gradient(g, u, gate, up, rows, channels, got, accumulate=add)
             yield got, want
 
     for name in ACTIVATIONS:
         yield data.check(f"gated_ffn.gated_forward {kind}, {name}", lambda name=name: forward(name, False))
-        yield data.check(f"gated_ffn.gated_backward, {name}", lambda name=name: backward(name))
+        yield data.check(f"gated_gradient.gated_backward, {name}", lambda name=name: backward(name))
     yield data.check(f"gated_ffn.gated_forward {kind}, with adapter and bias", lambda: forward("silu", True))
-    yield data.check(f"gated_ffn.gated_input_gradient {kind}", gradient)
+    yield data.check(f"gated_gradient.gated_input_gradient {kind}", gradient)

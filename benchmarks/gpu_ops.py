@@ -20,7 +20,7 @@ from gpu_steps import free, timed
 from torch import Tensor
 
 from sparselora_kernels import EncodedWeight
-from sparselora_kernels.gpu import gated_ffn, indexed_linear, nf4, score, select
+from sparselora_kernels.gpu import gated_ffn, gated_gradient, indexed_linear, nf4, score, select
 from sparselora_kernels.gpu.matrix import NF4Matrix
 from sparselora_kernels.indexed_linear import prefers_vendor, vendor_nn, vendor_nt
 from sparselora_kernels.nf4 import BLOCK, blocks, scale_bytes
@@ -214,11 +214,11 @@ def _ffn_ops(data: Data, kind: str) -> Iterator[Op]:
     )  # fmt: skip
     dh, g, u = (data.normal(n, k) for _ in range(3))
     if kind == "plain":
-        yield Op("gated_backward", what, 0, 5 * n * k * e, lambda: gated_ffn.gated_backward(dh, g, u, "silu"))
+        yield Op("gated_backward", what, 0, 5 * n * k * e, lambda: gated_gradient.gated_backward(dh, g, u, "silu"))
     out = data.normal(size.T, h)
     yield Op(
         "gated_input_gradient", what, 4 * n * k * h, n * h * e + 2 * k * row + 2 * n * k * e,
-        lambda: gated_ffn.gated_input_gradient(g, u, gate, up, data.rows, data.channels, out),
+        lambda: gated_gradient.gated_input_gradient(g, u, gate, up, data.rows, data.channels, out),
         lambda: out.index_copy_(0, data.rows, torch.addmm(g @ rows_of_gate(), u, rows_of_up())),
     )  # fmt: skip
     yield Op(

@@ -52,6 +52,12 @@ def _gelu(approximate: str) -> str | None:
     return {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate)
 
 
+def check_activation(name: str) -> None:
+    """Raises ValueError unless ``name`` is one of :data:`ACTIVATIONS`."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {name!r}; known: {', '.join(ACTIVATIONS)}")
+
+
 def activate(name: str, x: Tensor) -> Tensor:
     """``act(x)``, of ``x``'s shape and dtype.
 
@@ -62,9 +68,8 @@ def activate(name: str, x: Tensor) -> Tensor:
         return functional.silu(x)
     if name in ("gelu", "gelu_tanh"):
         return functional.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
-    if name == "relu":
-        return functional.relu(x)
-    raise ValueError(f"unknown activation {name!r}; known: {', '.join(ACTIVATIONS)}")
+    check_activation(name)
+    return functional.relu(x)
 
 
 def activate_backward(name: str, x: Tensor, grad: Tensor) -> Tensor:
@@ -77,6 +82,5 @@ def activate_backward(name: str, x: Tensor, grad: Tensor) -> Tensor:
         return torch.ops.aten.silu_backward(grad, x)
     if name in ("gelu", "gelu_tanh"):
         return torch.ops.aten.gelu_backward(grad, x, approximate="tanh" if name == "gelu_tanh" else "none")
-    if name == "relu":
-        return torch.ops.aten.threshold_backward(grad, x, 0)
-    raise ValueError(f"unknown activation {name!r}; known: {', '.join(ACTIVATIONS)}")
+    check_activation(name)
+    return torch.ops.aten.threshold_backward(grad, x, 0)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
 _forced = False
@@ -14,11 +13,6 @@ _forced = False
 def use_triton(x: Tensor) -> bool:
     """Whether an operation on ``x`` runs its Triton kernels."""
     return x.is_cuda or _forced
-
-
-def on_device(x: Tensor) -> AbstractContextManager:
-    """Make ``x``'s GPU the current one, as Triton launches there."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 @contextmanager

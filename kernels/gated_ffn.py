@@ -22,7 +22,7 @@ from .operator import register, register_with_gradient
 from .stored import EncodedWeight, Weight, refuse_trainable, unpack
 
 if TYPE_CHECKING:
-    from .gpu.indexed_linear import Matrix
+    from .gpu.matrix import Matrix
 
 
 def _up(
@@ -102,7 +102,7 @@ def _at(x: Tensor | None, rows: Tensor) -> Tensor | None:
 def _gate_gradients(activation: str, grad: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up before the activation, from that of their product."""
     if use_triton(grad) and grad.dtype != torch.float64:  # The kernel computes in fp32.
-        from .gpu.gated_ffn import gated_backward
+        from .gpu.gated_gradient import gated_backward
 
         return gated_backward(grad, g, u, activation)
     return activate_backward(activation, g, grad * u), activate(activation, g).mul_(grad)
@@ -169,7 +169,7 @@ def _context_input_gradient(
 ) -> None:
     matrices = _triton_pair(gate, up, channels, out)
     if matrices is not None:
-        from .gpu.gated_ffn import gated_input_gradient
+        from .gpu.gated_gradient import gated_input_gradient
 
         gated_input_gradient(*pair, *matrices, rows, channels, out)
         return

@@ -22,7 +22,7 @@ from .nf4 import levels, row_absmax
 from .stored import EncodedWeight
 
 if TYPE_CHECKING:
-    from .gpu.indexed_linear import Matrix
+    from .gpu.matrix import Matrix
 
 
 def linear(x: Tensor, rows: Tensor, bias: Tensor | None = None) -> Tensor:

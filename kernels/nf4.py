@@ -24,7 +24,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .backend import on_device, use_triton
+from .backend import use_triton
 from .operator import register
 
 BLOCK = 64
@@ -130,7 +130,7 @@ def _nf4_rows(
         from .gpu import nf4
 
         tables = levels(codes.device), absmax_map(codes.device)
-        with on_device(codes):
+        with torch.cuda.device_of(codes):
             return nf4.nf4_rows(
                 codes, scales, channels, *tables, dtype, length=length, double_quant=double_quant, first=first
             )

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activations import ACTIVATIONS, activate, activation_name
-from .backend import on_device, use_triton
+from .activations import activate, activation_name, check_activation
+from .backend import use_triton
 from .operator import register
 
 Factors = tuple[Tensor, Tensor]
@@ -86,7 +86,7 @@ def _projection_scores(x: Tensor, rows: Tensor, a: list[Tensor], b: list[Tensor]
         if use_triton(x):
             from .gpu import score
 
-            with on_device(x):
+            with torch.cuda.device_of(x):
                 return score.projection_scores(x, rows, a, b)
         return _projection_grams(x, rows, a, b)
 
@@ -102,12 +102,11 @@ def _gated_ffn_score(
     x: Tensor, rows: Tensor, gate_a: Tensor, gate_b: Tensor, up_a: Tensor, up_b: Tensor, activation: str
 ) -> Tensor:
     gate, up = (gate_a, gate_b), (up_a, up_b)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+    check_activation(activation)
     if use_triton(x):
         from .gpu import score
 
-        with _without_autocast(x), on_device(x):
+        with _without_autocast(x), torch.cuda.device_of(x):
             return score.gated_ffn_score(x, rows, gate, up, activation)
     return _gated_blocks(x, rows, gate, up, partial(activate, activation))
 

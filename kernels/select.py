@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from .backend import on_device, use_triton
+from .backend import use_triton
 from .operator import register
 
 # (1 - 0.7) * 10 is 3.0000000000000004 in floating point; the ceiling must still be 3.
@@ -46,7 +46,7 @@ def _select_channels(scores: Tensor, keep: int) -> Tensor:
         from .gpu import select
 
         if scores.shape[0] <= select.LARGEST:
-            with on_device(scores):
+            with torch.cuda.device_of(scores):
                 return select.select_channels(scores, min(keep, scores.shape[0]))
     scores = scores.masked_fill(scores.isnan(), -math.inf)
     order = torch.sort(scores, descending=True, stable=True).indices

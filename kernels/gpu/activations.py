@@ -5,14 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..activations import ACTIVATIONS
-
-
-def check_activation(name: str) -> None:
-    """Raises ValueError: the activation is unknown."""
-    if name not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {name!r}; known: {', '.join(ACTIVATIONS)}")
-
 
 @triton.jit
 def activate(x, NAME: tl.constexpr):

@@ -1,8 +1,6 @@
-"""The gated FFN of context tokens at its kept channels: gate and up from one read of X, and their gradients.
+"""The gated FFN of context tokens at its kept channels: gate and up from one read of X.
 
-    gated_forward           g = X[rows] · Wg[channels]ᵀ + bg + Lg · Bgᵀ,  u likewise,  h = act(g) · u     Wg, Wu: (C, H)
-    gated_backward          dg = dh · u · act'(g),  du = dh · act(g)
-    gated_input_gradient    out[rows] (+)= dg · Wg[channels] + du · Wu[channels]
+    g = X[rows] · Wg[channels]ᵀ + bg + Lg · Bgᵀ,  u likewise,  h = act(g) · u     Wg, Wu: (C, H)
 
 ``h`` is made from g and u as they are returned, rounded: backward, which has those only, then differentiates exactly
 what forward computed, and ``act(g) · u`` made again from them is bit-identical to ``h``.
@@ -19,16 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..activations import ACTIVATIONS
-from .activations import activate, check_activation
-from .gated_gradient import gated_backward, gated_input_gradient
+from ..activations import ACTIVATIONS, check_activation
+from .activations import activate
 from .indexing import index_at, low_rank, nf4_tile, tile_of
 from .matrix import Matrix, count_of, factors, stride_of, unit_stride, unpack_pair
 from .tiles import dot, rounded
 from .tiling import GROUP, RANK_STEP, Tile, choose, constants_of, kind_of, variant
 from .variants import Variant
-
-__all__ = ["gated_backward", "gated_forward", "gated_input_gradient"]
 
 # As in indexed_linear.py. Forward has two sums, of gate and up: 128 × 64 each is one product of 128 × 128 (twice that
 # spills on sm_80, which keeps operands in registers too).

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..activations import ACTIVATIONS
-from .activations import activate, activate_gradient, check_activation
+from ..activations import ACTIVATIONS, check_activation
+from .activations import activate, activate_gradient
 from .indexing import index_at, nf4_tile, places, tile_of
 from .matrix import Matrix, check_rows, count_of, stride_of, unit_stride, unpack_pair
 from .tiles import dot, rounded

@@ -1,7 +1,7 @@
 """The attention projections of a sparse layer.
 
 They take the place of the frozen linears (inside PEFT's LoRA layers, where there are some), so that the family's own
-attention code runs unchanged on full-width tensors, and PEFT's LoRA branch stays as it is.
+attention code runs unchanged on full-width tensors. The LoRA branch is whole.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def test_all_parts_run(tmp_path: Path) -> None:
     result, tables = _run(tmp_path, "--markdown", str(tmp_path / "rows.md"))
     assert result.returncode == 0, result.stderr[-3000:]
     kernels = {row["kernel"].split(" ")[0] for row in tables["kernels"]}
-    files = ("score", "select", "nf4", "indexed_linear", "gated_ffn")
+    files = ("score", "select", "nf4", "indexed_linear", "gated_ffn", "gated_gradient")
     assert {name.split(".")[0] for name in kernels} == set(files)
     assert {row["op"].split(" ")[0] for row in tables["ops"]} >= {"gated_forward", "indexed_nt", "nf4_rows"}
     assert all(row["vendor us"] > 0 for row in tables["ops"] if row["op"].endswith("(grid)"))

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from sparselora_kernels.activations import ACTIVATIONS
 from sparselora_kernels.gpu import gated_ffn as op
+from sparselora_kernels.gpu import gated_gradient as gradient
 from sparselora_kernels.gpu.gated_gradient import GRADIENT_TILES
 from support.compare import assert_close
 from support.kernel_cases import some
@@ -84,7 +85,7 @@ def test_every_gradient_tile(monkeypatch: pytest.MonkeyPatch, kind: str, place: 
     out = torch.randn(TOKENS, WIDTH).to(dtype)
     exact = out.double()
     exact[arguments[4]] += expected
-    assert op.gated_input_gradient(*arguments, out, accumulate=True) is out
+    assert gradient.gated_input_gradient(*arguments, out, accumulate=True) is out
     close("out", exact, out)
 
 
@@ -103,7 +104,7 @@ def test_no_lists_are_all_tokens_and_channels() -> None:
         g, u, _ = op.gated_forward(x, None, gate, up, index)
         assert_close("g", x @ gate.t(), g)
         assert_close("u", x @ up.t(), u)
-        out = op.gated_input_gradient(g, u, gate, up, None, index, torch.empty(7, 20))
+        out = gradient.gated_input_gradient(g, u, gate, up, None, index, torch.empty(7, 20))
         assert_close("out", g @ gate + u @ up, out, atol=1e-4)
 
 
@@ -114,7 +115,7 @@ def test_backward_equals_autograd(activation: str, dtype: torch.dtype) -> None:
     g.view(-1)[0] = 0.0
     gate, up = g.double().requires_grad_(), u.double().requires_grad_()
     (FORMULA[activation](gate) * up).backward(dh.double())
-    dg, du = op.gated_backward(dh, g, u, activation)
+    dg, du = gradient.gated_backward(dh, g, u, activation)
     assert dg.dtype == du.dtype == dtype
     close("dg", gate.grad, dg)
     close("du", up.grad, du)
@@ -126,7 +127,7 @@ def test_backward_far_from_zero(activation: str) -> None:
     gate = g.double().requires_grad_()
     FORMULA[activation](gate).sum().backward()
     one = torch.ones_like(g)
-    dg, du = op.gated_backward(one, g, one, activation)
+    dg, du = gradient.gated_backward(one, g, one, activation)
     close("dg", gate.grad, dg)
     close("du", FORMULA[activation](g.double()), du)
 
@@ -138,7 +139,7 @@ def test_nf4_is_decoded_bit_for_bit() -> None:
     g, u, _ = op.gated_forward(torch.eye(70), None, gate, up, index)
     assert torch.equal(g.t(), gate_rows.float()) and torch.equal(u.t(), up_rows.float())
     for dg, du, rows in ((torch.eye(4), zero, gate_rows), (zero, torch.eye(4), up_rows)):
-        out = op.gated_input_gradient(dg, du, gate, up, None, index, torch.empty(4, 70))
+        out = gradient.gated_input_gradient(dg, du, gate, up, None, index, torch.empty(4, 70))
         assert torch.equal(out, rows.float())
 
 
@@ -150,10 +151,10 @@ def test_nothing_to_do(nf4: bool) -> None:
     assert [part.shape for part in op.gated_forward(x, none, gate, up, none)] == [(0, 0)] * 3
     assert [part.shape for part in op.gated_forward(x, rows, gate, up, none)] == [(2, 0)] * 3
     empty = torch.empty(0, 4)
-    assert [part.shape for part in op.gated_backward(empty, empty, empty)] == [(0, 4)] * 2
+    assert [part.shape for part in gradient.gated_backward(empty, empty, empty)] == [(0, 4)] * 2
     for chosen, expected in ((none, before), (rows, before.index_fill(0, rows, 0.0))):
         grad = torch.empty(chosen.numel(), 0)
-        assert torch.equal(op.gated_input_gradient(grad, grad, gate, up, chosen, none, before.clone()), expected)
+        assert torch.equal(gradient.gated_input_gradient(grad, grad, gate, up, chosen, none, before.clone()), expected)
 
 
 @weights
@@ -163,8 +164,10 @@ def test_runs_are_bit_identical(nf4: bool) -> None:
     runs = []
     for _ in range(2):
         g, u, h = op.gated_forward(*arguments, **extra)
-        dg, du = op.gated_backward(h, g, u)
-        runs.append((g, u, h, dg, du, op.gated_input_gradient(dg, du, gate, up, rows, index, torch.zeros_like(x))))
+        dg, du = gradient.gated_backward(h, g, u)
+        runs.append(
+            (g, u, h, dg, du, gradient.gated_input_gradient(dg, du, gate, up, rows, index, torch.zeros_like(x)))
+        )
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 

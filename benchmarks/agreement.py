@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from sparselora_dist.engines.base import free_port
+from sparselora_dist.engines.ranks import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = 2

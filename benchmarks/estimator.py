@@ -28,8 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparselora_dist.apply.build import build_model
 from sparselora_dist.data import collate
-from sparselora_dist.engines.base import make_engine
+from sparselora_dist.engines import make_engine
 from sparselora_dist.families import decoder_layers
 from sparselora_dist.io.weights import ModelWeights
 from sparselora_dist.layers.ffn import SparseFFN
@@ -37,7 +38,6 @@ from sparselora_dist.method.channels import SCORED
 from sparselora_dist.method.estimator import low_rank_factors
 from sparselora_dist.method.tokens import partition_tokens
 from sparselora_dist.train.moments import Moments, second_moments
-from sparselora_dist.train.run import build_model
 from sparselora_kernels import kept_count, select_channels
 
 sys.path.append(str(Path(__file__).resolve().parent))
@@ -122,7 +122,7 @@ def main() -> None:
     depth = len(harness.budget.model.layers)
     config = harness.config({group: dict.fromkeys(range(depth), s) for group, s in SPARSITY.items()})
     engine = make_engine(config)
-    model, _ = build_model(config, engine)
+    model, _ = build_model(config, engine.placement())
     assert any(isinstance(module, SparseFFN) for module in model.modules())
     moments = second_moments(model, batches(harness, seen))
     print("| rank | factors | " + " | ".join(f"{group} recall | {group} score" for group in SPARSITY) + " |")

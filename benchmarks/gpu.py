@@ -275,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_ops(report, device, arguments.tiny, budget)
     if "steps" in parts:
         if liger:  # Not before: its loss waits for the device, which the check of the sparse path does not allow.
-            from sparselora_dist.train.liger import use_liger
+            from sparselora_dist.apply.liger import use_liger
 
             use_liger("llama", cross_entropy=True)
         cases = list(step_cases(3 if arguments.tiny else arguments.layers, dtype, tiny=arguments.tiny))

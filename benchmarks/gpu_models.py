@@ -27,9 +27,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from sparselora_dist import SparseLoRAConfig, apply_sparselora, families
 from sparselora_dist.apply import find_state
 from sparselora_dist.codecs import NF4Codec
+from sparselora_dist.codecs.linear import FrozenLinear
 from sparselora_dist.families import decoder_layers
 from sparselora_dist.io.factors import write_factors
-from sparselora_dist.layers.frozen import FrozenLinear
 from sparselora_dist.method.channels import ATTENTION, FFN, SCORED, TRANSPOSED
 
 RANK = 8

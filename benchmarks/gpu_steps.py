@@ -21,8 +21,7 @@ from gpu_models import SETTINGS, SHAPES, autocast, forget_parts, has, held_bytes
 from torch import Tensor, nn
 
 from sparselora_dist import selection
-from sparselora_dist.families import causal_lm, decoder_layers, geometry
-from sparselora_dist.layers.lora import base_linear
+from sparselora_dist.families import base_linear, causal_lm, decoder_layers, geometry
 from sparselora_dist.method.tokens import partition_tokens
 from sparselora_dist.train.metrics import flop_model
 

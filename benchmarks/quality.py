@@ -31,15 +31,15 @@ from transformers import AutoConfig, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from sparselora_dist.apply import find_state
+from sparselora_dist.apply.build import build_model
 from sparselora_dist.config.run import RunConfig
 from sparselora_dist.config.sparse import GROUPS, SparseLoRAConfig
 from sparselora_dist.data import GlobalBatchSampler, collate, load_dataset_tokens, padding_id
-from sparselora_dist.engines.base import make_engine
+from sparselora_dist.engines import make_engine
 from sparselora_dist.io.load import load_tokenizer
 from sparselora_dist.train.evaluate import evaluate
 from sparselora_dist.train.loop import TrainingLoop
 from sparselora_dist.train.metrics import flop_model
-from sparselora_dist.train.run import build_model
 
 # The repository keeps its root off sys.path, and with it the folder of the script.
 sys.path.append(str(Path(__file__).resolve().parent))
@@ -116,7 +116,7 @@ class Harness:
         depth = AutoConfig.from_pretrained(options.model).num_hidden_layers
         config = self.config({group: dict.fromkeys(range(depth), 0.5) for group in GROUPS})
         engine = make_engine(config)
-        model, _ = build_model(config, engine)
+        model, _ = build_model(config, engine.placement())
         engine.prepare(model)
         state = find_state(model)
         assert state is not None
@@ -156,7 +156,7 @@ class Harness:
         engine = make_engine(config)
         engine.total_steps = steps
         set_seed(seed)
-        model, _ = build_model(config, engine)
+        model, _ = build_model(config, engine.placement())
         state = find_state(model)
         assert state is not None
         if variant.channels != "estimator":

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sparselora_dist.engines.base import free_port
+from sparselora_dist.engines.ranks import free_port
 
 RANKS = 2
 SHAPE = {
@@ -79,7 +79,7 @@ def worker(way: str, folder: Path, out: Path) -> None:
         import torch.distributed as dist
 
         from sparselora_dist.config import RunConfig
-        from sparselora_dist.engines.base import make_engine
+        from sparselora_dist.engines import make_engine
         from sparselora_dist.io.load import load_base
 
         name, storage = way.split()

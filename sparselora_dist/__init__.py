@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .apply import apply_sparselora, remove_sparselora, selection, set_step
-    from .callback import SparseLoRACallback
     from .config.sparse import SparseLoRAConfig
+    from .integrations.trainer import SparseLoRACallback
 
 _HOMES = {
-    "SparseLoRACallback": "callback",
+    "SparseLoRACallback": "integrations.trainer",
     "SparseLoRAConfig": "config.sparse",
     "apply_sparselora": "apply",
     "remove_sparselora": "apply",

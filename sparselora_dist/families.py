@@ -11,8 +11,6 @@ from typing import Any
 
 from torch import nn
 
-from .layers.frozen import FrozenLinear
-from .layers.lora import base_linear
 from .method.channels import ATTENTION, HeadGeometry
 
 # Families whose layers have the layout below and rotate-half RoPE over the whole head. Their differences (biases on
@@ -48,6 +46,11 @@ class DecoderLayer:
     def matrix(self, name: str) -> nn.Module:
         """The frozen linear called ``name`` (``q_proj`` ... ``down_proj``)."""
         return base_linear(getattr(self.attention if name in ATTENTION else self.mlp, name))
+
+
+def base_linear(module: Any) -> Any:
+    """The frozen linear inside a LoRA layer of PEFT, or the module itself where it carries no adapter."""
+    return module.base_layer if hasattr(module, "lora_A") else module
 
 
 def matrix_name(layer: int, name: str) -> str:
@@ -123,7 +126,7 @@ def _problems(layer: DecoderLayer, heads: HeadGeometry, hidden: int, width: int)
             linear = base_linear(getattr(parent, name, None))
             if linear is None:
                 yield f"{part}.{name} is missing"
-            elif type(linear) is not nn.Linear and not isinstance(linear, FrozenLinear):
+            elif type(linear) is not nn.Linear and not getattr(type(linear), "stands_for_linear", False):
                 yield f"{part}.{name} is a {type(linear).__name__}, expected torch.nn.Linear"
             elif (linear.out_features, linear.in_features) != shape:
                 yield f"{part}.{name} is {(linear.out_features, linear.in_features)}, expected {shape}"

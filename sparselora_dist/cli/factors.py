@@ -12,7 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..config import ConfigError, RunConfig
 from ..config.engine import EngineSection
 from ..data import collate, load_dataset_tokens, padding_id
-from ..engines.base import make_engine
+from ..engines import make_engine
 from ..families import causal_lm
 from ..io.adapter import is_adapted
 from ..io.factors import write_factors

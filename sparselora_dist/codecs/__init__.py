@@ -1,10 +1,11 @@
-"""How frozen matrices are stored: one file per format, behind :class:`Codec`."""
+"""How frozen matrices are stored: one file per format behind :class:`Codec`, and the linear that holds any of them."""
 
 import torch
 
 from ..config.quantization import QuantizationSection
 from ..config.run import ModelSection
-from .base import Codec, Part, Share, alone
+from .base import Codec, Part
+from .linear import FrozenLinear
 from .nf4 import NF4Codec
 from .plain import PlainCodec
 
@@ -16,4 +17,4 @@ def codec_of(model: ModelSection, quantization: QuantizationSection) -> Codec:
     return PlainCodec(getattr(torch, model.dtype))
 
 
-__all__ = ["Codec", "NF4Codec", "Part", "PlainCodec", "Share", "alone", "codec_of"]
+__all__ = ["Codec", "FrozenLinear", "NF4Codec", "Part", "PlainCodec", "codec_of"]

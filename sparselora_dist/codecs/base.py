@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,13 +12,7 @@ from torch import Tensor
 from sparselora_kernels import Weight
 from sparselora_kernels.stored import unpack
 
-Share = Callable[[Tensor], Tensor]
-"""From what the rows of this rank say, (n, k), to what all rows of the matrix say, (C, k). A collective."""
-
-
-def alone(rows: Tensor) -> Tensor:
-    """The :data:`Share` of a rank that has all rows."""
-    return rows
+from ..sharding.placement import Share, alone
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,8 @@ from torch import Tensor
 from sparselora_kernels import EncodedWeight, Weight, nf4_layout
 from sparselora_kernels.nf4 import BLOCK, NESTED_BLOCK, absmax_map, blocks, levels, nested_scales, scale_bytes
 
-from .base import Codec, Part, Share, alone
+from ..sharding.placement import Share, alone
+from .base import Codec, Part
 
 # CPU encoding looks values up in a table of this many cells; only the values in the 15 cells that hold a boundary
 # between two levels are searched. 6 ns a value on one core against 37 ns by bitsandbytes, and the same codes.

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sparselora_kernels import Weight
 
-from .base import Codec, Part, Share, alone
+from ..sharding.placement import Share, alone
+from .base import Codec, Part
 
 
 @dataclass(frozen=True, slots=True)

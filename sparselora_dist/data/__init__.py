@@ -1,8 +1,8 @@
 """Instruction data: rows of any accepted layout -> tokens and labels -> batches independent of the world size."""
 
-from sparselora_dist.data.dataset import TokenDataset, load_dataset_tokens
-from sparselora_dist.data.formats import LAYOUTS, EncodedRow, Layout, RowFormatter, alpaca_prompt, encode_row
-from sparselora_dist.data.loader import (
+from .dataset import TokenDataset, load_dataset_tokens
+from .formats import LAYOUTS, EncodedRow, Layout, RowFormatter, alpaca_prompt, encode_row
+from .loader import (
     IGNORE,
     NO_ROW,
     GlobalBatch,

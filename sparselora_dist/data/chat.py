@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from sparselora_dist.data.plans import Piece, Pieces, Plan, Ready, Templated, Turn
+from .plans import Piece, Pieces, Plan, Ready, Templated, Turn
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 

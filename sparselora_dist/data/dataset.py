@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from sparselora_dist.data.formats import RowFormatter
-from sparselora_dist.data.sources import iterate_rows
+from .formats import RowFormatter
+from .sources import iterate_rows
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sparselora_dist.data.chat import describe, is_text, plan_chat, read_messages
-from sparselora_dist.data.plans import Piece, Pieces, Plan, SpecialIds
+from .chat import describe, is_text, plan_chat, read_messages
+from .plans import Piece, Pieces, Plan, SpecialIds
 
 Row = Mapping[str, Any]
 

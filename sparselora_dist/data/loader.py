@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparselora_dist.data.dataset import TokenDataset
+from .dataset import TokenDataset
 
 NO_ROW = -1
 """Stands for a row that is not there: one token, no label."""

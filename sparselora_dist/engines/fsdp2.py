@@ -1,4 +1,4 @@
-"""PyTorch FSDP2: every decoder layer is a unit of its own, with its frozen weights, factors and adapters."""
+"""PyTorch FSDP2: every marked module (a decoder layer) is a unit, with its frozen weights, factors and adapters."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch.distributed.tensor import DTensor
 from torch.torch_version import TorchVersion
 
 from ..config.run import RunConfig
-from ..families import causal_lm
-from .base import Ranks, adamw, start_distributed
-from .placement import Placement, RowShards, take_rows, waiting_rows
+from ..sharding.placement import Placement, RowShards, take_rows, waiting_rows
+from ..sharding.units import shard_units
+from .base import adamw
+from .ranks import Ranks, start_distributed
 from .torch_state import TorchStateEngine
 
 _DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
@@ -49,9 +50,8 @@ class FSDP2Engine(TorchStateEngine):
             "mp_policy": self._precision(),
             "offload_policy": CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if offload else OffloadPolicy(),
         }
-        stack: nn.ModuleList = causal_lm(model).model.layers
         # Layer by layer: what is whole moves to the device and leaves as a shard before the next layer moves.
-        for unit in (*stack, model):
+        for unit in (*shard_units(model), model):
             waiting = _waiting(unit)
             fully_shard(unit, **settings)
             _fill(waiting)

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ..config.run import RunConfig
-from .base import Ranks, adamw
+from .base import adamw
+from .ranks import Ranks
 from .torch_state import TorchStateEngine
 
 

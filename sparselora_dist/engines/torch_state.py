@@ -5,22 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..sharding.parameters import distribute_like, full_tensor
 from .base import MOMENTS, Engine
-from .shards import full_tensor, is_dtensor
-
-
-def like(value: Tensor, target: Tensor) -> Tensor:
-    """A copy of ``value`` (whole, CPU) with the device, dtype and sharding of ``target``."""
-    if not is_dtensor(target):
-        return value.to(target.device, target.dtype, copy=True)
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(
-        value.to(target.device, target.dtype),
-        target.device_mesh,
-        target.placements,
-        src_data_rank=None,
-    ).to(target.device)
 
 
 class TorchStateEngine(Engine):
@@ -54,9 +40,9 @@ class TorchStateEngine(Engine):
     @torch.no_grad()
     def load_state(self, parameters: dict[str, Tensor], moments: dict[str, Tensor], steps: int) -> None:
         for name, p in self.trainable().items():
-            p.copy_(like(parameters[name], p))
+            p.copy_(distribute_like(parameters[name], p))
             if moments:
                 self.optimizer.state[p] = {
                     "step": torch.tensor(float(steps)),
-                    **{moment: like(moments[f"{name}.{moment}"], p) for moment in MOMENTS},
+                    **{moment: distribute_like(moments[f"{name}.{moment}"], p) for moment in MOMENTS},
                 }

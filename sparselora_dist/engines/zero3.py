@@ -16,24 +16,12 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from ..config.run import RunConfig
-from ..layers.ffn import SparseFFN
-from .base import MOMENTS, Engine, Ranks, adamw, start_distributed
-from .placement import Placement
+from ..sharding.placement import Placement
+from ..sharding.units import gathered_together
+from .base import MOMENTS, Engine, adamw
+from .ranks import Ranks, start_distributed
 
 AUTO = "auto"
-
-
-def gather(parameter: Tensor) -> Tensor:
-    """A whole copy of a partitioned parameter. A collective."""
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([parameter]):
-        return parameter.detach().clone()
-
-
-def partition_like(new: list[nn.Parameter], old: Tensor) -> None:
-    """Partition new parameters as ``old`` is. A collective."""
-    old.convert_to_zero_parameters(param_list=new)
 
 
 def resolve_auto(
@@ -160,7 +148,7 @@ class FlatShards(Placement):
 
 
 class Zero3Engine(Engine):
-    """``deepspeed.initialize`` at stage 3. Each sparse FFN is a leaf: its weights are gathered together, once."""
+    """``deepspeed.initialize`` at stage 3. What reads its children's weights itself (a sparse FFN) is gathered as one."""
 
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         if not torch.cuda.is_available():
@@ -193,9 +181,8 @@ class Zero3Engine(Engine):
         return FlatShards(self._deepspeed.zero.Init(config_dict_or_path=ds, zero_param_parallel_group=group))
 
     def prepare(self, model: nn.Module) -> None:
-        for module in model.modules():
-            if isinstance(module, SparseFFN):
-                self._deepspeed.utils.set_z3_leaf_module(module, True)
+        for module in gathered_together(model):
+            self._deepspeed.utils.set_z3_leaf_module(module, True)
         ds = self._resolved(model.config.hidden_size)
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = None if "optimizer" in ds else adamw(model, self.config)

@@ -20,9 +20,9 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..engines.placement import OtherRankError
 from ..families import matrix_name
 from ..method.estimator import low_rank_factors
+from ..sharding.placement import OtherRankError
 from .manifest import CorruptFileError, publish, read_safetensors, tensors_sha256
 from .weights import WeightSource
 

@@ -16,12 +16,12 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ..codecs import Codec, codec_of
+from ..codecs.linear import FrozenLinear
 from ..config.quantization import QuantizationSection
 from ..config.run import ModelSection
-from ..engines.placement import OtherRankError, Placement
 from ..families import check_family, decoder_layers
-from ..layers.frozen import FrozenLinear
 from ..method.channels import ATTENTION, FFN, TRANSPOSED
+from ..sharding.placement import OtherRankError, Placement
 from .manifest import CorruptFileError
 from .memory import check_fits, peak_bytes, trim_heap
 from .prequantized import check_quantization_config, prequantized, stored_codec

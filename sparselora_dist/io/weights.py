@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs import Codec
-from ..engines.shards import full_tensor
+from ..codecs.linear import FrozenLinear
 from ..families import decoder_layers, matrix_name
-from ..layers.frozen import FrozenLinear
+from ..sharding.parameters import full_tensor
 from .manifest import CorruptFileError
 from .prequantized import prequantized, stored_codec
 from .shard_files import TensorFiles, spaced

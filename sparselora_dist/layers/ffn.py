@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from sparselora_kernels import ffn_down, gated_up, lora_linear, select_channels
 from sparselora_kernels.activations import ACTIVATIONS, activation_name
 
+from ..codecs.linear import FrozenLinear, compute_input
+from ..families import base_linear
 from ..method.tokens import TokenPartition
 from ..sync.masks import Site
 from .context import MicroBatch, SparseContext
 from .estimator import FFNEstimator
-from .frozen import FrozenLinear, compute_input
-from .lora import active_branches, base_linear, kept_update, low_rank_update
+from .lora import active_branches, kept_update, low_rank_update
 
 
 class SparseFFN(nn.Module):
@@ -25,6 +26,9 @@ class SparseFFN(nn.Module):
     ``lora_branch="kept"`` a dropped neuron is dropped whole, the LoRA contribution of gate, up and down included;
     with ``"dense"`` (the paper) only the frozen branch is sparse and the intermediate is as wide as the LoRA branch.
     """
+
+    gathers_together: ClassVar[bool] = True
+    """It reads its children's weights itself, for dense and context tokens at once."""
 
     def __init__(
         self,

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from sparselora_kernels import select_channels
 
+from ..codecs.linear import Branch, FrozenLinear, compute_input
 from ..sync.masks import Site
 from .context import MicroBatch, SparseContext
 from .estimator import AttentionEstimator
-from .frozen import Branch, FrozenLinear, compute_input
 
 Role = Literal["q", "k", "v", "o"]
 _GROUP = {"q": "qk", "k": "qk", "v": "vo", "o": "vo"}

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from sparselora_kernels import lora_linear
 
-from ..engines.shards import is_dtensor
-from .frozen import FrozenLinear, compute_input
+from ..codecs.linear import FrozenLinear, compute_input
+from ..sharding.parameters import is_dtensor
 
 PLAIN_ONLY = "plain LoRA is supported in sparse layers"
 
@@ -33,13 +33,8 @@ class LoRABranch:
         return self.dropout.training and getattr(self.dropout, "p", 0.0) > 0
 
 
-def base_linear(module: nn.Module) -> nn.Module:
-    """The frozen linear inside a LoRA layer, or the module itself where it carries no adapter."""
-    return module.base_layer if isinstance(module, LoraLayer) else module
-
-
 def set_base_linear(parent: nn.Module, name: str, linear: nn.Module) -> None:
-    """Put ``linear`` where :func:`base_linear` of ``parent.name`` was; a stored layout of our own cannot be merged into."""
+    """Put ``linear`` where the base linear of ``parent.name`` was; a stored layout of our own cannot be merged into."""
     module = getattr(parent, name)
     if isinstance(module, LoraLayer):
         module.base_layer = linear

@@ -18,19 +18,19 @@ from transformers.utils.logging import disable_progress_bar
 from sparselora_kernels import kept_count
 
 from ..apply import find_state
+from ..apply.build import build_model
 from ..codecs import PlainCodec
 from ..config.parse import ConfigError, unknown_key
 from ..config.ranges import compact_ranges
 from ..config.run import RunConfig
 from ..config.sparse import GROUPS, SparseLoRAConfig
 from ..data import TokenDataset, load_dataset_tokens, padding_id
-from ..engines.base import Engine, make_engine
+from ..engines import Engine, make_engine
 from ..io.load import check_model, load_tokenizer
 from ..io.manifest import write_text
 from ..io.shard_files import TensorFiles
 from ..io.weights import CheckpointWeights, checkpoint_folder
 from ..plan.shapes import ModelShape, from_hf_config
-from ..train.run import build_model
 from .allocate import Allocation, allocate
 from .budget import Budget, Site
 from .heatmap import HeatMap, check_drawable, draw
@@ -167,7 +167,12 @@ class _Run:
                 rank=config.sparse_lora.rank, lora_branch=config.sparse_lora.lora_branch, layers=everywhere
             )
             set_seed(config.train.seed)
-            model, _ = build_model(replace(config, sparse_lora=sparse), self.engine)
+            model, _ = build_model(
+                replace(config, sparse_lora=sparse),
+                self.engine.placement(),
+                local_ranks=self.engine.ranks.local_world_size,
+                progress=self.engine.is_main,
+            )
             state = find_state(model)
             assert state is not None
             self.engine.prepare(model)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from sparselora_kernels import kept_count
 
-from ..families import DecoderLayer, decoder_layers, geometry
+from ..families import DecoderLayer, base_linear, decoder_layers, geometry
 from ..io.factors import FactorSet
-from ..layers.lora import active_branches, base_linear
+from ..layers.lora import active_branches
 from ..method.channels import ATTENTION, SCORED, HeadGeometry
 from ..method.tokens import partition_tokens
 from .fidelity import Site, estimated_sums, exact_sums, truncated

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..data import TokenDataset, collate
-from ..engines.base import Engine
+from ..engines import Engine
 from ..layers.context import SparseContext
 from .budget import Site
 from .sample import Sample

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ..engines.base import Engine
+from ..engines import Engine
 
 FORMAT = "sparselora-calibration/1"
 T = TypeVar("T")

@@ -19,9 +19,9 @@ from ..apply import estimator_factors
 from ..config.parse import ConfigError
 from ..config.run import RunConfig
 from ..data import TokenDataset, collate, load_dataset_tokens, padding_id
-from ..engines.placement import Placement
 from ..io.adapter import ADAPTER_FILE, is_adapted, load_adapter
 from ..io.load import check_model, load_base, load_tokenizer
+from ..sharding.placement import Placement
 from .fidelity import group_means
 from .observe import Observer, observe
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..data import TokenDataset, collate, eval_batches
-from ..engines.base import Engine
+from ..engines import Engine
 from ..method.tokens import IGNORE_INDEX
 
 

@@ -17,7 +17,7 @@ from transformers import get_scheduler
 
 from ..config.run import RunConfig
 from ..data import GlobalBatch, GlobalBatchSampler, TokenDataset, collate
-from ..engines.base import Engine
+from ..engines import Engine
 from ..io.adapter import saved_names
 from ..io.checkpoint import Checkpoint, RunState, save_checkpoint
 from ..layers.context import SparseContext

@@ -8,10 +8,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..apply import SparseState
 from ..config.train import TrainSection
 from ..families import causal_lm, decoder_layers, geometry
 from ..method.flops import TRIMMED, FlopModel, layer_shares
-from ..replace import SparseState
 
 
 def flop_model(model: Any, state: SparseState) -> FlopModel:

@@ -6,25 +6,23 @@ import json
 import logging
 import math
 from dataclasses import astuple, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import get_peft_model
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from ..apply import apply_sparselora, find_state
+from ..apply import find_state
+from ..apply.build import build_model
+from ..apply.liger import liger_patch
 from ..config.run import RunConfig
 from ..data import GlobalBatchSampler, TokenDataset, load_dataset_tokens, padding_id
-from ..engines.base import Engine, make_engine
-from ..io.adapter import is_adapted, load_adapter, save_adapter
+from ..engines import Engine, make_engine
+from ..io.adapter import save_adapter
 from ..io.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, resolve_resume
-from ..io.load import LoadReport, check_model, load_base, load_tokenizer
+from ..io.load import LoadReport, check_model, load_tokenizer
 from ..io.manifest import write_text
 from ..io.weights import checkpoint_folder
-from .liger import liger_patch, use_liger
 from .loop import TrainingLoop
 from .metrics import flop_model
 
@@ -75,7 +73,14 @@ def _run(config: RunConfig, engine: Engine) -> dict[str, Any]:
     engine.total_steps = total_steps
 
     set_seed(config.train.seed)
-    model, load = build_model(config, engine, resumed_from=path)
+    model, report = build_model(
+        config,
+        engine.placement(),
+        local_ranks=engine.ranks.local_world_size,
+        progress=engine.is_main,
+        adapter=path / "adapter" if path else None,
+    )
+    load = _report_load(report, config, engine)
     state = find_state(model)
     assert state is not None
     flops = flop_model(model, state)
@@ -104,38 +109,6 @@ def _run(config: RunConfig, engine: Engine) -> dict[str, Any]:
         write_text(output_dir / "summary.json", json.dumps(summary, indent=1))
     engine.barrier()
     return summary
-
-
-def build_model(config: RunConfig, engine: Engine, resumed_from: Path | None = None) -> tuple[Any, dict[str, float]]:
-    """Base model, adapter and sparse layers, before the engine shards what is not sharded yet; and what loading took."""
-    if config.train.use_liger_kernel:
-        use_liger(check_model(config.model).model_type)
-    lora = config.lora.build()
-    base = load_base(
-        config.model,
-        config.quantization,
-        engine.placement(),
-        whole=partial(is_adapted, lora),
-        local_ranks=engine.ranks.local_world_size,
-        progress=engine.is_main and not config.train.disable_tqdm,
-    )
-    load = _report_load(base.report, config, engine)
-    model = get_peft_model(base.model, lora)
-    if config.engine.name == "zero3":
-        # The optimizer keeps fp32 masters; elsewhere the adapter's own weights, which PEFT makes fp32, are the masters.
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(getattr(torch, config.model.dtype))
-    if resumed_from:
-        load_adapter(model, resumed_from / "adapter")
-    apply_sparselora(model, config.sparse_lora, weights=base.weights, timeout=config.train.ddp_timeout)
-    if config.train.gradient_checkpointing or config.engine.fsdp_options().get("fsdp_activation_checkpointing"):
-        options = {"use_reentrant": False, **(config.train.gradient_checkpointing_kwargs or {})}
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-        if options["use_reentrant"]:
-            model.enable_input_require_grads()
-    model.train()
-    return model, load
 
 
 def _report_load(report: LoadReport, config: RunConfig, engine: Engine) -> dict[str, float]:

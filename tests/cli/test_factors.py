@@ -11,13 +11,13 @@ import torch
 
 from sparselora_dist import selection
 from sparselora_dist.apply import find_state
+from sparselora_dist.apply.build import build_model
 from sparselora_dist.cli import main
 from sparselora_dist.config import RunConfig
 from sparselora_dist.data import collate, load_dataset_tokens, padding_id
-from sparselora_dist.engines.base import make_engine
+from sparselora_dist.engines import make_engine
 from sparselora_dist.families import decoder_layers
 from sparselora_dist.io.load import load_tokenizer
-from sparselora_dist.train.run import build_model
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 
@@ -41,7 +41,7 @@ def _kept(path: Path) -> tuple[dict[int, set[int]], dict[int, set[int]]]:
     engine = make_engine(config)
     tokenizer = load_tokenizer(config.model)
     rows = load_dataset_tokens(config.data.train, tokenizer, 256, limit=40)
-    model, _ = build_model(config, engine)
+    model, _ = build_model(config, engine.placement())
     inputs: dict[int, torch.Tensor] = {}
     for layer in decoder_layers(model):
         layer.mlp.register_forward_pre_hook(lambda _, args, k=layer.index: inputs.update({k: args[0].flatten(0, 1)}))

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparselora_dist.codecs import NF4Codec
-from sparselora_dist.engines.placement import Placement, RowShards
 from sparselora_dist.engines.zero3 import FlatShards
+from sparselora_dist.sharding.placement import Placement, RowShards
 from sparselora_kernels import EncodedWeight
 from sparselora_kernels.nf4 import nested_scales
 from sparselora_kernels.reference.nf4 import LEVELS

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparselora_dist.config import RunConfig
-from sparselora_dist.engines.base import Ranks, discover_ranks, start_distributed
+from sparselora_dist.engines.ranks import Ranks, discover_ranks, start_distributed
 from sparselora_dist.engines.single import SingleEngine
 from sparselora_dist.engines.zero3 import resolve_auto
 from support.compare import assert_close

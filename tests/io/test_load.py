@@ -15,15 +15,15 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from sparselora_dist import SparseLoRAConfig, apply_sparselora, remove_sparselora
 from sparselora_dist.codecs import NF4Codec, PlainCodec
+from sparselora_dist.codecs.linear import FrozenLinear
 from sparselora_dist.config import ModelSection, QuantizationSection
-from sparselora_dist.engines.placement import Placement, RowShards
 from sparselora_dist.engines.zero3 import FlatShards
 from sparselora_dist.families import decoder_layers
 from sparselora_dist.io.adapter import is_adapted
 from sparselora_dist.io.load import LoadedBase, load_base
 from sparselora_dist.io.memory import InsufficientMemoryError, check_fits
 from sparselora_dist.io.shard_files import TensorFiles
-from sparselora_dist.layers.frozen import FrozenLinear
+from sparselora_dist.sharding.placement import Placement, RowShards
 from support.merging import BLOCKS, load, logits, save_base
 from support.models import ALL_LINEAR, ATTENTION, FAMILIES
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from sparselora_dist import SparseLoRAConfig
 from sparselora_dist.cli import main
-from sparselora_dist.engines.base import free_port
+from sparselora_dist.engines.ranks import free_port
 from support.harness import ROOT, run_launch
 from support.models import tiny_base
 

@@ -13,8 +13,8 @@ from torch import Tensor
 import sparselora_kernels.stored as stored
 from sparselora_dist import SparseLoRAConfig, apply_sparselora
 from sparselora_dist.config import ModelSection, QuantizationSection
-from sparselora_dist.engines.placement import Placement
 from sparselora_dist.io.load import load_base
+from sparselora_dist.sharding.placement import Placement
 from support.models import ALL_LINEAR, batch
 from support.nf4_workers import adapted
 

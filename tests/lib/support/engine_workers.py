@@ -15,13 +15,14 @@ from torch import Tensor
 from sparselora_dist import SparseLoRAConfig, apply_sparselora, remove_sparselora, selection, set_step
 from sparselora_dist.codecs import PlainCodec
 from sparselora_dist.config import RunConfig
-from sparselora_dist.engines.base import Engine, Ranks
-from sparselora_dist.engines.shards import is_dtensor, is_zero3
+from sparselora_dist.engines import Engine
+from sparselora_dist.engines.ranks import Ranks
 from sparselora_dist.io import factors as factor_files
 from sparselora_dist.io.load import load_base
 from sparselora_dist.io.shard_files import TensorFiles
 from sparselora_dist.io.weights import CheckpointWeights, ModelWeights
 from sparselora_dist.method.tokens import partition_tokens
+from sparselora_dist.sharding.parameters import is_dtensor, is_zero3
 
 from .models import ALL_LINEAR, ATTENTION, batch, tiny_base, tiny_lora
 

@@ -14,13 +14,13 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from sparselora_dist.config import EngineSection, QuantizationSection, RunConfig
-from sparselora_dist.engines.base import Engine
-from sparselora_dist.engines.shards import is_zero3
+from sparselora_dist.engines import Engine
 from sparselora_dist.io import memory
 from sparselora_dist.io.adapter import is_adapted, save_adapter
 from sparselora_dist.io.load import load_base
 from sparselora_dist.io.manifest import CorruptFileError
 from sparselora_dist.io.shard_files import TensorFiles
+from sparselora_dist.sharding.parameters import is_zero3
 
 from .engine_workers import close, make_engine, train_step
 from .models import batch

@@ -13,10 +13,10 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from sparselora_dist.apply.build import build_model
 from sparselora_dist.config import RunConfig
-from sparselora_dist.engines.base import Engine
-from sparselora_dist.engines.shards import is_zero3
-from sparselora_dist.train.run import build_model
+from sparselora_dist.engines import Engine
+from sparselora_dist.sharding.parameters import is_zero3
 
 from .engine_workers import make_engine, train_step
 from .models import batch, tiny_base
@@ -33,7 +33,7 @@ def build(engine: Engine, data: dict[str, Any], shape: dict[str, Any]) -> Any:
         tiny_base(**shape).save_pretrained(folder[0])
     dist.barrier()
     engine.config = RunConfig.from_dict(data | {"model": data["model"] | {"name_or_path": folder[0]}})
-    model, _ = build_model(engine.config, engine)
+    model, _ = build_model(engine.config, engine.placement())
     dist.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(folder[0])

@@ -13,7 +13,7 @@ import torch.distributed as dist
 def observe(config: dict[str, Any], ids: torch.Tensor) -> dict[str, Any]:
     """One run, watched: its summary, the masks of every step, and the trained model's logits of ``ids`` (dense)."""
     from sparselora_dist.config.run import RunConfig
-    from sparselora_dist.engines.base import Engine
+    from sparselora_dist.engines import Engine
     from sparselora_dist.train import run
     from sparselora_dist.train.loop import TrainingLoop
 

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .config.sparse import SparseLoRAConfig
-from .engines.shards import is_dtensor, is_initialized_zero3, is_zero3
-from .families import DecoderLayer, causal_lm, decoder_layers, geometry
-from .io.factors import FactorSet, Matrix, load_or_build
-from .io.weights import ModelWeights, WeightSource
-from .layers.context import SparseContext
-from .layers.hooks import BeginHook, FinishHook, LayerHook
-from .layers.last_layer import trim
-from .layers.logits import pack_logits
-from .layers.lora import base_linear
-from .method.channels import SCORED
-from .replace import SparseState, check_frozen, fuse_branches, replace_attention, replace_ffn, restore
-from .sync.masks import MaskSync
-
-_STATE = "_sparselora"
-_ARCHITECTURE_KEYS = (
-    "model_type",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-)
+from ..config.sparse import SparseLoRAConfig
+from ..families import DecoderLayer, base_linear, causal_lm, decoder_layers, geometry
+from ..io.weights import ModelWeights, WeightSource
+from ..layers.context import SparseContext
+from ..layers.hooks import BeginHook, FinishHook, LayerHook
+from ..layers.last_layer import trim
+from ..layers.logits import pack_logits
+from ..sharding.parameters import is_dtensor, is_initialized_zero3, is_zero3
+from ..sharding.units import mark_unit, unmark_unit
+from ..sync.masks import MaskSync
+from .factors import estimator_factors
+from .replace import check_frozen, fuse_branches, replace_attention, replace_ffn, restore
+from .state import STATE, SparseState, find_state, state_of
 
 
 def apply_sparselora(
@@ -92,6 +79,7 @@ def apply_sparselora(
             replace_attention(layer, state, factors, heads)
     for layer in layers:
         fuse_branches(layer, state)
+        mark_unit(layer.module)
     last = layers[-1]
     if config.skip_unused_logits:
         state.handles += pack_logits(causal_lm(model), context)
@@ -104,7 +92,7 @@ def apply_sparselora(
     for entry in {id(m): m for m in (model, causal_lm(model))}.values():
         state.handles.append(entry.register_forward_pre_hook(BeginHook(context), with_kwargs=True))
         state.handles.append(entry.register_forward_hook(FinishHook(context), always_call=True))
-        setattr(entry, _STATE, state)
+        setattr(entry, STATE, state)
     return model
 
 
@@ -126,7 +114,7 @@ def remove_sparselora(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: nothing was applied, or an engine has sharded the weights meanwhile.
     """
-    state = _state(model)
+    state = state_of(model)
     for parent, name, _ in state.linears:
         part = base_linear(getattr(parent, name)).parts[0]
         if is_zero3(part) or is_dtensor(part):
@@ -137,8 +125,10 @@ def remove_sparselora(model: nn.Module) -> nn.Module:
     restore(state)
     for handle in state.handles:
         handle.remove()
+    for layer in decoder_layers(model):
+        unmark_unit(layer.module)
     for entry in (model, causal_lm(model)):
-        entry.__dict__.pop(_STATE, None)
+        entry.__dict__.pop(STATE, None)
     return model
 
 
@@ -147,7 +137,7 @@ def selection(model: nn.Module) -> dict[int, dict[str, Tensor]]:
 
     ``ffn``: neuron ``j``; ``qk``: ``h * (D/2) + pair``; ``vo``: ``h * D + d``; ``h`` a key/value head.
     """
-    batch = _state(model).context.last
+    batch = state_of(model).context.last
     chosen: dict[int, dict[str, Tensor]] = {}
     for (layer, group), channels in sorted(batch.masks.items()) if batch else ():
         chosen.setdefault(layer, {})[group] = channels.clone()
@@ -156,45 +146,4 @@ def selection(model: nn.Module) -> dict[int, dict[str, Tensor]]:
 
 def set_step(model: nn.Module, step: int, total_steps: int) -> None:
     """Drive the schedule from a training loop of your own: optimizer step ``step`` (from 0) of ``total_steps``."""
-    _state(model).context.set_step(step, total_steps)
-
-
-def find_state(model: nn.Module) -> SparseState | None:
-    """The state that :func:`apply_sparselora` left on the model or on what it wraps, if any."""
-    for module in model.modules():
-        if _STATE in module.__dict__:
-            return module.__dict__[_STATE]
-    return None
-
-
-def _state(model: nn.Module) -> SparseState:
-    state = find_state(model)
-    if state is None:
-        raise ValueError("this model is not sparse: call apply_sparselora(model, config) first")
-    return state
-
-
-def estimator_factors(
-    model: nn.Module,
-    active: dict[str, dict[int, float]],
-    config: SparseLoRAConfig,
-    weights: WeightSource,
-    group: dist.ProcessGroup | None = None,
-) -> FactorSet:
-    """Factors of every matrix that the ``active`` groups and layers are scored with; see :func:`load_or_build`."""
-    matrices: list[Matrix] = sorted(
-        (layer, name) for group_name, by_layer in active.items() for layer in by_layer for name in SCORED[group_name]
-    )
-    base_config: Any = causal_lm(model).config
-    return load_or_build(
-        weights,
-        matrices,
-        rank=config.rank,
-        model_id=getattr(base_config, "_name_or_path", "") or base_config.model_type,
-        model_config={key: getattr(base_config, key, None) for key in _ARCHITECTURE_KEYS},
-        path=config.factors,
-        group=group,
-    )
-
-
-__all__ = ["SparseState", "apply_sparselora", "find_state", "remove_sparselora", "selection", "set_step"]
+    state_of(model).context.set_step(step, total_steps)

@@ -13,10 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from sparselora_dist.apply import build, liger
 from sparselora_dist.config import ConfigError, RunConfig
-from sparselora_dist.train import liger
-
-run = importlib.import_module("sparselora_dist.train.run")  # The package's ``run`` is the function.
 
 RUN = {
     "model": {"name_or_path": "org/model"},
@@ -55,20 +53,20 @@ def test_norm_and_rope_and_nothing_else(calls: list[dict[str, bool]]) -> None:
 
 
 def test_a_run_patches_before_its_model_is_built(calls: list[dict[str, bool]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "check_model", lambda section: SimpleNamespace(model_type="llama"))
+    monkeypatch.setattr(build, "check_model", lambda section: SimpleNamespace(model_type="llama"))
     patched_at_load: list[int] = []
 
     def load_base(*_: Any, **__: Any) -> None:
         patched_at_load.append(len(calls))
         raise InterruptedError
 
-    monkeypatch.setattr(run, "load_base", load_base)
-    engine: Any = SimpleNamespace(placement=lambda: None, ranks=SimpleNamespace(local_world_size=1), is_main=True)
+    monkeypatch.setattr(build, "load_base", load_base)
+    placement: Any = None
     for wanted in (True, False):
         data = copy.deepcopy(RUN)
         data["train"]["use_liger_kernel"] = wanted
         with pytest.raises(InterruptedError):
-            run.build_model(RunConfig.from_dict(data), engine)
+            build.build_model(RunConfig.from_dict(data), placement)
     assert patched_at_load == [1, 1] and len(calls) == 1
 
 
@@ -93,6 +91,7 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_run_is_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run = importlib.import_module("sparselora_dist.train.run")  # The package's ``run`` is the function.
     monkeypatch.setattr(run, "check_model", lambda section: SimpleNamespace(model_type="llama"))
     engine: Any = SimpleNamespace(is_main=True)
     with pytest.raises(ConfigError, match=r"'train.use_liger_kernel'"):

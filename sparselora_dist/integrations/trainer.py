@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .apply import find_state
-from .layers.ffn import SparseFFN
+from ..apply import find_state
+from ..layers.ffn import SparseFFN
 
 
 class SparseLoRACallback(TrainerCallback):

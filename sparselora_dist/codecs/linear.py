@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from sparselora_kernels import Weight, lora_linear
 from sparselora_kernels.stored import unpack
 
-from ..codecs import Codec, PlainCodec
-from ..engines.placement import waiting_rows
+from ..sharding.placement import waiting_rows
+from .base import Codec
+from .plain import PlainCodec
 
 Branch = tuple[Tensor, Tensor, float]
 """A LoRA branch: ``A`` (r, in), ``B`` (out, r) and its scaling."""
@@ -27,7 +28,8 @@ def compute_input(x: Tensor) -> Tensor:
 class FrozenLinear(nn.Linear):
     """Takes the place of a frozen ``nn.Linear``.
 
-    It is one by type, because PEFT asks; it never holds a trainable ``weight``.
+    It is one by type, because PEFT asks; it never holds a trainable ``weight``. ``stands_for_linear`` says so to who
+    checks a family's layout.
 
     Args:
         in_features, out_features: of the linear.
@@ -37,6 +39,8 @@ class FrozenLinear(nn.Linear):
             channel is one row there too.
         transposed: which of the two.
     """
+
+    stands_for_linear: ClassVar[bool] = True
 
     def __init__(
         self,

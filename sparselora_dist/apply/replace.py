@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 from peft.tuners.lora import Linear, LoraLayer
@@ -11,38 +10,18 @@ from torch import Tensor, nn
 
 from sparselora_kernels import kept_count
 
-from .config.sparse import SparseLoRAConfig
-from .engines.shards import full_tensor, is_dtensor, shard_like
-from .families import DecoderLayer
-from .io.factors import FactorSet
-from .layers.context import SparseContext
-from .layers.estimator import AttentionEstimator, FFNEstimator
-from .layers.ffn import SparseFFN
-from .layers.frozen import FrozenLinear
-from .layers.linear import AttentionChannels, SparseProjection
-from .layers.lora import PLAIN_ONLY, base_linear, fuse_lora, set_base_linear, unfuse_lora
-from .method.channels import ATTENTION, FFN, SCORED, TRANSPOSED, HeadGeometry
+from ..codecs.linear import FrozenLinear
+from ..families import DecoderLayer, base_linear
+from ..io.factors import FactorSet
+from ..layers.estimator import AttentionEstimator, FFNEstimator
+from ..layers.ffn import SparseFFN
+from ..layers.linear import AttentionChannels, SparseProjection
+from ..layers.lora import PLAIN_ONLY, fuse_lora, set_base_linear, unfuse_lora
+from ..method.channels import ATTENTION, FFN, SCORED, TRANSPOSED, HeadGeometry
+from ..sharding.parameters import full_tensor, is_dtensor, shard_like
+from .state import SparseState
 
 _ESTIMATOR = "sparse_estimator"
-
-
-@dataclass(slots=True)
-class SparseState:
-    """What :func:`apply_sparselora` did to a model; kept on the model, undone by :func:`remove_sparselora`."""
-
-    config: SparseLoRAConfig
-    context: SparseContext
-    sparsity: dict[str, dict[int, float]]
-    """Resolved: group -> layer -> sparsity."""
-    handles: list[Any] = field(default_factory=list)
-    linears: list[tuple[nn.Module, str, nn.Linear]] = field(default_factory=list)
-    """(parent, name, original) of every frozen linear that was replaced."""
-    mlps: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)
-    """(decoder layer, original MLP)."""
-    attentions: list[nn.Module] = field(default_factory=list)
-    """Attention modules that were given an estimator."""
-    fused: list[nn.Module] = field(default_factory=list)
-    """LoRA layers that compute base and branch together."""
 
 
 def check_frozen(layer: DecoderLayer, active: dict[str, dict[int, float]]) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..codecs import Share, alone
+Share = Callable[[Tensor], Tensor]
+"""From what the rows of this rank say, (n, k), to what all rows of the matrix say, (C, k). A collective."""
+
+
+def alone(rows: Tensor) -> Tensor:
+    """The :data:`Share` of a rank that has all rows."""
+    return rows
 
 
 class OtherRankError(ValueError):
@@ -46,7 +52,7 @@ class Placement:
         return nn.Parameter(rows, requires_grad=False)
 
     def share(self, total: int, widths: Sequence[int]) -> Share:
-        """Exchanges what ranks know of their rows; see :data:`sparselora_dist.codecs.Share`."""
+        """Exchanges what ranks know of their rows; see :data:`Share`."""
         if self.size == 1:
             return alone
         spans = [self.rows(total, widths, rank) for rank in range(self.size)]

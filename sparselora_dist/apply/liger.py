@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 import torch
 
-from ..config import ConfigError
+from ..config.parse import ConfigError
 
 KEY = "train.use_liger_kernel"
 

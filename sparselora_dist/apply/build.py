@@ -1,0 +1,63 @@
+"""From a run's settings to a sparse PEFT model."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+
+from ..config.run import RunConfig
+from ..io.adapter import is_adapted, load_adapter
+from ..io.load import LoadReport, check_model, load_base
+from ..sharding.placement import Placement
+from .liger import use_liger
+from .model import apply_sparselora
+
+
+def build_model(
+    config: RunConfig,
+    placement: Placement,
+    *,
+    local_ranks: int = 1,
+    progress: bool = False,
+    adapter: Path | None = None,
+) -> tuple[Any, LoadReport]:
+    """Base model, adapter and sparse layers, before the engine shards what is not sharded yet; and what loading took.
+
+    Args:
+        config: the run.
+        placement: which part of the frozen weights this rank keeps.
+        local_ranks: ranks that share this host's memory.
+        progress: show a bar while the weights load.
+        adapter: folder of an adapter to start from.
+    """
+    if config.train.use_liger_kernel:
+        use_liger(check_model(config.model).model_type)
+    lora = config.lora.build()
+    base = load_base(
+        config.model,
+        config.quantization,
+        placement,
+        whole=partial(is_adapted, lora),
+        local_ranks=local_ranks,
+        progress=progress and not config.train.disable_tqdm,
+    )
+    model = get_peft_model(base.model, lora)
+    if config.engine.name == "zero3":
+        # The optimizer keeps fp32 masters; elsewhere the adapter's own weights, which PEFT makes fp32, are the masters.
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(getattr(torch, config.model.dtype))
+    if adapter:
+        load_adapter(model, adapter)
+    apply_sparselora(model, config.sparse_lora, weights=base.weights, timeout=config.train.ddp_timeout)
+    if config.train.gradient_checkpointing or config.engine.fsdp_options().get("fsdp_activation_checkpointing"):
+        options = {"use_reentrant": False, **(config.train.gradient_checkpointing_kwargs or {})}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        if options["use_reentrant"]:
+            model.enable_input_require_grads()
+    model.train()
+    return model, base.report

@@ -1,0 +1,78 @@
+"""Where this process stands in the job, by what its launcher says, and the process group of all of them."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+_LAUNCHED = ("PMI_SIZE", "PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Where this process stands in the job."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+
+
+def discover_ranks() -> Ranks:
+    """Ranks from the launcher: torchrun's and DeepSpeed's variables, or MPI (mpirun, through mpi4py).
+
+    Under MPI the variables that PyTorch reads are set from the communicator.
+    """
+    env = os.environ
+    if "RANK" not in env and any(name in env for name in _LAUNCHED):
+        try:
+            from mpi4py import MPI
+        except ImportError as error:
+            raise RuntimeError("started by mpirun, but mpi4py is not installed: pip install mpi4py") from error
+        world = MPI.COMM_WORLD
+        local = world.Split_type(MPI.COMM_TYPE_SHARED)
+        address = (socket.gethostname(), free_port()) if world.rank == 0 else None
+        host, port = world.bcast(address)
+        env.update(
+            RANK=str(world.rank),
+            WORLD_SIZE=str(world.size),
+            LOCAL_RANK=str(local.rank),
+            LOCAL_WORLD_SIZE=str(local.size),
+        )
+        env.setdefault("MASTER_ADDR", "127.0.0.1" if local.size == world.size else host)
+        env.setdefault("MASTER_PORT", str(port))
+    size = int(env.get("WORLD_SIZE", 1))
+    return Ranks(
+        rank=int(env.get("RANK", 0)),
+        local_rank=int(env.get("LOCAL_RANK", 0)),
+        world_size=size,
+        local_world_size=int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", size))),
+    )
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def start_distributed(ranks: Ranks, timeout: float) -> None:
+    """Start the default process group from the launcher's variables; alone, a group of one."""
+    if dist.is_initialized():
+        return
+    env = os.environ
+    if "RANK" not in env:
+        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    env.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in env:
+        if ranks.world_size > 1:
+            raise RuntimeError("MASTER_PORT is not set: start with torchrun, deepspeed or mpirun")
+        env["MASTER_PORT"] = str(free_port())
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))

@@ -1,0 +1,1 @@
+"""The plugin inside other people's trainers: one file each."""

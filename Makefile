@@ -26,6 +26,7 @@ quickstart: venv
 	@$(BIN)/python benchmarks/quickstart.py
 
 test: venv
+	@.ci/browser
 	@$(BIN)/pytest
 
 check: venv

@@ -115,7 +115,7 @@ def picture(**changes: Any) -> heatmap.HeatMap:
 
 def test_what_the_picture_shows(tmp_path: Path) -> None:
     """Values and importance in the cells, sparsity upwards, a box around the choice, the caption wrapped and as it is."""
-    panel, strip, *_ = (figure := heatmap.figure_of(picture())).axes
+    panel, strip, bar = (figure := heatmap.figure_of(picture())).axes
     assert panel.collections[0].get_array().tolist() == [[-0.1, -0.1, -0.1], [0, 0.2, 0.4]]
     assert strip.collections[0].get_array().tolist() == [[0.1, 0.3, 0.2]]
     assert [label.get_text() for label in panel.get_yticklabels()] == ["0.5", "0.9"]
@@ -126,7 +126,8 @@ def test_what_the_picture_shows(tmp_path: Path) -> None:
     assert shades[0] > shades[1] + 0.1 > shades[2] + 0.2, "darker is more, in grey too"
     texts = [text.get_text() for text in figure.texts]
     assert any(text.strip().startswith("costs $5 and $6\nword") and text.count("word\n") >= 2 for text in texts)
-    assert "nats\n(square-root scale)" in texts and any("chosen" in text for text in texts)
+    assert "Sensitivity to sparsity by layer" in texts and bar.get_xlabel() == "nats (square-root scale)"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["chosen; a layer without a box stays dense"]
     for name in ("one.png", "two.png"):
         heatmap.draw(picture(), tmp_path / name)
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("sparselora_dist", "kernels", "launch")
 IMPORT_NAMES = {"kernels": "sparselora_kernels"}
 # What operations take or share, and the tool that compiles them.
-NO_OPERATION = ("__init__", "activations", "aot", "backend", "flop_counts", "operator", "stored")
+NO_OPERATION = ("__init__", "activations", "aot", "backend", "flop_counts", "operands", "operator", "stored")
 OPERATIONS = sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if path.stem not in NO_OPERATION)
 MAX_LINES = 320
 

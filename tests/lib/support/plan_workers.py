@@ -18,7 +18,7 @@ from sparselora_dist.engines.base import Engine
 from sparselora_dist.engines.shards import is_zero3
 from sparselora_dist.train.run import build_model
 
-from .engine_workers import make_engine, train_step
+from .engine_parts import make_engine, train_step
 from .models import batch, tiny_base
 
 STEPS = 2

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparselora_dist import remove_sparselora
 from support.applied import families, outputs, sparse_model
+from support.harness import without_package
 from support.models import FAMILIES, batch, tiny_base
 
 
@@ -47,15 +48,7 @@ def test_the_saved_adapter_in_plain_peft_is_the_dense_model(family: str, tmp_pat
     assert not torch.allclose(got, base_logits, rtol=1e-2, atol=1e-2)
 
 
-WITHOUT_PACKAGE = """
-import sys
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("sparselora_dist", "sparselora_kernels"):
-            raise ModuleNotFoundError(f"{name} is blocked", name=name)
-
-sys.meta_path.insert(0, Blocked())
+WITHOUT_PACKAGE = without_package("""
 try:
     import sparselora_dist
 except ModuleNotFoundError:
@@ -74,7 +67,7 @@ with torch.no_grad():
 torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 assert not any(name.startswith("sparselora") for name in sys.modules)
 print("same logits")
-"""
+""")
 
 
 def test_the_saved_adapter_needs_no_part_of_this_package(tmp_path: Path) -> None:

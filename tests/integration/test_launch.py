@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,8 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sparselora_dist.engines.ranks import free_port
 from support.compare import assert_close
-from support.harness import ROOT, run_launch, run_ranks
+from support.harness import ROOT, run_launch, run_ranks, without_package
 from support.trainer_workers import branch_off, observe
 
 from .conftest import Tiny
@@ -31,16 +31,8 @@ IDS = torch.arange(3, 35).reshape(2, 16)
 DROPOUT = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
 
 # Loads adapters with nothing of this project importable; prints nothing, leaves logits.
-PLAIN_PEFT = """
-import sys
+PLAIN_PEFT = without_package("""
 import torch
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("sparselora_dist", "sparselora_kernels"):
-            raise ModuleNotFoundError(f"{name} is not installed here", name=name)
-
-sys.meta_path.insert(0, Blocked())
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -52,13 +44,7 @@ for folder in folders:
         logits[folder] = PeftModel.from_pretrained(base, folder).eval()(input_ids=torch.load(ids)).logits
 assert not any(name.startswith("sparselora") for name in sys.modules)
 torch.save(logits, out)
-"""
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return str(probe.getsockname()[1])
+""")
 
 
 def relative(left: float, right: float) -> float:
@@ -77,7 +63,7 @@ def launched(tiny: Tiny, work: Path) -> dict[str, Path]:
         "python": ("single", ["python"]),
         "torchrun": ("fsdp2", ["torchrun", "--standalone", "--nproc-per-node", "2"]),
         "mpirun": ("zero3", ["mpirun", "-n", "2", "python"]),
-        "deepspeed": ("zero3", ["deepspeed", "--num_gpus", "2", "--master_port", free_port()]),
+        "deepspeed": ("zero3", ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]),
     }
     for name, (engine, command) in commands.items():
         config = tiny.config_file(work / f"{name}.json", engine, work / name)
@@ -211,7 +197,7 @@ def test_checkpoints_hold_the_adapter_and_no_code(launcher: str, launched: dict[
 def test_the_deepspeed_launcher_needs_no_flags(tiny: Tiny, work: Path, rows_of: Callable) -> None:
     config = tiny.config_file(work / "bare.json", "zero3", work / "bare", train={"max_steps": 2, "save_steps": None})
     # The port is only there because other jobs of this machine may use the default one.
-    run_launch(["deepspeed", "--master_port", free_port(), "launch/train.py", "--config", config])
+    run_launch(["deepspeed", "--master_port", str(free_port()), "launch/train.py", "--config", config])
     assert len(rows_of(work / "bare")) == 2
     assert json.loads((work / "bare" / "summary.json").read_text())["world_size"] >= 1
 

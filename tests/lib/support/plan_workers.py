@@ -18,7 +18,7 @@ from sparselora_dist.config import RunConfig
 from sparselora_dist.engines import Engine
 from sparselora_dist.sharding.parameters import is_zero3
 
-from .engine_workers import make_engine, train_step
+from .engine_parts import make_engine, train_step
 from .models import batch, tiny_base
 
 STEPS = 2

@@ -1,4 +1,4 @@
-"""Both config formats of the official SparseLoRA release, read into a ``SparseLoRAConfig``.
+"""Both config formats of the official SparseLoRA release, read into the keys of a ``sparse_lora`` section.
 
 First format, YAML: ``start_step``, ``mode: svd_8``, ``skip_output_tokens``, ``sparsity: {layers.N.mlp: s, ...}``.
 Second format, ``config.json`` beside the factors: ``modes: {o1: {layer_sparsity: {model.layers.N.mlp: s, ...}}, ...}``.
@@ -8,17 +8,15 @@ In all of them 0 is dense, ``self_attn`` stands for q, k, v and o, and a step of
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from typing import Any
 
-from .files import load_file
-from .parse import ConfigError, refuse_code, require, show, unknown_key
+from .errors import ConfigError, require, show, unknown_key
+from .model import refuse_code
 from .ranges import compact_ranges
-from .sparse import SparseLoRAConfig
 
-__all__ = ["compact_ranges", "from_official", "from_official_dict", "is_official"]
+__all__ = ["is_official", "read_official"]
 
 _LAYER = re.compile(r"(?:base_model\.model\.)?(?:model\.)?layers\.([0-9]{1,6})\.(mlp|self_attn)")
 _SVD = re.compile(r"svd_([0-9]{1,4})")
@@ -50,31 +48,14 @@ def is_official(data: dict[str, Any]) -> bool:
     return any(key in data for key in ("modes", "mode", "sparsity", "layer_sparsity"))
 
 
-def from_official(path: str | os.PathLike[str], mode: str = "o1") -> SparseLoRAConfig:
-    """Read an official YAML, ``config.json`` or the folder with one; ``mode`` picks among a file's ``modes``."""
-    name = os.fspath(path)
-    if os.path.isdir(name):
-        name = os.path.join(name, "config.json")
-    data = load_file(name)
+def read_official(data: dict[str, Any], mode: str = "o1") -> dict[str, Any]:
+    """The keys of a ``sparse_lora`` section that say what ``data`` says; ``mode`` picks among its ``modes``."""
+    refuse_code(data)
     if not is_official(data):
         keys = ", ".join(map(str, data)) or "none"
         raise ConfigError(
-            f"{name}: not an official SparseLoRA config (its keys: {keys}): "
-            f"expected 'sparsity', 'layer_sparsity' or 'modes'"
+            f"not an official SparseLoRA config (its keys: {keys}): expected 'sparsity', 'layer_sparsity' or 'modes'"
         )
-    return from_official_dict(data, mode, source=name)
-
-
-def from_official_dict(data: dict[str, Any], mode: str = "o1", *, source: str = "official config") -> SparseLoRAConfig:
-    """As ``from_official`` for data in memory; ``source`` names it in errors."""
-    try:
-        refuse_code(data)
-        return _convert(data, mode)
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from error
-
-
-def _convert(data: dict[str, Any], mode: str) -> SparseLoRAConfig:
     for key in data:
         if key not in _FILE_KEYS:
             raise unknown_key("", key, _FILE_KEYS)
@@ -104,7 +85,7 @@ def _convert(data: dict[str, Any], mode: str) -> SparseLoRAConfig:
         value = settings["sparse_lora_branch"]
         require(isinstance(value, bool), "sparse_lora_branch", value, "true or false")
         keys["lora_branch"] = "kept" if value else "dense"
-    return SparseLoRAConfig.from_dict(keys)
+    return keys
 
 
 def _choose_mode(modes: object, mode: str) -> dict[str, Any]:

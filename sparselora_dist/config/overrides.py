@@ -8,7 +8,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from .files import ConfigError, parse_json, show
+from .errors import ConfigError, show
+from .files import parse_json
 
 __all__ = ["apply_overrides"]
 

@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 from .errors import ConfigError, require, show
 from .files import load_file
 from .limits import ALLOWED, Auto, Path, Positive, Says
-from .model import CONFIG, Section, refuse_code, section
+from .model import CONFIG, Section, own, section
 
 __all__ = ["EngineSection", "FsdpOptions"]
 
@@ -42,6 +42,12 @@ _FSDP1_KEYS = {
     "fsdp_use_orig_params": f"{_OLD}: FSDP2 always keeps the original parameters; remove it",
     "fsdp_min_num_params": f"{_OLD}: every decoder layer is a unit of its own here; remove it",
 }
+_REFUSED_ZERO = {
+    "zero_quantized_nontrainable_weights": "frozen weights are stored by 'quantization': set "
+    "'quantization.load_in_4bit' true instead",
+    "mics_shard_size": "newer DeepSpeed has no MiCS. To gather inside a node only, use 'zero_hpz_partition_size' (ranks "
+    "of a node), or engine.name \"fsdp2\" with 'engine.fsdp.dp_shard_size'",
+}
 _Dtype = Literal["fp32", "float32", "bf16", "bfloat16"]
 _Flag = Annotated[bool | Auto, ALLOWED]
 _Size = Annotated[Positive | Auto, ALLOWED]
@@ -54,13 +60,10 @@ class MixedPrecision(TypedDict, total=False):
 
     param_dtype: Annotated[_Dtype, ALLOWED]
     """Of the gathered parameters and the compute."""
-
     reduce_dtype: Annotated[_Dtype, ALLOWED]
     """Of the gradients' reduction."""
-
     output_dtype: Annotated[_Dtype, ALLOWED]
     """Of what a unit returns."""
-
     cast_forward_inputs: Annotated[bool, ALLOWED]
     """Cast what a unit receives to ``param_dtype``."""
 
@@ -71,42 +74,32 @@ class FsdpOptions(TypedDict, total=False):
 
     dp_replicate_size: _Size
     """Replicas of the sharded model."""
-
     dp_shard_size: _Size
     """Ranks that share one copy of the model, such as the GPUs of a node."""
-
     fsdp_version: Annotated[Literal[2], ALLOWED]
     """FSDP2 is the one that is offered."""
-
     fsdp_reshard_after_forward: _Flag
     """Free gathered weights after forward and gather them again in backward."""
-
     fsdp_cpu_ram_efficient_loading: _Flag
     """Accepted, not needed: each rank reads its own slices anyway."""
-
     fsdp_offload_params: _Flag
     """Keep shards in the host's memory."""
-
     fsdp_activation_checkpointing: _Flag
     """As ``train.gradient_checkpointing``."""
-
     fsdp_state_dict_type: Annotated[Literal["SHARDED_STATE_DICT", "FULL_STATE_DICT", "auto"], ALLOWED]
     """Accepted, not needed: checkpoints load at any number of ranks."""
-
     fsdp_auto_wrap_policy: Annotated[
         Literal["TRANSFORMER_BASED_WRAP", "auto"],
         ALLOWED,
         Says('"TRANSFORMER_BASED_WRAP" or "auto": every decoder layer is a unit of its own'),
     ]
     """Accepted, not needed: every decoder layer is a unit of its own."""
-
     fsdp_transformer_layer_cls_to_wrap: Annotated[
         _ClassName | Annotated[list[_ClassName], MinLen(1)],
         ALLOWED,
         Says('a class name, a list of class names, or "auto"'),
     ]
     """Accepted, not needed: the decoder layer is found by itself."""
-
     fsdp_mixed_precision_policy: _Dtype | Auto | MixedPrecision
     """One dtype for all, or an object."""
 
@@ -191,21 +184,14 @@ class EngineSection(Section):
 
 def _check_deepspeed(config: dict[str, Any], at: str) -> None:
     """Only what this project must know; DeepSpeed itself checks the rest of its JSON."""
-    refuse_code(config, at)
+    own(config, at)
     if "sparse_lora" in config:
         raise ConfigError(f"'{at}.sparse_lora' is not DeepSpeed's: it is a section of its own, beside 'engine'")
     zero = config.get("zero_optimization", {})
     require(isinstance(zero, dict), f"{at}.zero_optimization", zero, 'an object such as {"stage": 3}')
-    if zero.get("zero_quantized_nontrainable_weights"):
-        raise ConfigError(
-            f"'{at}.zero_optimization.zero_quantized_nontrainable_weights': frozen weights are stored by 'quantization': "
-            "set 'quantization.load_in_4bit' true instead"
-        )
-    if zero.get("mics_shard_size"):
-        raise ConfigError(
-            f"'{at}.zero_optimization.mics_shard_size': newer DeepSpeed has no MiCS. To gather inside a node only, use "
-            "'zero_hpz_partition_size' (ranks of a node), or engine.name \"fsdp2\" with 'engine.fsdp.dp_shard_size'"
-        )
+    for key, why in _REFUSED_ZERO.items():
+        if zero.get(key):
+            raise ConfigError(f"'{at}.zero_optimization.{key}': {why}")
     stage = zero.get("stage", 3)
     require(
         stage == 3 and not isinstance(stage, bool), f"{at}.zero_optimization.stage", stage, "3 (the engine is ZeRO-3)"

@@ -10,18 +10,21 @@ from typing import Any
 
 from .errors import ConfigError, show
 
-__all__ = ["load_file", "parse_json", "parse_yaml"]
+__all__ = ["SUFFIXES", "load_file", "parse_json", "parse_yaml"]
+
+SUFFIXES = (".json", ".yaml", ".yml")
 
 _TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|-?Infinity|NaN|-?[0-9][0-9.eE+-]*|[{}\[\]]')
 _AFTER_KEY = re.compile(r"\s*:")
 
 
-def load_file(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The object in a ``.json``, ``.yaml`` or ``.yml`` file."""
+def load_file(path: str | os.PathLike[str], suffixes: tuple[str, ...] = SUFFIXES) -> dict[str, Any]:
+    """The object in a file whose name ends in one of ``suffixes``."""
     name = os.fspath(path)
-    suffix = os.path.splitext(name)[1].lower()
-    if suffix not in (".json", ".yaml", ".yml"):
-        raise ConfigError(f"config file '{name}': a name that ends in .json, .yaml or .yml is expected")
+    if not name.lower().endswith(suffixes):
+        *most, last = suffixes
+        names = f"{', '.join(most)} or {last}" if most else last
+        raise ConfigError(f"config file '{name}': a name that ends in {names} is expected")
     try:
         with open(name, encoding="utf-8-sig") as file:
             text = file.read()
@@ -31,7 +34,7 @@ def load_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ConfigError(
             f"config file '{name}' is not UTF-8 text: byte {error.start} is not part of a character"
         ) from error
-    data = parse_json(text, name) if suffix == ".json" else parse_yaml(text, name)
+    data = parse_json(text, name) if name.lower().endswith(".json") else parse_yaml(text, name)
     if not isinstance(data, dict):
         raise ConfigError(f"config file '{name}' holds {show(data)}: expected an object of keys and values")
     return data

@@ -1,4 +1,4 @@
-"""Annotations that the sections share. pydantic checks the bounds, and a refusal puts them into words."""
+"""Annotations that the sections share: bounds that pydantic checks, and the words for them in a refusal."""
 
 from __future__ import annotations
 
@@ -7,35 +7,24 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-__all__ = [
-    "ALLOWED",
-    "AboveZero",
-    "Auto",
-    "BelowOne",
-    "FromZero",
-    "NonNegative",
-    "Path",
-    "Positive",
-    "Says",
-    "Share",
-]
+__all__ = ["ALLOWED", "AboveZero", "Auto", "BelowOne", "FromZero", "NonNegative", "Path", "Positive", "Says", "Share"]
 
 
 @dataclass(frozen=True)
 class Says:
-    """In an annotation: what a refusal calls allowed, where bounds do not say it well enough."""
+    """In an annotation: what a refusal calls allowed. The last one counts."""
 
     words: str
 
 
 ALLOWED = object()
-"""In an annotation: a value of the wrong type, too, is answered by what is allowed."""
+"""In an annotation: a value of the wrong type is answered by what is allowed, too, not by the type alone."""
 
-Positive = Annotated[int, Ge(1)]
-NonNegative = Annotated[int, Ge(0)]
-FromZero = Annotated[float, Ge(0)]
-AboveZero = Annotated[float, Gt(0)]
-Share = Annotated[float, Ge(0), Le(1)]
-BelowOne = Annotated[float, Ge(0), Lt(1)]
+Positive = Annotated[int, Ge(1), Says("integers from 1")]
+NonNegative = Annotated[int, Ge(0), Says("integers from 0")]
+FromZero = Annotated[float, Ge(0), Says("numbers from 0")]
+AboveZero = Annotated[float, Gt(0), Says("numbers above 0")]
+Share = Annotated[float, Ge(0), Le(1), Says("numbers in [0, 1]")]
+BelowOne = Annotated[float, Ge(0), Lt(1), Says("numbers in [0, 1)")]
 Path = Annotated[str, MinLen(1), Says("a path")]
 Auto = Literal["auto"]

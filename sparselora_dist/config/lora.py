@@ -61,34 +61,15 @@ class LoraValues(TypedDict, total=False):
     """Those of PEFT's names that are checked here; PEFT itself checks the others."""
 
     r: Annotated[Positive, ALLOWED]
-    """Rank of the update."""
-
     lora_alpha: Annotated[Positive | AboveZero, ALLOWED, Says("numbers above 0")]
-    """The update is scaled by ``lora_alpha / r``."""
-
     lora_dropout: Annotated[BelowOne, ALLOWED]
-    """Dropout before the update."""
-
     task_type: Annotated[Literal["CAUSAL_LM"], ALLOWED]
-    """PEFT's task."""
-
     peft_type: Annotated[Literal["LORA"], ALLOWED]
-    """PEFT's method."""
-
     bias: Annotated[Literal["none"], ALLOWED, _BIAS]
-    """Which biases are trained: none."""
-
     init_lora_weights: Annotated[bool | Literal["gaussian", "orthogonal"], ALLOWED, _INIT]
-    """How the update starts."""
-
     target_modules: Annotated[Annotated[list[_Name], MinLen(1)] | _Name, ALLOWED, _NAMES]
-    """The matrices with an adapter: names, or a pattern."""
-
     exclude_modules: Annotated[list[_Name] | _Name | None, ALLOWED, _NAMES]
-    """Matrices without one among those."""
-
     modules_to_save: Annotated[list[_Name] | None, ALLOWED, _NAMES]
-    """Modules that are trained and saved whole."""
 
 
 @section

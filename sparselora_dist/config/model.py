@@ -17,7 +17,7 @@ from .explain import explain
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["CONFIG", "Section", "parse", "refuse_code", "section"]
+__all__ = ["CONFIG", "Section", "own", "parse", "section"]
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ class Section:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data that ``from_dict`` reads back to an equal config, defaults written out."""
-        return _adapter(type(self)).dump_python(self, mode="json", by_alias=True)
+        return pydantic.TypeAdapter(type(self)).dump_python(self, mode="json", by_alias=True)
 
     @classmethod
     def elsewhere(cls, key: str) -> str | None:
@@ -71,7 +71,7 @@ def section(cls: type[T]) -> type[T]:
 
     @functools.wraps(validate)
     def __init__(self: Any, **values: Any) -> None:
-        given = _own(values, self.PATH)
+        given = own(values, self.PATH)
         try:
             validate(self, **given)
         except pydantic.ValidationError as error:
@@ -84,34 +84,26 @@ def section(cls: type[T]) -> type[T]:
 
 def parse(kind: type[T], data: Any, path: str) -> T:
     """A section or TypedDict from ``data``, the object found at the dotted ``path`` ("" is the whole file)."""
-    given = _own(data, path)
+    given = own(data, path)
     try:
         # As JSON, where an object is a section and the names are those of a file.
-        built: T = _adapter(kind).validate_json(json.dumps(given, default=_no_json), by_alias=True, by_name=False)
+        built: T = pydantic.TypeAdapter(kind).validate_json(
+            json.dumps(given, default=_no_json), by_alias=True, by_name=False
+        )
     except pydantic.ValidationError as error:
         raise explain(error, kind, path) from None
     _refuse_infinite(given, path)
     return built
 
 
-@functools.cache
-def _adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
-    return pydantic.TypeAdapter(kind)
-
-
 def _no_json(value: object) -> Any:
     raise ConfigError(f"a config holds {value!r}: expected JSON data")
 
 
-def refuse_code(data: object, path: str = "") -> None:
-    """Refuse ``trust_remote_code``, ``_target_`` and their like anywhere in ``data``."""
-    _own(data, path)
-
-
-def _own(data: Any, path: str) -> Any:
-    """A copy of ``data`` whose keys are strings, none of which names code: YAML reads the key 5 as a number."""
+def own(data: Any, path: str) -> Any:
+    """A copy of ``data`` with string keys (YAML reads the key 5 as a number), none of which names code."""
     if isinstance(data, (list, tuple)):
-        return [_own(value, f"{path}[{index}]") for index, value in enumerate(data)]
+        return [own(value, f"{path}[{index}]") for index, value in enumerate(data)]
     if not isinstance(data, dict):
         return data
     out = {}
@@ -120,7 +112,7 @@ def _own(data: Any, path: str) -> Any:
             raise ConfigError(f"'{join(path, key)}' is refused ({show(value)}): {_CODE_KEYS[key]}")
         if not isinstance(key, (str, int)) or isinstance(key, bool):
             raise ConfigError(f"'{path}' has the key {show(key)}: keys are strings; put it in quotes")
-        out[str(key)] = _own(value, join(path, key))
+        out[str(key)] = own(value, join(path, key))
     return out
 
 

@@ -16,7 +16,7 @@ from .explain import keys_of
 from .files import load_file
 from .limits import Path, Positive, Says
 from .lora import LoraSection
-from .model import Section, section
+from .model import Section, parse, section
 from .overrides import apply_overrides
 from .quantization import QuantizationSection
 from .sparse import SparseLoRAConfig
@@ -65,7 +65,7 @@ class DataSection(Section):
     eval: _Rows | None = None
     """The same for evaluation; None evaluates nothing."""
 
-    max_length: Annotated[int, Ge(2)] = 1024
+    max_length: Annotated[int, Ge(2), Says("integers from 2")] = 1024
     """Tokens per sequence; longer ones are cut."""
 
     train_limit: Positive | None = None
@@ -138,9 +138,8 @@ class RunConfig(Section):
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RunConfig:
         """From the object that a run file holds, but for the name of its schema."""
-        if isinstance(data, dict):
-            data = {key: value for key, value in data.items() if key != "$schema"}
-        return super(RunConfig, cls).from_dict(data)
+        run = {key: value for key, value in data.items() if key != "$schema"} if isinstance(data, dict) else data
+        return parse(cls, run, cls.PATH)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, WithJsonSchema
 
 from .errors import ConfigError, require, unknown_key
-from .files import load_file
+from .files import SUFFIXES, load_file
 from .limits import NonNegative, Path, Positive, Says, Share
 from .model import Section, section
 from .official import is_official, read_official
@@ -49,7 +49,9 @@ class SparseLoRAConfig(Section):
     rank: Positive = 8
     """Rank of the estimator factors that predict which channels matter."""
 
-    layers: Annotated[dict[str, dict[str, float]], BeforeValidator(_check_layers), _LAYERS] = field(default_factory=dict)
+    layers: Annotated[dict[str, dict[str, float]], BeforeValidator(_check_layers), _LAYERS] = field(
+        default_factory=dict
+    )
     """Per channel group (``ffn``, ``qk``, ``vo``): layer ranges (``"5"``, ``"3-30"``, ``"14-19,21-23"``, ends included)
     and their sparsity in [0, 1), the share of channels left out. Layers that are not named are dense."""
 
@@ -90,27 +92,20 @@ class SparseLoRAConfig(Section):
             require(self.start_step < end, at, end, f"more than {self.PATH}.start_step ({self.start_step})")
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str]) -> SparseLoRAConfig:
+    def from_file(cls, path: str | os.PathLike[str], *suffixes: str) -> SparseLoRAConfig:
         """From a ``.json``, ``.yaml`` or ``.yml`` file with the keys above, or in an official format (mode ``o1``)."""
-        data = load_file(path)
+        data = load_file(path, suffixes or SUFFIXES)
         return from_official_dict(data, source=os.fspath(path)) if is_official(data) else cls.from_dict(data)
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> SparseLoRAConfig:
         """``from_file`` for a file whose name ends in ``.json``."""
-        return cls._from_suffix(path, (".json",))
+        return cls.from_file(path, ".json")
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> SparseLoRAConfig:
         """``from_file`` for a file whose name ends in ``.yaml`` or ``.yml``."""
-        return cls._from_suffix(path, (".yaml", ".yml"))
-
-    @classmethod
-    def _from_suffix(cls, path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> SparseLoRAConfig:
-        name = os.fspath(path)
-        if not name.lower().endswith(suffixes):
-            raise ConfigError(f"config file '{name}': a name that ends in {' or '.join(suffixes)} is expected")
-        return cls.from_file(name)
+        return cls.from_file(path, ".yaml", ".yml")
 
     def sparsity(self, num_layers: int) -> dict[str, dict[int, float]]:
         """``{group: {layer: sparsity}}`` for a model with ``num_layers`` layers, with all three groups as keys.

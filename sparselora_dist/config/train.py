@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import with_config
 from typing_extensions import TypedDict
@@ -11,34 +11,18 @@ from typing_extensions import TypedDict
 from .limits import ALLOWED, AboveZero, BelowOne, FromZero, NonNegative, Path, Positive, Says, Share
 from .model import CONFIG, Section, section
 
-__all__ = ["SCHEDULERS", "TrainSection"]
+__all__ = ["TrainSection"]
 
+# fmt: off
 # Those of transformers' schedules that need neither arguments of their own nor a metric.
 Scheduler = Literal[
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 ]
-SCHEDULERS: tuple[str, ...] = get_args(Scheduler)
 # Accelerate's trackers, and the Trainer's two words.
 Tracker = Literal[
-    "none",
-    "all",
-    "tensorboard",
-    "wandb",
-    "trackio",
-    "mlflow",
-    "comet_ml",
-    "clearml",
-    "swanlab",
-    "dvclive",
-    "aim",
+    "none", "all", "tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "clearml", "swanlab", "dvclive", "aim"
 ]
-_TRACKERS = f"{', '.join(get_args(Tracker))}, or a list of them"
+# fmt: on
 
 
 @with_config(CONFIG)
@@ -119,7 +103,7 @@ class TrainSection(Section):
     max_grad_norm: FromZero = 1.0
     """Gradients are scaled down to this norm; 0 leaves them as they are."""
 
-    report_to: Annotated[Tracker | list[Tracker], ALLOWED, Says(_TRACKERS)] = "none"
+    report_to: Annotated[Tracker | list[Tracker], ALLOWED] = "none"
     """Trackers beside ``metrics.jsonl``: a name or a list; "all" is every one that is installed."""
 
     run_name: str | None = None
@@ -134,7 +118,9 @@ class TrainSection(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in backward instead of keeping them."""
 
-    gradient_checkpointing_kwargs: CheckpointingKwargs = field(default_factory=lambda: {"use_reentrant": False})
+    gradient_checkpointing_kwargs: CheckpointingKwargs = field(
+        default_factory=lambda: CheckpointingKwargs(use_reentrant=False)
+    )
     """Arguments of PyTorch's checkpoint function."""
 
     use_liger_kernel: bool = False

@@ -88,10 +88,14 @@ def _refusal(hint: Any, path: str, faults: list[Any]) -> ConfigError:
         return ConfigError(f"{at} {show(value)}: allowed: finite numbers")
     if ALLOWED not in _split(hint)[1] and all(kind.endswith(_TYPE) for kind in kinds):
         remedy = f"; did you mean {show(near)}?" if near else _remedy(arms, value)
-        return ConfigError(f"{at} {show(value)}: expected {_expected(hint)}{remedy}")
+        # By hand, a section is an object of its class.
+        words = f"a {arms[0].__name__}" if "dataclass_exact_type" in kinds else _expected(hint)
+        return ConfigError(f"{at} {show(value)}: expected {words}{remedy}")
     if float in arms and int not in arms and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    words = str(own or _allowed(hint) or fault["msg"]) + (f"; did you mean '{near}'?" if near else "")
+    words = str(own or (fault["msg"] if "json_invalid" in kinds else _allowed(hint))) + (
+        f"; did you mean '{near}'?" if near else ""
+    )
     return ConfigError(f"{at} {show(value)}: allowed: {words}")
 
 
@@ -128,7 +132,8 @@ def _expected(hint: Any) -> str:
     if len(arms) > 1:
         return " or ".join(map(_expected, arms))
     if typing.get_origin(bare) is Literal:
-        return "one of " + ", ".join(map(show, typing.get_args(bare)))
+        names = [show(name) for name in typing.get_args(bare)]
+        return names[0] if len(names) == 1 else "one of " + ", ".join(names)
     return _WORDS.get(bare) or ("a list" if typing.get_origin(bare) is list else "an object of keys and values")
 
 
@@ -143,4 +148,4 @@ def _allowed(hint: Any) -> str:
         return show(args[0]) if len(args) == 1 else ", ".join(map(str, args))
     if typing.get_origin(bare) in (Union, types.UnionType):
         return ", or ".join(map(_allowed, args))
-    return "true, false" if bare is bool else _WORDS.get(bare, "")
+    return "true, false" if bare is bool else _expected(bare)

@@ -87,17 +87,11 @@ def parse(kind: type[T], data: Any, path: str) -> T:
     given = own(data, path)
     try:
         # As JSON, where an object is a section and the names are those of a file.
-        built: T = pydantic.TypeAdapter(kind).validate_json(
-            json.dumps(given, default=_no_json), by_alias=True, by_name=False
-        )
+        built: T = pydantic.TypeAdapter(kind).validate_json(json.dumps(given), by_alias=True, by_name=False)
     except pydantic.ValidationError as error:
         raise explain(error, kind, path) from None
     _refuse_infinite(given, path)
     return built
-
-
-def _no_json(value: object) -> Any:
-    raise ConfigError(f"a config holds {value!r}: expected JSON data")
 
 
 def own(data: Any, path: str) -> Any:
@@ -105,6 +99,8 @@ def own(data: Any, path: str) -> Any:
     if isinstance(data, (list, tuple)):
         return [own(value, f"{path}[{index}]") for index, value in enumerate(data)]
     if not isinstance(data, dict):
+        if not isinstance(data, (str, int, float, Section, type(None))):
+            raise ConfigError(f"'{path}' is {show(data)}: expected JSON data")
         return data
     out = {}
     for key, value in data.items():

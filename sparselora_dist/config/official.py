@@ -36,7 +36,7 @@ def _step(value: Any) -> float | int | None:
     if value is None:
         return None
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
-    if number and (value <= 1 or value == int(value)):
+    if number and (value <= 1 or value % 1 == 0):
         return float(value) if value <= 1 else int(value)
     raise ValueError("a fraction of the run in [0, 1], or a whole step number above 1")
 

@@ -15,22 +15,16 @@ from .files import load_file
 from .limits import ALLOWED, Auto, Path, Positive, Says
 from .model import CONFIG, Section, own, section
 
-__all__ = ["EngineSection", "FsdpOptions"]
-
 # DeepSpeed's own top-level keys: only to answer one that was put a level too high.
-# fmt: off
-_DEEPSPEED_KEYS = frozenset((
-    "activation_checkpointing", "aio", "amp", "autotuning", "bf16", "bfloat16", "checkpoint", "comms_logger",
-    "communication_data_type", "compile", "compression_training", "csv_monitor", "data_efficiency", "data_types",
-    "dataloader_drop_last", "disable_allgather", "dump_state", "elasticity", "flops_profiler", "fp16",
-    "gradient_accumulation_steps", "gradient_clipping", "gradient_predivide_factor", "hybrid_engine",
-    "load_universal_checkpoint", "memory_breakdown", "optimizer", "pipeline", "prescale_gradients", "scheduler",
-    "seq_parallel_communication_data_type", "sparse_attention", "sparse_gradients", "steps_per_print", "tensorboard",
-    "torch_autocast", "train_batch_size", "train_micro_batch_size_per_gpu", "use_node_local_storage",
-    "wall_clock_breakdown", "wandb", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
-    "zero_optimization",
-))
-# fmt: on
+_DEEPSPEED_KEYS = """
+    activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comms_logger communication_data_type compile
+    compression_training csv_monitor data_efficiency data_types dataloader_drop_last disable_allgather dump_state
+    elasticity flops_profiler fp16 gradient_accumulation_steps gradient_clipping gradient_predivide_factor
+    hybrid_engine load_universal_checkpoint memory_breakdown optimizer pipeline prescale_gradients scheduler
+    seq_parallel_communication_data_type sparse_attention sparse_gradients steps_per_print tensorboard torch_autocast
+    train_batch_size train_micro_batch_size_per_gpu use_node_local_storage wall_clock_breakdown wandb
+    zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
+"""
 
 _OLD = "belongs to FSDP1, which is not offered"
 # Accelerate's names that FSDP2 no longer has, with what stands in their place.
@@ -138,7 +132,7 @@ class EngineSection(Section):
 
     @classmethod
     def elsewhere(cls, key: str) -> str | None:
-        if key in _DEEPSPEED_KEYS:
+        if key in _DEEPSPEED_KEYS.split():
             return f": it is DeepSpeed's: put it under '{cls.PATH}.deepspeed' (as '{cls.PATH}.deepspeed.{key}')"
         if key in FsdpOptions.__annotations__ or key.startswith("fsdp_"):
             return f": put it under '{cls.PATH}.fsdp' (as '{cls.PATH}.fsdp.{key}')"
@@ -169,10 +163,8 @@ class EngineSection(Section):
         """
         options = self.fsdp_options()
         replicas, shards = options.get("dp_replicate_size"), options.get("dp_shard_size")
-        if shards is None:
-            shards = world_size // (replicas or 1)
-        if replicas is None:
-            replicas = world_size // shards
+        shards = shards or world_size // (replicas or 1)
+        replicas = replicas or world_size // shards
         if replicas * shards != world_size:
             raise ConfigError(
                 f"'{self.PATH}.fsdp': dp_replicate_size {options.get('dp_replicate_size', 'auto')} and dp_shard_size "

@@ -6,8 +6,6 @@ import difflib
 import json
 from collections.abc import Iterable
 
-__all__ = ["ConfigError", "join", "nearest", "require", "show", "unknown_key"]
-
 
 class ConfigError(ValueError):
     """A config that cannot be used. The message names the key or file, the value, and what would be right."""

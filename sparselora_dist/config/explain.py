@@ -13,8 +13,6 @@ from typing_extensions import is_typeddict
 from .errors import ConfigError, join, nearest, show, unknown_key
 from .limits import ALLOWED, Says
 
-__all__ = ["explain", "keys_of"]
-
 # pydantic's names of errors: a key that no field has; a value of another type (the others break a bound).
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 _TYPE = ("literal_error", "_type")
@@ -70,7 +68,7 @@ def _missing(hint: Any, path: str) -> ConfigError:
     for key, below in (keys_of(hint) or {}).items():
         if hint.__pydantic_fields__[key].is_required():
             return _missing(below, join(path, key))
-    return ConfigError(f"missing key '{path}': expected {_expected(hint)}")
+    return ConfigError(f"missing key '{path}': expected {_words(hint, False)}")
 
 
 def _refusal(hint: Any, path: str, faults: list[Any]) -> ConfigError:
@@ -89,11 +87,11 @@ def _refusal(hint: Any, path: str, faults: list[Any]) -> ConfigError:
     if ALLOWED not in _split(hint)[1] and all(kind.endswith(_TYPE) for kind in kinds):
         remedy = f"; did you mean {show(near)}?" if near else _remedy(arms, value)
         # By hand, a section is an object of its class.
-        words = f"a {arms[0].__name__}" if "dataclass_exact_type" in kinds else _expected(hint)
+        words = f"a {arms[0].__name__}" if "dataclass_exact_type" in kinds else _words(hint, False)
         return ConfigError(f"{at} {show(value)}: expected {words}{remedy}")
     if float in arms and int not in arms and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    words = str(own or (fault["msg"] if "json_invalid" in kinds else _allowed(hint))) + (
+    words = str(own or (fault["msg"] if "json_invalid" in kinds else _words(hint, True))) + (
         f"; did you mean '{near}'?" if near else ""
     )
     return ConfigError(f"{at} {show(value)}: allowed: {words}")
@@ -126,26 +124,19 @@ def _arms(hint: Any) -> list[Any]:
     return [arm for part in typing.get_args(bare) for arm in _arms(part)]
 
 
-def _expected(hint: Any) -> str:
-    """The types of an annotation in words."""
-    arms, bare = _arms(hint), _split(hint)[0]
-    if len(arms) > 1:
-        return " or ".join(map(_expected, arms))
-    if typing.get_origin(bare) is Literal:
-        names = [show(name) for name in typing.get_args(bare)]
-        return names[0] if len(names) == 1 else "one of " + ", ".join(names)
-    return _WORDS.get(bare) or ("a list" if typing.get_origin(bare) is list else "an object of keys and values")
-
-
-def _allowed(hint: Any) -> str:
-    """The values of an annotation in words: its own, else those of its parts."""
+def _words(hint: Any, bounds: bool) -> str:
+    """An annotation in words: the types that are expected, or within ``bounds`` the values that are allowed."""
     bare, marks = _split(hint)
-    said = [mark.words for mark in marks if isinstance(mark, Says)]
+    said = [mark.words for mark in marks if bounds and isinstance(mark, Says)]
     if said:
         return said[-1]
-    args = typing.get_args(bare)
-    if typing.get_origin(bare) is Literal:
-        return show(args[0]) if len(args) == 1 else ", ".join(map(str, args))
-    if typing.get_origin(bare) in (Union, types.UnionType):
-        return ", or ".join(map(_allowed, args))
-    return "true, false" if bare is bool else _expected(bare)
+    origin, args = typing.get_origin(bare), typing.get_args(bare)
+    if origin in (Union, types.UnionType):
+        return (", or " if bounds else " or ").join(_words(arg, bounds) for arg in args)
+    if origin is Literal and len(args) > 1:
+        return ", ".join(map(str, args)) if bounds else "one of " + ", ".join(map(show, args))
+    if origin is Literal:
+        return show(args[0])
+    if bounds and bare is bool:
+        return "true, false"
+    return _WORDS.get(bare) or ("a list" if origin is list else "an object of keys and values")

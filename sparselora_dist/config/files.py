@@ -10,8 +10,6 @@ from typing import Any
 
 from .errors import ConfigError, show
 
-__all__ = ["SUFFIXES", "load_file", "parse_json", "parse_yaml"]
-
 SUFFIXES = (".json", ".yaml", ".yml")
 
 _TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|-?Infinity|NaN|-?[0-9][0-9.eE+-]*|[{}\[\]]')

@@ -7,8 +7,6 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-__all__ = ["ALLOWED", "AboveZero", "Auto", "BelowOne", "FromZero", "NonNegative", "Path", "Positive", "Says", "Share"]
-
 
 @dataclass(frozen=True)
 class Says:

@@ -18,8 +18,6 @@ from .model import CONFIG, Section, parse, section
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-__all__ = ["LoraSection"]
-
 _DEFAULTS: dict[str, Any] = {
     "task_type": "CAUSAL_LM",
     "r": 16,
@@ -33,19 +31,12 @@ _IMPORT = "it names a module to import, and a config holds values only; remove t
 # Options that are refused when they are set to anything but false or null, with the reason.
 _REFUSED = {
     "use_dora": "DoRA rescales by the norm of the full weight, which a sparse layer does not compute: use plain LoRA",
-    "use_qalora": _VARIANT,
-    "use_bdlora": _VARIANT,
-    "arrow_config": _VARIANT,
-    "kasa_config": _VARIANT,
-    "monteclora_config": _VARIANT,
-    "velora_config": _VARIANT,
-    "alora_invocation_tokens": _VARIANT,
+    **dict.fromkeys(("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config"), _VARIANT),
+    **dict.fromkeys(("velora_config", "alora_invocation_tokens"), _VARIANT),
     "layer_replication": "it changes the number of layers under the sparsity ranges; remove the key",
     "trainable_token_indices": "it trains rows of an embedding that is sharded as it is loaded: use modules_to_save",
     "target_parameters": "it adapts bare parameters, and frozen matrices are stored in parts: use target_modules",
-    "auto_mapping": _IMPORT,
-    "megatron_config": _IMPORT,
-    "megatron_core": _IMPORT,
+    **dict.fromkeys(("auto_mapping", "megatron_config", "megatron_core"), _IMPORT),
     "inference_mode": "it freezes the adapter, so that nothing trains; remove the key",
 }
 
@@ -88,8 +79,7 @@ class LoraSection(Section):
                 raise ConfigError(f"'{self.PATH}.{key}' is refused ({show(value)}): {_REFUSED[key]}")
             if key not in known and key not in _REFUSED:
                 raise unknown_key(self.PATH, key, known)
-        given = parse(LoraValues, {**_DEFAULTS, **self.values}, self.PATH)
-        object.__setattr__(self, "values", given)
+        object.__setattr__(self, "values", parse(LoraValues, {**_DEFAULTS, **self.values}, self.PATH))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LoraSection:
@@ -104,7 +94,9 @@ class LoraSection(Section):
     def __get_pydantic_json_schema__(cls, *_: Any) -> dict[str, Any]:
         """PEFT's names instead of ``values``."""
         schema = TypeAdapter(LoraValues).json_schema()
-        names = {name: schema["properties"].get(name, {}) | _default(name) for name in _known()}
+        names = {name: schema["properties"].get(name, {}) for name in _known()}
+        for name, value in _DEFAULTS.items():
+            names[name]["default"] = value
         return schema | {"description": cls.__doc__, "properties": names, "additionalProperties": False}
 
     def build(self) -> LoraConfig:
@@ -116,10 +108,6 @@ class LoraSection(Section):
             return peft.LoraConfig(**values)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"'{self.PATH}' is refused by PEFT: {error}") from error
-
-
-def _default(name: str) -> dict[str, Any]:
-    return {"default": _DEFAULTS[name]} if name in _DEFAULTS else {}
 
 
 def _known() -> list[str]:

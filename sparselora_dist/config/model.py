@@ -17,8 +17,6 @@ from .explain import explain
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["CONFIG", "Section", "own", "parse", "section"]
-
 T = TypeVar("T")
 
 # A bool is no int and "4" no number (an int serves as a float); a docstring under a field is its description.
@@ -39,7 +37,10 @@ _CODE_KEYS = {
 
 
 class Section:
-    """Base of all sections. A key is a field with its docstring and its constraint, and nothing else."""
+    """Base of all sections. A key is a field with its docstring and its constraint, and nothing else.
+
+    A classmethod ``elsewhere`` may have more to say about a key that is not the section's than which one is near.
+    """
 
     __slots__ = ()
     PATH: ClassVar[str] = ""
@@ -56,11 +57,6 @@ class Section:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data that ``from_dict`` reads back to an equal config, defaults written out."""
         return pydantic.TypeAdapter(type(self)).dump_python(self, mode="json", by_alias=True)
-
-    @classmethod
-    def elsewhere(cls, key: str) -> str | None:
-        """For a key that is not the section's: the words after its name, where there is more to say than what is near."""
-        return None
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, pydantic.Field))
@@ -87,7 +83,9 @@ def parse(kind: type[T], data: Any, path: str) -> T:
     given = own(data, path)
     try:
         # As JSON, where an object is a section and the names are those of a file.
-        built: T = pydantic.TypeAdapter(kind).validate_json(json.dumps(given), by_alias=True, by_name=False)
+        built: T = pydantic.TypeAdapter(kind).validate_json(
+            json.dumps(given, default=Section.to_dict), by_alias=True, by_name=False
+        )
     except pydantic.ValidationError as error:
         raise explain(error, kind, path) from None
     _refuse_infinite(given, path)

@@ -20,8 +20,6 @@ from .limits import ALLOWED, Positive, Says
 from .model import CONFIG, own, parse
 from .ranges import compact_ranges
 
-__all__ = ["is_official", "read_official"]
-
 _LAYER = re.compile(r"(?:base_model\.model\.)?(?:model\.)?layers\.([0-9]{1,6})\.(mlp|self_attn)")
 _SVD = re.compile(r"svd_([0-9]{1,4})")
 _RANKS = ("predictor_rank", "rank", "svd_rank")

@@ -11,8 +11,6 @@ from typing import Any
 from .errors import ConfigError, show
 from .files import parse_json
 
-__all__ = ["apply_overrides"]
-
 
 def apply_overrides(data: dict[str, Any], argv: Sequence[str]) -> dict[str, Any]:
     """A copy of ``data`` with ``--section.key value`` and ``--section.key=value`` applied in order.

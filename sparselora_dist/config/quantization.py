@@ -7,8 +7,6 @@ from typing import Annotated, ClassVar, Literal
 from .limits import ALLOWED, Says
 from .model import Section, section
 
-__all__ = ["QuantizationSection"]
-
 _REFUSED = {
     "load_in_8bit": ": 8-bit weights are not offered: use 'load_in_4bit', or leave the section out",
     "llm_int8_skip_modules": ": every matrix of the decoder layers is 4-bit, the embedding and the LM head never are",

@@ -10,8 +10,6 @@ from typing import Any
 
 from .errors import ConfigError, show
 
-__all__ = ["RANGES_SCHEMA", "check_ranges", "compact_ranges", "expand_ranges", "resolve_ranges"]
-
 # Six digits: no model has more layers, and a longer number is a typing error that should not be expanded.
 _PIECE = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")
 

@@ -22,8 +22,6 @@ from .quantization import QuantizationSection
 from .sparse import SparseLoRAConfig
 from .train import TrainSection
 
-__all__ = ["DataSection", "ModelSection", "RunConfig"]
-
 _Rows = Annotated[Path, Says("a JSONL file, a folder, or a data set's id")]
 
 

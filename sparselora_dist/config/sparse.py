@@ -15,8 +15,6 @@ from .model import Section, section
 from .official import is_official, read_official
 from .ranges import RANGES_SCHEMA, check_ranges, resolve_ranges
 
-__all__ = ["GROUPS", "SparseLoRAConfig", "from_official", "from_official_dict"]
-
 GROUPS = ("ffn", "qk", "vo")
 
 Step = Annotated[Share | NonNegative, Says("a float in [0, 1] (fraction of the run) or an integer from 0 (step)")]

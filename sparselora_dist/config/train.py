@@ -11,8 +11,6 @@ from typing_extensions import TypedDict
 from .limits import ALLOWED, AboveZero, BelowOne, FromZero, NonNegative, Path, Positive, Says, Share
 from .model import CONFIG, Section, section
 
-__all__ = ["TrainSection"]
-
 # fmt: off
 # Those of transformers' schedules that need neither arguments of their own nor a metric.
 Scheduler = Literal[

@@ -20,7 +20,7 @@ from sparselora_kernels import kept_count
 from ..apply import find_state
 from ..apply.build import build_model
 from ..codecs import PlainCodec
-from ..config.parse import ConfigError, unknown_key
+from ..config.errors import ConfigError, unknown_key
 from ..config.ranges import compact_ranges
 from ..config.run import RunConfig
 from ..config.sparse import GROUPS, SparseLoRAConfig

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from .parse import check_fields, nearest, require, unknown_key
 
-__all__ = ["SCHEDULERS", "TrainSection"]
+__all__ = ["OPTIMIZERS", "SCHEDULERS", "TrainSection"]
 
 # Those of transformers' schedules that need neither arguments of their own nor a metric.
 SCHEDULERS = (
@@ -19,6 +19,7 @@ SCHEDULERS = (
     "constant_with_warmup",
     "inverse_sqrt",
 )
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit")
 _TRACKERS = ("none", "tensorboard")
 
 
@@ -36,6 +37,9 @@ class TrainSection:
 
     num_train_epochs: float = 1.0
     """Passes over the training data, where ``max_steps`` is -1."""
+
+    optim: str | None = None
+    """Which AdamW, by the Trainer's names; None is ``adamw_torch_fused`` on a GPU and ``adamw_torch`` elsewhere."""
 
     learning_rate: float = 2e-4
     """Peak learning rate of AdamW."""
@@ -136,6 +140,8 @@ class TrainSection:
             value = getattr(self, name)
             self._check(value is None or value >= 1, name, "integers from 1, or null")
         self._check_name("lr_scheduler_type", self.lr_scheduler_type, SCHEDULERS)
+        if self.optim is not None:
+            self._check_name("optim", self.optim, OPTIMIZERS)
         for tracker in self.report_to if isinstance(self.report_to, list) else [self.report_to]:
             self._check_name("report_to", tracker, _TRACKERS)
         self._check(self.resume != "", "resume", "true, false, or the path of a checkpoint")

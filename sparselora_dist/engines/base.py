@@ -13,13 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from ..config.run import RunConfig
 from .placement import Placement
 
-# Suffixes of AdamW's state in a checkpoint: ``<parameter>.exp_avg`` and so on.
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _LAUNCHED = ("PMI_SIZE", "PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
 
 
@@ -97,6 +95,8 @@ class Engine(ABC):
                 torch.set_num_threads(max(1, cores // ranks.local_world_size))
         self.model: nn.Module
         self.optimizer: Optimizer
+        self.optim: str
+        """The optimizer's name; chosen, and refused where it cannot work, when the engine is made."""
 
     # --- building ---------------------------------------------------------------------------------------------
 
@@ -133,8 +133,24 @@ class Engine(ABC):
         """``<name>.exp_avg``, ``<name>.exp_avg_sq``, and the number of optimizer steps taken. A collective."""
 
     @abstractmethod
-    def load_state(self, parameters: dict[str, Tensor], moments: dict[str, Tensor], steps: int) -> None:
-        """Put back what the two methods above gave, at this engine's sharding."""
+    def own_codes(self) -> dict[str, Tensor]:
+        """This rank's part of an 8-bit state as it is: codes, scales and code tables, on the CPU; {} of fp32 states."""
+
+    @abstractmethod
+    def load_state(
+        self,
+        parameters: dict[str, Tensor],
+        moments: dict[str, Tensor],
+        steps: int,
+        codes: dict[str, Tensor] | None = None,
+    ) -> bool:
+        """Put back what the methods above gave, at this engine's sharding.
+
+        ``codes`` are those of this rank and number of ranks; those that do not fit this run are not used.
+
+        Returns:
+            Whether this rank's optimizer state is bit for bit the saved one; False where moments were coded anew in 8 bits.
+        """
 
     # --- ranks --------------------------------------------------------------------------------------------------
 
@@ -188,18 +204,6 @@ def start_distributed(ranks: Ranks, timeout: float) -> None:
         env["MASTER_PORT"] = str(free_port())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
-
-
-def adamw(model: nn.Module, config: RunConfig) -> AdamW:
-    """AdamW over the trainable parameters, by the ``train`` section."""
-    train = config.train
-    return AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=train.learning_rate,
-        betas=(train.adam_beta1, train.adam_beta2),
-        eps=train.adam_epsilon,
-        weight_decay=train.weight_decay,
-    )
 
 
 def make_engine(config: RunConfig) -> Engine:

@@ -63,6 +63,29 @@ def choose_optimizer(train: TrainSection, device: torch.device) -> str:
     return name
 
 
+def choose_under_deepspeed(train: TrainSection, ds: dict[str, Any], device: torch.device) -> str:
+    """The same where DeepSpeed's JSON (``ds``) has a say; "deepspeed <type>" where it makes the optimizer.
+
+    Raises:
+        ValueError: both are given; an 8-bit one whose state DeepSpeed would have to move.
+    """
+    optim = train.optim
+    if "optimizer" in ds:
+        kind = ds["optimizer"].get("type")
+        if optim is not None:
+            raise ValueError(
+                f"'train.optim' is '{optim}' and 'engine.deepspeed.optimizer.type' is '{kind}': remove one of the two"
+            )
+        return f"deepspeed {kind}"
+    offload = (ds.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none")
+    if optim in EIGHT_BIT and offload != "none":
+        raise ValueError(
+            f"'train.optim' is '{optim}', but 'engine.deepspeed.zero_optimization.offload_optimizer' moves fp32 moments "
+            "only: remove it (8-bit moments are a quarter as large), or remove 'train.optim'"
+        )
+    return choose_optimizer(train, device if offload == "none" else torch.device("cpu"))
+
+
 def make_optimizer(name: str, parameters: Iterable[nn.Parameter], train: TrainSection) -> Optimizer:
     """AdamW over ``parameters`` in one group, by the ``train`` section."""
     settings: dict[str, Any] = {

@@ -19,7 +19,16 @@ from torch.optim import Optimizer
 from ..config.run import RunConfig
 from ..layers.ffn import SparseFFN
 from .base import Engine, Ranks, start_distributed
-from .optimizers import EIGHT_BIT, MOMENTS, choose_optimizer, codes_of, fp32_moments, make_optimizer, restore, under
+from .optimizers import (
+    EIGHT_BIT,
+    MOMENTS,
+    choose_under_deepspeed,
+    codes_of,
+    fp32_moments,
+    make_optimizer,
+    restore,
+    under,
+)
 from .placement import Placement
 
 AUTO = "auto"
@@ -113,29 +122,6 @@ def resolve_auto(
     return filled
 
 
-def optimizer_name(ds: dict[str, Any], config: RunConfig, device: torch.device) -> str:
-    """``train.optim`` as it is under ZeRO-3; "deepspeed <type>" where DeepSpeed's JSON has an optimizer.
-
-    Raises:
-        ValueError: both are given; an 8-bit one whose state DeepSpeed would have to move.
-    """
-    optim = config.train.optim
-    if "optimizer" in ds:
-        kind = ds["optimizer"].get("type")
-        if optim is not None:
-            raise ValueError(
-                f"'train.optim' is '{optim}' and 'engine.deepspeed.optimizer.type' is '{kind}': remove one of the two"
-            )
-        return f"deepspeed {kind}"
-    offload = (ds.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none")
-    if optim in EIGHT_BIT and offload != "none":
-        raise ValueError(
-            f"'train.optim' is '{optim}', but 'engine.deepspeed.zero_optimization.offload_optimizer' moves fp32 moments "
-            "only: remove it (8-bit moments are a quarter as large), or remove 'train.optim'"
-        )
-    return choose_optimizer(config.train, device if offload == "none" else torch.device("cpu"))
-
-
 class FlatShards(Placement):
     """ZeRO-3: every parameter flat, in equal pieces padded at the end; made a DeepSpeed parameter at once.
 
@@ -202,7 +188,7 @@ class Zero3Engine(Engine):
         self._deepspeed = deepspeed
         deepspeed.init_distributed()
         self._json = config.engine.deepspeed_config()
-        self.optim = optimizer_name(self._json, config, self.device)
+        self.optim = choose_under_deepspeed(config.train, self._json, self.device)
 
     def _resolved(self, hidden_size: int) -> dict[str, Any]:
         return resolve_auto(self._json, self.config, self.ranks.world_size, hidden_size, self.total_steps)

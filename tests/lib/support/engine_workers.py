@@ -46,6 +46,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], bool | None]] = {
 
 
 def world() -> Ranks:
+    if not dist.is_initialized():
+        return Ranks()
     rank, size = dist.get_rank(), dist.get_world_size()
     return Ranks(rank=rank, local_rank=rank, world_size=size, local_world_size=size)
 

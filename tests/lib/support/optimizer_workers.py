@@ -1,4 +1,4 @@
-"""What the ranks of ``tests/engines/test_optimizers.py`` run: every optimizer under one engine, in one process start."""
+"""What the ranks of ``tests/engines/test_optimizers.py`` run: optimizers under one engine, in one process start."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from sparselora_dist.engines.base import Engine
 from .engine_workers import TOKENS, WIDE, close, make_engine, run_config, train_step
 from .models import ATTENTION, batch, tiny_base
 
-STEPS, SAVED = 4, 2
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit")
+STEPS, SAVED, LEARNING_STEPS = 4, 2, 30
 # Saved by the left one, continued by the right one.
-CONVERSIONS = (("adamw_torch", "adamw_8bit"), ("adamw_8bit", "adamw_torch"), ("adamw_torch", "adamw_torch_fused"))
+CONVERSIONS = (("adamw_torch", "adamw_8bit"), ("adamw_8bit", "adamw_torch"), ("adamw_torch_fused", "adamw_torch"))
 RANK = 97
 """Odd, so that shards are uneven; high enough that all shards of 2 ranks but those of k's and v's B have 8-bit states."""
 
@@ -61,23 +60,38 @@ def continued(name: str, optim: str, state: dict[str, Any]) -> dict[str, Any]:
     return seen
 
 
-def optimizers(name: str) -> dict[str, Any]:
-    """Each optimizer straight, resumed and resumed by another; the states as they were after SAVED steps."""
-    seen: dict[str, Any] = {}
-    for optim in OPTIMIZERS:
-        engine = start(name, optim)
-        losses = steps(engine, 0, SAVED)
-        halfway = saved(engine)
-        losses += steps(engine, SAVED, STEPS)
-        own: dict[str, Any] = {"optim": engine.optim, "kind": type(engine.optimizer).__name__, "losses": losses}
-        own |= {"halfway": halfway, "end": saved(engine)}
-        close(engine)
-        own["resumed"] = continued(name, optim, halfway)
-        seen[optim] = own
+def straight(name: str, optim: str) -> dict[str, Any]:
+    """All steps in one go, with the state after SAVED of them; then the same from that state on."""
+    engine = start(name, optim)
+    losses = steps(engine, 0, SAVED)
+    halfway = saved(engine)
+    losses += steps(engine, SAVED, STEPS)
+    seen = {"kind": type(engine.optimizer).__name__, "losses": losses, "halfway": halfway, "end": saved(engine)}
+    close(engine)
+    return seen | {"resumed": continued(name, optim, halfway)}
+
+
+def single() -> dict[str, Any]:
+    """Every optimizer; and states of one continued by another."""
+    optims = ("adamw_torch", "adamw_torch_fused", "adamw_8bit")
+    seen: dict[str, Any] = {optim: straight("single", optim) for optim in optims}
+    seen["learns"] = {optim: learns(optim) for optim in optims}
     for source, target in CONVERSIONS:
-        seen[f"{source} to {target}"] = continued(name, target, seen[source]["halfway"])
-    # Codes of another layout, as another engine or number of ranks leaves them.
-    state = seen["adamw_8bit"]["halfway"]
-    other = {key: value[..., :-1] for key, value in state["codes"].items()}
-    seen["other layout"] = continued(name, "adamw_8bit", state | {"codes": other})
+        seen[f"{source} to {target}"] = continued("single", target, seen[source]["halfway"])
     return seen
+
+
+def sharded(name: str, from_single: dict[str, Any]) -> dict[str, Any]:
+    """Those that are new here; and the 8-bit state that one process left, whose codes fit no shard."""
+    seen: dict[str, Any] = {optim: straight(name, optim) for optim in ("adamw_torch_fused", "adamw_8bit")}
+    return seen | {"from single": continued(name, "adamw_8bit", from_single)}
+
+
+def learns(optim: str) -> list[float]:
+    """Losses of 30 steps on one batch, in one process."""
+    engine = start("single", optim)
+    losses = [
+        train_step(engine, batch(4, TOKENS, seed=0, vocabulary=16, padding=False))[0] for _ in range(LEARNING_STEPS)
+    ]
+    close(engine)
+    return losses

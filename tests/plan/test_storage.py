@@ -75,7 +75,8 @@ def test_8bit_moments_are_a_byte_and_a_scale_per_256() -> None:
     assert optimizer("fsdp2", 8, None) == optimizer("fsdp2", 8, "adamw_torch_fused") == lora * 8 // 8
     assert optimizer("fsdp2", 4) == lora * 2 * (1 + 4 / 256) / 4
     assert optimizer("fsdp2", 8) == 32 * (6 * wide * 2 * (1 + 4 / 256) + 2 * narrow * 8) / 8
-    assert optimizer("fsdp2", 32) == lora * 8 / 32
+    # A's 16 rows go to 16 of 32 ranks, whole; the rows of B are cut on.
+    assert optimizer("fsdp2", 32) == 32 * (4 * 4096 * 2 * (1 + 4 / 256) + (2 * wide + 2 * narrow) * 8 / 32)
     assert optimizer("zero3", 32) == lora / 32 * (4 + 2 * (1 + 4 / 256))
 
 

@@ -63,7 +63,7 @@ class Storages:
 
 
 def resident(engine: Engine, model: Any) -> dict[str, int]:
-    """What this rank holds between two steps. Step counters (4 bytes a parameter) and code tables (1 KB each) are left out."""
+    """What this rank holds between two steps, without step counters (4 bytes a parameter) and code tables (1 KB each)."""
     found = Storages()
     for name, p in model.named_parameters():
         kind = kind_of(name, p.requires_grad)

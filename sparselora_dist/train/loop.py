@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 from transformers import get_scheduler
 
 from ..config.run import RunConfig
 from ..data import GlobalBatch, GlobalBatchSampler, TokenDataset, collate
 from ..engines import Engine
+from ..engines.optimizers import EIGHT_BIT, under
 from ..io.adapter import saved_names
 from ..io.checkpoint import Checkpoint, RunState, save_checkpoint
 from ..layers.context import SparseContext
@@ -25,6 +24,7 @@ from ..method.flops import FlopModel
 from ..method.tokens import partition_tokens, send
 from .evaluate import Evaluation, evaluate
 from .metrics import MetricsWriter
+from .rank_state import gather_rank_state, own_rank_state, set_rank_state
 
 log = logging.getLogger(__name__)
 
@@ -255,7 +255,7 @@ class TrainingLoop:
         engine = self.engine
         moments, optimizer_steps = engine.full_moments()
         parameters = engine.full_parameters()
-        per_rank = self._gather_rank_state()
+        per_rank = gather_rank_state(engine, self.context)
         if engine.is_main:
             state = RunState(
                 step=step,
@@ -263,6 +263,7 @@ class TrainingLoop:
                 world_size=engine.ranks.world_size,
                 global_batch_size=self.sampler.global_batch_size,
                 engine=self.config.engine.name,
+                optim=engine.optim,
                 tokens=int(self.totals.tokens),
                 scheduler=_plain(self.scheduler.state_dict()),
                 summary={name: getattr(self.totals, name) for name in Totals.__slots__},
@@ -271,23 +272,21 @@ class TrainingLoop:
             save_checkpoint(engine.module, checkpoint, Path(self.train.output_dir), self.train.save_total_limit)
         engine.barrier()
 
-    def _gather_rank_state(self) -> dict[str, Tensor]:
-        """Random states and kept masks of every rank, on rank 0."""
-        mine = {"rng/cpu": torch.get_rng_state()}
-        if self.engine.device.type == "cuda":
-            mine["rng/cuda"] = torch.cuda.get_rng_state(self.engine.device)
-        mine |= {f"mask/{name}": mask.cpu() for name, mask in self.context.state_dict().items()}
-        everyone = [mine]
-        if dist.is_initialized():
-            everyone = [{} for _ in range(self.engine.ranks.world_size)]
-            dist.all_gather_object(everyone, mine)
-        return {f"{rank}/{name}": tensor for rank, state in enumerate(everyone) for name, tensor in state.items()}
-
     def _restore(self, resumed: Checkpoint) -> None:
-        state, ranks = resumed.state, self.engine.ranks
+        state = resumed.state
         names = saved_names(self.engine.module, self.engine.trainable())
         parameters = {names[name]: tensor for name, tensor in resumed.parameters.items()}
-        self.engine.load_state(parameters, resumed.moments, state.optimizer_steps)
+        mine = own_rank_state(resumed, self.engine, self.context)
+        codes = under("optim/", mine)
+        exact = self.engine.load_state(parameters, resumed.moments, state.optimizer_steps, codes)
+        if not exact or (state.optim in EIGHT_BIT and self.engine.optim not in EIGHT_BIT):
+            log.warning(
+                "resuming a run of '%s' on '%s': its moments are %s, the run goes on close to it, not bit for bit",
+                state.optim,
+                self.engine.optim,
+                "decoded from 8 bits" if exact else "coded in 8 bits anew",
+            )
+        set_rank_state(mine, self.engine, self.context)
         if state.scheduler.keys() != _plain(self.scheduler.state_dict()).keys():
             raise ValueError(
                 "the checkpoint's learning rate schedule is of another kind than this run's: use the same one"
@@ -300,19 +299,6 @@ class TrainingLoop:
                 group["lr"] = rate
         self.start_step = state.step
         self.totals = Totals(**state.summary)
-        own = resumed.rank(ranks.rank)
-        if state.world_size != ranks.world_size:
-            log.warning(
-                "resuming a run of %d ranks on %d: random states start anew", state.world_size, ranks.world_size
-            )
-            # Masks that all ranks chose together are the same at any number of ranks.
-            own = resumed.rank(0) if self.context.sync.mode == "global" else {}
-        else:
-            torch.set_rng_state(own["rng/cpu"])
-            if "rng/cuda" in own and self.engine.device.type == "cuda":
-                torch.cuda.set_rng_state(own["rng/cuda"], self.engine.device)
-        masks = {name.removeprefix("mask/"): mask for name, mask in own.items() if name.startswith("mask/")}
-        self.context.load_state_dict({name: mask.to(self.engine.device) for name, mask in masks.items()})
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:

@@ -89,6 +89,9 @@ def engine_runs(tiny: Tiny, work: Path, launched: dict[str, Path]) -> dict[str, 
         bf16["train"] = {"max_steps": 12, "learning_rate": 3e-2, "save_steps": 10}
         add(f"{engine}-bf16", engine, **bf16)
         add(f"{engine}-bf16-resumed", engine, (work / f"{engine}-bf16", 10), **bf16)
+        coded: dict[str, Any] = {"lora": DROPOUT | {"r": 256}, "train": {"optim": "adamw_8bit"}}
+        add(f"{engine}-8bit", engine, **coded)
+        add(f"{engine}-8bit-resumed", engine, (work / f"{engine}-8bit", 2), **coded)
         add(f"{engine}-nf4", engine, quantization={"load_in_4bit": True})
         add(f"{engine}-nf4-resumed", engine, (work / f"{engine}-nf4", 2), quantization={"load_in_4bit": True})
     add("zero3-to-single", "single", (launched["mpirun"], 2))
@@ -236,7 +239,7 @@ def test_engines_choose_the_same_masks(engine_runs: dict[str, dict[str, Any]], l
             assert all(torch.equal(one[key], two[key]) for key in one), name
 
 
-@pytest.mark.parametrize("dtype", ["", "-bf16"])
+@pytest.mark.parametrize("dtype", ["", "-bf16", "-8bit"])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_resume_is_bit_identical(
     engine: str, dtype: str, work: Path, engine_runs: dict[str, dict[str, Any]], rows_of: Callable

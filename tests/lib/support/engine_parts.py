@@ -21,6 +21,8 @@ ADAM_EPSILON = 1e-2
 
 
 def world() -> Ranks:
+    if not dist.is_initialized():
+        return Ranks()
     rank, size = dist.get_rank(), dist.get_world_size()
     return Ranks(rank=rank, local_rank=rank, world_size=size, local_world_size=size)
 

@@ -19,7 +19,20 @@ SCHEDULERS = (
     "constant_with_warmup",
     "inverse_sqrt",
 )
-_TRACKERS = ("none", "tensorboard")
+# Those that Accelerate has, and what the Trainer says for none and for every installed one.
+_TRACKERS = (
+    "none",
+    "all",
+    "tensorboard",
+    "wandb",
+    "trackio",
+    "mlflow",
+    "comet_ml",
+    "clearml",
+    "swanlab",
+    "dvclive",
+    "aim",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +102,13 @@ class TrainSection:
     """Gradients are scaled down to this norm; 0 leaves them as they are."""
 
     report_to: str | list[str] = "none"
-    """Trackers beside ``metrics.jsonl``: "none", "tensorboard", or a list."""
+    """Trackers beside ``metrics.jsonl``: "none", a name, a list of names, or "all" that are installed."""
+
+    run_name: str | None = None
+    """What trackers call the run; None leaves it to them."""
+
+    logging_dir: str | None = None
+    """Where TensorBoard (and Aim) write; None is a folder of that name in ``output_dir``."""
 
     resume: bool | str = False
     """True continues from the newest checkpoint in ``output_dir``; a path continues from that one."""
@@ -138,6 +157,8 @@ class TrainSection:
         self._check_name("lr_scheduler_type", self.lr_scheduler_type, SCHEDULERS)
         for tracker in self.report_to if isinstance(self.report_to, list) else [self.report_to]:
             self._check_name("report_to", tracker, _TRACKERS)
+        for name in ("run_name", "logging_dir"):
+            self._check(getattr(self, name) != "", name, "a text that is not empty, or null")
         self._check(self.resume != "", "resume", "true, false, or the path of a checkpoint")
 
     def _check(self, ok: bool, name: str, allowed: str) -> None:

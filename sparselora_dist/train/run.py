@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import math
+import warnings
+from contextlib import ExitStack, closing
 from dataclasses import astuple, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import get_peft_model
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
@@ -19,14 +22,17 @@ from ..apply import apply_sparselora, find_state
 from ..config.run import RunConfig
 from ..data import GlobalBatchSampler, TokenDataset, load_dataset_tokens, padding_id
 from ..engines.base import Engine, make_engine
+from ..engines.placement import Placement
 from ..io.adapter import is_adapted, load_adapter, save_adapter
 from ..io.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, resolve_resume
 from ..io.load import LoadReport, check_model, load_base, load_tokenizer
-from ..io.manifest import write_text
+from ..io.manifest import make_writable, write_text
+from ..io.model_card import write_model_card
 from ..io.weights import checkpoint_folder
 from .liger import liger_patch, use_liger
 from .loop import TrainingLoop
 from .metrics import flop_model
+from .trackers import Trackers, chosen_trackers
 
 log = logging.getLogger(__name__)
 
@@ -39,14 +45,23 @@ def run(config: RunConfig) -> dict[str, Any]:
     # Before the ranks wait for each other: a download takes as long as it takes.
     checkpoint_folder(config.model.name_or_path)
     engine = make_engine(config)
-    summary = _run(config, engine)
+    with ExitStack() as at_end:
+        summary = _run(config, engine, at_end)
     # After an error the group is left alone: closing it could wait for ranks that are stuck, ahead of the message.
     engine.close()
     return summary
 
 
-def _run(config: RunConfig, engine: Engine) -> dict[str, Any]:
+def _run(config: RunConfig, engine: Engine, at_end: ExitStack) -> dict[str, Any]:
     output_dir = Path(config.train.output_dir)
+    # What rank 0 alone finds wrong must end all ranks.
+    together = Placement(engine.device, group=dist.group.WORLD).together
+    with together():
+        if engine.is_main:
+            chosen_trackers(config.train)
+            make_writable(output_dir, "train.output_dir")
+            if config.train.logging_dir:
+                make_writable(Path(config.train.logging_dir), "train.logging_dir")
     if not engine.is_main:
         disable_progress_bar()
     family = check_model(config.model).model_type
@@ -73,6 +88,11 @@ def _run(config: RunConfig, engine: Engine) -> dict[str, Any]:
             "use another folder"
         )
     engine.total_steps = total_steps
+    trackers = Trackers()
+    with together():
+        if engine.is_main:
+            trackers = Trackers.start(config, resumed.state.step if resumed else 0)
+    at_end.enter_context(closing(trackers))
 
     set_seed(config.train.seed)
     model, load = build_model(config, engine, resumed_from=path)
@@ -92,14 +112,16 @@ def _run(config: RunConfig, engine: Engine) -> dict[str, Any]:
         total_steps=total_steps,
         flops=flops,
         resumed=resumed,
+        trackers=trackers,
     )
     if engine.is_main:
-        output_dir.mkdir(parents=True, exist_ok=True)
         write_text(output_dir / "run.json", json.dumps(config.to_dict(), indent=1))
     summary = loop.run() | {"load": load}
     parameters = engine.full_parameters()
     if engine.is_main:
         save_adapter(model, parameters, output_dir / "adapter")
+        tokenizer.save_pretrained(output_dir / "adapter")
+        write_model_card(model, output_dir / "adapter", config, summary)
         write_text(output_dir / "sparse_lora.json", json.dumps(config.sparse_lora.to_dict(), indent=1))
         write_text(output_dir / "summary.json", json.dumps(summary, indent=1))
     engine.barrier()
@@ -120,7 +142,10 @@ def build_model(config: RunConfig, engine: Engine, resumed_from: Path | None = N
         progress=engine.is_main and not config.train.disable_tqdm,
     )
     load = _report_load(base.report, config, engine)
-    model = get_peft_model(base.model, lora)
+    with warnings.catch_warnings():
+        # PEFT asks Transformers for a name that it is about to drop.
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        model = get_peft_model(base.model, lora)
     if config.engine.name == "zero3":
         # The optimizer keeps fp32 masters; elsewhere the adapter's own weights, which PEFT makes fp32, are the masters.
         for parameter in model.parameters():
@@ -131,7 +156,9 @@ def build_model(config: RunConfig, engine: Engine, resumed_from: Path | None = N
     apply_sparselora(model, config.sparse_lora, weights=base.weights, timeout=config.train.ddp_timeout)
     if config.train.gradient_checkpointing or config.engine.fsdp_options().get("fsdp_activation_checkpointing"):
         options = {"use_reentrant": False, **(config.train.gradient_checkpointing_kwargs or {})}
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        # Transformers' new name of it, where it has one: the old one warns.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(options)
         if options["use_reentrant"]:
             model.enable_input_require_grads()
     model.train()

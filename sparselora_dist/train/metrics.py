@@ -64,7 +64,7 @@ class MetricsWriter:
         path = folder / "metrics.jsonl"
         kept = [line for line in _lines(path) if _step(line) <= start_step] if start_step else []
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        self._file = self._open.enter_context(open(path, "a", encoding="utf-8"))
+        self._file = self._open.enter_context(open(path, "a", encoding="utf-8"))  # noqa: SIM115
         pace = {} if sys.stderr.isatty() else {"mininterval": _SELDOM, "maxinterval": _SELDOM}
         bar = tqdm(total=total_steps, initial=start_step, disable=train.disable_tqdm, unit="step", **pace)
         self._bar = self._open.enter_context(bar)
@@ -78,6 +78,7 @@ class MetricsWriter:
         self._file.flush()
         self._trackers.log(row)
         if "eval_loss" in row:
+            self._bar.unpause()  # An evaluation is no part of a step's time.
             log.info(
                 "step %d: eval_loss %.4f, token accuracy %.1f%%, exact match %.1f%%",
                 *(row["step"], row["eval_loss"], 100 * row["eval_mean_token_accuracy"], 100 * row["eval_exact_match"]),

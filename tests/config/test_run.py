@@ -140,7 +140,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"train": {"save_steps": 0}}, "'train.save_steps' is 0: allowed: integers from 1, or null"),
     ({"train": {"lr_scheduler_type": "cosin"}}, "'train.lr_scheduler_type' is \"cosin\": .*did you mean 'cosine'"),
-    ({"train": {"report_to": "wandb"}}, "'train.report_to' is \"wandb\": allowed: none, tensorboard"),
+    ({"train": {"report_to": "wandbb"}}, "'train.report_to' is \"wandbb\": allowed: none, all, tensorboard, wandb"),
     ({"train": {"report_to": ["tensorbord"]}}, "'train.report_to' .*did you mean 'tensorboard'"),
     ({"train": {"resume": ""}}, "'train.resume' is \"\": allowed: true, false, or the path"),
     ({"train": {"output_dir": ""}}, "'train.output_dir' is \"\": allowed: the path"),

@@ -10,14 +10,9 @@ Every key of the file can be set from here: ``--train.max_steps 100 --sparse_lor
 
 import argparse
 import os
-import shlex
 import sys
-from typing import TYPE_CHECKING, Any
 
 from sparselora_dist.process import messages, quiet_bitsandbytes, run_and_leave
-
-if TYPE_CHECKING:
-    from sparselora_dist.config.run import RunConfig
 
 
 def main() -> int:
@@ -38,7 +33,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
-    from sparselora_dist.train import run
+    from sparselora_dist.train import closing_words, run
 
     try:
         summary = run(config)
@@ -51,30 +46,6 @@ def main() -> int:
     if os.environ.get("RANK", "0") == "0":
         print(closing_words(config, summary))
     return 0
-
-
-def closing_words(config: "RunConfig", summary: dict[str, Any]) -> str:
-    """What the run reached, where the adapter is, and what comes next."""
-    from sparselora_dist.io.weights import checkpoint_folder
-
-    evaluated = summary["eval_loss"] is not None
-    before, after = ("eval_loss_start", "eval_loss") if evaluated else ("train_loss_first", "train_loss_last")
-    losses = f"{'evaluation' if evaluated else 'training'} loss {summary[before]:.4f} -> {summary[after]:.4f}"
-    if evaluated:
-        losses += f", exact match {summary['eval_exact_match_start']:.1%} -> {summary['eval_exact_match']:.1%}"
-    rate = summary["tokens_per_second"]
-    speed = "" if rate is None else f", {rate:,.0f} tokens/s"
-    folder, base = config.train.output_dir, checkpoint_folder(config.model.name_or_path)
-    merge = ["sparselora-dist", "merge", "--base", str(base), "--adapter", summary["adapter"]]
-    merge += ["--output", os.path.join(folder, "merged"), "--dtype", config.model.dtype]
-    if config.quantization.load_in_4bit:
-        merge += ["--load-in-4bit", *([] if config.quantization.bnb_4bit_use_double_quant else ["--no-double-quant"])]
-    return f"""
-{losses}
-{summary["executed_flops_share"]:.1%} of plain LoRA's FLOPs{speed}
-adapter: {summary["adapter"]} (PEFT's format, with tokenizer and model card)
-next:    {shlex.join(["sparselora-dist", "inspect", folder])}
-         {shlex.join(merge)}"""
 
 
 if __name__ == "__main__":

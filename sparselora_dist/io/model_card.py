@@ -52,7 +52,7 @@ def _results(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("training loss (first, last step)", "train_loss_first", "train_loss_last", ".4f"),
     ]
     return [
-        (label, *(_show(summary.get(key), form) for key in (before, after)))
+        (label, _show(summary.get(before), form), _show(summary.get(after), form))
         for label, before, after, form in rows
         if summary.get(after) is not None
     ]

@@ -19,9 +19,7 @@ from ..replace import SparseState
 from .trackers import Trackers
 
 log = logging.getLogger(__name__)
-
-# Seconds between updates of a bar that goes to a file.
-_SELDOM = 30.0
+_SELDOM = 10.0  # Seconds between updates of a bar that goes to a file.
 
 
 def flop_model(model: Any, state: SparseState) -> FlopModel:
@@ -56,7 +54,6 @@ class MetricsWriter:
         self, train: TrainSection, total_steps: int, start_step: int, is_main: bool, trackers: Trackers | None = None
     ) -> None:
         self.is_main, self._trackers, self._open = is_main, trackers or Trackers(), ExitStack()
-        self._bar: Any = None
         if not is_main:
             return
         folder = Path(train.output_dir)
@@ -65,8 +62,10 @@ class MetricsWriter:
         kept = [line for line in _lines(path) if _step(line) <= start_step] if start_step else []
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self._file = self._open.enter_context(open(path, "a", encoding="utf-8"))  # noqa: SIM115
-        pace = {} if sys.stderr.isatty() else {"mininterval": _SELDOM, "maxinterval": _SELDOM}
-        bar = tqdm(total=total_steps, initial=start_step, disable=train.disable_tqdm, unit="step", **pace)
+        seconds = 0.1 if sys.stderr.isatty() else _SELDOM
+        bar = tqdm(
+            None, "", total_steps, initial=start_step, disable=train.disable_tqdm, unit="step", mininterval=seconds
+        )
         self._bar = self._open.enter_context(bar)
         self._open.enter_context(logging_redirect_tqdm())  # Messages go above the bar.
 
@@ -78,7 +77,6 @@ class MetricsWriter:
         self._file.flush()
         self._trackers.log(row)
         if "eval_loss" in row:
-            self._bar.unpause()  # An evaluation is no part of a step's time.
             log.info(
                 "step %d: eval_loss %.4f, token accuracy %.1f%%, exact match %.1f%%",
                 *(row["step"], row["eval_loss"], 100 * row["eval_mean_token_accuracy"], 100 * row["eval_exact_match"]),
@@ -86,7 +84,7 @@ class MetricsWriter:
 
     def advance(self, loss: float, tokens_per_second: float, context_share: float) -> None:
         """Move the bar by one step."""
-        if self._bar is not None:
+        if self.is_main:
             self._bar.set_postfix_str(
                 f"loss {loss:.4f}, {tokens_per_second:,.0f} tok/s, {context_share:.0%} sparse", refresh=False
             )

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import warnings
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import astuple, fields
 from functools import partial
 from pathlib import Path
@@ -45,15 +45,19 @@ def run(config: RunConfig) -> dict[str, Any]:
     # Before the ranks wait for each other: a download takes as long as it takes.
     checkpoint_folder(config.model.name_or_path)
     engine = make_engine(config)
-    with ExitStack() as at_end:
-        summary = _run(config, engine, at_end)
+    summary = _run(config, engine)
     # After an error the group is left alone: closing it could wait for ranks that are stuck, ahead of the message.
     engine.close()
     return summary
 
 
-def _run(config: RunConfig, engine: Engine, at_end: ExitStack) -> dict[str, Any]:
+def _run(config: RunConfig, engine: Engine) -> dict[str, Any]:
     output_dir = Path(config.train.output_dir)
+    if not engine.is_main:
+        disable_progress_bar()
+    family = check_model(config.model).model_type
+    if config.train.use_liger_kernel:
+        liger_patch(family)  # Refuses what cannot work.
     # What rank 0 alone finds wrong must end all ranks.
     together = Placement(engine.device, group=dist.group.WORLD).together
     with together():
@@ -62,11 +66,6 @@ def _run(config: RunConfig, engine: Engine, at_end: ExitStack) -> dict[str, Any]
             make_writable(output_dir, "train.output_dir")
             if config.train.logging_dir:
                 make_writable(Path(config.train.logging_dir), "train.logging_dir")
-    if not engine.is_main:
-        disable_progress_bar()
-    family = check_model(config.model).model_type
-    if config.train.use_liger_kernel:
-        liger_patch(family)  # Refuses what cannot work.
     tokenizer = load_tokenizer(config.model)
     train_data, eval_data = _datasets(config, tokenizer)
     sampler = GlobalBatchSampler(
@@ -82,50 +81,49 @@ def _run(config: RunConfig, engine: Engine, at_end: ExitStack) -> dict[str, Any]
     resumed = load_checkpoint(path) if path else None
     if resumed:
         _check_resume(resumed, sampler.global_batch_size, total_steps, path)
-    elif engine.is_main and (old := list_checkpoints(output_dir)):
-        raise ValueError(
-            f"train.output_dir {output_dir} holds {old[-1].name} of an earlier run: continue it with train.resume true, or "
-            "use another folder"
-        )
     engine.total_steps = total_steps
     trackers = Trackers()
     with together():
         if engine.is_main:
+            if not resumed and (old := list_checkpoints(output_dir)):
+                raise ValueError(
+                    f"train.output_dir {output_dir} holds {old[-1].name} of an earlier run: continue it with train.resume "
+                    "true, or use another folder"
+                )
             trackers = Trackers.start(config, resumed.state.step if resumed else 0)
-    at_end.enter_context(closing(trackers))
+    with closing(trackers):
+        set_seed(config.train.seed)
+        model, load = build_model(config, engine, resumed_from=path)
+        state = find_state(model)
+        assert state is not None
+        flops = flop_model(model, state)
+        engine.prepare(model)
 
-    set_seed(config.train.seed)
-    model, load = build_model(config, engine, resumed_from=path)
-    state = find_state(model)
-    assert state is not None
-    flops = flop_model(model, state)
-    engine.prepare(model)
-
-    loop = TrainingLoop(
-        config=config,
-        engine=engine,
-        context=state.context,
-        train_data=train_data,
-        eval_data=eval_data,
-        sampler=sampler,
-        pad_token_id=padding_id(tokenizer),
-        total_steps=total_steps,
-        flops=flops,
-        resumed=resumed,
-        trackers=trackers,
-    )
-    if engine.is_main:
-        write_text(output_dir / "run.json", json.dumps(config.to_dict(), indent=1))
-    summary = loop.run() | {"load": load}
-    parameters = engine.full_parameters()
-    if engine.is_main:
-        save_adapter(model, parameters, output_dir / "adapter")
-        tokenizer.save_pretrained(output_dir / "adapter")
-        write_model_card(model, output_dir / "adapter", config, summary)
-        write_text(output_dir / "sparse_lora.json", json.dumps(config.sparse_lora.to_dict(), indent=1))
-        write_text(output_dir / "summary.json", json.dumps(summary, indent=1))
-    engine.barrier()
-    return summary
+        loop = TrainingLoop(
+            config=config,
+            engine=engine,
+            context=state.context,
+            train_data=train_data,
+            eval_data=eval_data,
+            sampler=sampler,
+            pad_token_id=padding_id(tokenizer),
+            total_steps=total_steps,
+            flops=flops,
+            resumed=resumed,
+            trackers=trackers,
+        )
+        if engine.is_main:
+            write_text(output_dir / "run.json", json.dumps(config.to_dict(), indent=1))
+        summary = loop.run() | {"load": load}
+        parameters = engine.full_parameters()
+        if engine.is_main:
+            save_adapter(model, parameters, output_dir / "adapter")
+            write_text(output_dir / "sparse_lora.json", json.dumps(config.sparse_lora.to_dict(), indent=1))
+            write_text(output_dir / "summary.json", json.dumps(summary, indent=1))
+            tokenizer.save_pretrained(output_dir / "adapter")
+            write_model_card(model, output_dir / "adapter", config, summary)
+        engine.barrier()
+        return summary
 
 
 def build_model(config: RunConfig, engine: Engine, resumed_from: Path | None = None) -> tuple[Any, dict[str, float]]:

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,10 +179,14 @@ def test_a_folder_that_cannot_be_written(
         says(refused(f"--{key}", str(folder)), f"'{key}' is {folder}", "nothing can be written", why, "another folder")
     assert (tmp_path / "file").read_text() == "mine"
 
-    def read_only(*_: Any, **__: Any) -> None:
-        raise PermissionError(13, "Permission denied")
+    make = tempfile.NamedTemporaryFile
 
-    monkeypatch.setattr("tempfile.NamedTemporaryFile", read_only)
+    def locked(*, dir: Path, **options: Any) -> Any:
+        if dir.name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return make(dir=dir, **options)
+
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", locked)
     says(refused(f"--{key}", str(tmp_path / "locked")), f"'{key}'", str(tmp_path), "Permission denied")
 
 

@@ -105,10 +105,10 @@ class TrainSection(Section):
     """Trackers beside ``metrics.jsonl``: a name or a list; "all" is every one that is installed."""
 
     run_name: str | None = None
-    """What the trackers call the run; null is the name of ``output_dir``."""
+    """What the trackers call the run; null leaves it to them."""
 
     logging_dir: Path | None = None
-    """Where trackers that write files put them; null is inside ``output_dir``."""
+    """Where TensorBoard and Aim write; null is inside ``output_dir``."""
 
     resume: Annotated[bool | Path, Says("true, false, or the path of a checkpoint")] = False
     """True continues from the newest checkpoint in ``output_dir``; a path continues from that one."""

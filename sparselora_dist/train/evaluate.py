@@ -6,10 +6,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from ..data import TokenDataset, collate, eval_batches
 from ..engines import Engine
 from ..method.tokens import IGNORE_INDEX
+
+FIGURES = ("eval_loss", "eval_mean_token_accuracy", "eval_exact_match")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +26,23 @@ class Evaluation:
     exact_match: float
     """Share of rows with every label token right: exactly the rows that greedy decoding completes as written."""
 
+    def row(self) -> dict[str, float]:
+        """As ``metrics.jsonl`` and the summary call them."""
+        return dict(zip(FIGURES, (self.loss, self.token_accuracy, self.exact_match)))
+
 
 @torch.no_grad()
-def evaluate(engine: Engine, dataset: TokenDataset, batch_size: int, pad_token_id: int) -> Evaluation:
-    """Every rank must call this; ranks without rows left run empty batches, so that no collective is missed."""
+def evaluate(
+    engine: Engine, dataset: TokenDataset, batch_size: int, pad_token_id: int, progress: bool = False
+) -> Evaluation:
+    """Every rank must call this; ranks without rows left run empty batches, so that no collective is missed.
+
+    ``progress`` shows a bar, on a terminal.
+    """
     engine.model.eval()
     loss = right = labels_seen = rows_right = rows = 0.0
-    for indices in eval_batches(dataset, batch_size, engine.ranks.world_size, engine.ranks.rank):
+    batches = eval_batches(dataset, batch_size, engine.ranks.world_size, engine.ranks.rank)
+    for indices in tqdm(batches, "evaluating", disable=None if progress else True, leave=False, unit="batch"):
         batch = {name: t.to(engine.device) for name, t in collate(dataset, indices, pad_token_id).items()}
         labels = batch.pop("labels")[:, 1:]
         with engine.autocast():

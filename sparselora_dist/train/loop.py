@@ -22,9 +22,10 @@ from ..io.checkpoint import Checkpoint, RunState, save_checkpoint
 from ..layers.context import SparseContext
 from ..method.flops import FlopModel
 from ..method.tokens import partition_tokens, send
-from .evaluate import Evaluation, evaluate
+from .evaluate import FIGURES, evaluate
 from .metrics import MetricsWriter
 from .rank_state import gather_rank_state, own_rank_state, set_rank_state
+from .trackers import Trackers
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class TrainingLoop:
         total_steps: int,
         flops: FlopModel,
         resumed: Checkpoint | None = None,
+        trackers: Trackers | None = None,
     ) -> None:
         self.config, self.train, self.engine, self.context = config, config.train, engine, context
         self.train_data, self.eval_data, self.sampler = train_data, eval_data, sampler
@@ -79,7 +81,7 @@ class TrainingLoop:
         self.scheduler = self._scheduler()
         if resumed:
             self._restore(resumed)
-        self.metrics = MetricsWriter(config.train, total_steps, self.start_step, engine.is_main)
+        self.metrics = MetricsWriter(config.train, total_steps, self.start_step, engine.is_main, trackers)
         self._stop_signal = False
 
     # --- the run ----------------------------------------------------------------------------------------------------
@@ -221,12 +223,8 @@ class TrainingLoop:
         if self.eval_data is None:
             return {}
         size = self.train.per_device_eval_batch_size or self.train.per_device_train_batch_size
-        result: Evaluation = evaluate(self.engine, self.eval_data, size, self.pad_token_id)
-        values = {
-            "eval_loss": result.loss,
-            "eval_mean_token_accuracy": result.token_accuracy,
-            "eval_exact_match": result.exact_match,
-        }
+        bar = self.engine.is_main and not self.train.disable_tqdm
+        values = evaluate(self.engine, self.eval_data, size, self.pad_token_id, bar).row()
         self.metrics.row({"step": step, **values})
         return values
 
@@ -239,8 +237,7 @@ class TrainingLoop:
             "tokens": int(totals.tokens),
             "train_loss_first": totals.loss_first,
             "train_loss_last": totals.loss_last,
-            "eval_loss_start": totals.eval_start.get("eval_loss"),
-            "eval_exact_match_start": totals.eval_start.get("eval_exact_match"),
+            **{f"{name}_start": totals.eval_start.get(name) for name in FIGURES},
             **({"eval_loss": None} | final),
             "context_share": totals.context / max(totals.tokens, 1.0),
             "executed_flops_share": totals.flops_executed / max(totals.flops_dense, 1.0),

@@ -27,6 +27,7 @@ from .conftest import Tiny
 LOSS_TOLERANCE = 1e-4
 LAUNCHERS = ("python", "torchrun", "mpirun", "deepspeed")
 ENGINES = ("single", "fsdp2", "zero3")
+TRACKERS = {"python": '["tensorboard", "mlflow"]', "torchrun": "mlflow", "mpirun": "mlflow"}
 IDS = torch.arange(3, 35).reshape(2, 16)
 DROPOUT = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
 
@@ -67,8 +68,11 @@ def launched(tiny: Tiny, work: Path) -> dict[str, Path]:
     }
     for name, (engine, command) in commands.items():
         config = tiny.config_file(work / f"{name}.json", engine, work / name)
-        tracker = ["--train.report_to", "tensorboard"] if name == "python" else []
-        run_launch([*command, "launch/train.py", "--config", config, *tracker])
+        tracker = ["--train.report_to", TRACKERS[name], "--train.run_name", name] if name in TRACKERS else []
+        store = {"MLFLOW_TRACKING_URI": (work / "mlflow").as_uri(), "MLFLOW_ALLOW_FILE_STORE": "true"}
+        result = run_launch([*command, "launch/train.py", "--config", config, *tracker], **store)
+        (work / f"{name}.out").write_text(result.stdout, encoding="utf-8")
+        (work / f"{name}.err").write_text(result.stderr, encoding="utf-8")
     return {name: work / name for name in commands}
 
 
@@ -161,6 +165,72 @@ def test_tensorboard_gets_the_rows_when_asked(launched: dict[str, Path], rows_of
     assert not (launched["torchrun"] / "tensorboard").exists()
 
 
+@pytest.mark.parametrize("launcher", TRACKERS)
+def test_a_second_tracker_gets_the_same_figures(
+    launcher: str, launched: dict[str, Path], work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow, read back from its own files: one run of each launcher, by rank 0, with settings and every row."""
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    client = MlflowClient((work / "mlflow").as_uri())
+    (experiment,) = client.search_experiments(filter_string="name = 'sparselora-dist'")
+    found = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert sorted(found) == sorted(TRACKERS)
+    run = found[launcher]
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.learning_rate"] == "0.005"
+    assert run.data.params["sparse_lora.layers.ffn.1-2"] == "0.7"
+    rows = [json.loads(line) for line in (launched[launcher] / "metrics.jsonl").read_text().splitlines()]
+    for name in ("loss", "num_tokens", "sparsity/context_share", "eval_loss", "eval_exact_match"):
+        history = client.get_metric_history(run.info.run_id, name)
+        assert [(point.step, point.value) for point in history] == [
+            (row["step"], row[name]) for row in rows if name in row
+        ], name
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_what_the_terminal_says(launcher: str, launched: dict[str, Path], work: Path) -> None:
+    folder, out = launched[launcher], (work / f"{launcher}.out").read_text()
+    err = (work / f"{launcher}.err").read_text() + out
+    summary = json.loads((folder / "summary.json").read_text())
+    assert out.count(f"loss {summary['eval_loss_start']:.4f} -> {summary['eval_loss']:.4f}") == 1
+    assert f"{summary['executed_flops_share']:.1%} of plain LoRA's FLOPs" in out
+    assert out.count(f"sparselora-dist inspect {folder}\n") == 1
+    merge = next(line for line in out.splitlines() if "sparselora-dist merge" in line)
+    assert f"--adapter {folder}/adapter --output {folder}/merged --dtype float32" in merge
+    assert err.count(f"step 0: eval_loss {summary['eval_loss_start']:.4f}, token accuracy") == 1
+    assert err.count(f"step 6: eval_loss {summary['eval_loss']:.4f}, token accuracy") == 1
+    assert "FutureWarning" not in err
+
+
+def test_the_adapter_can_be_pushed_as_it_is(tiny: Tiny, launched: dict[str, Path], work: Path) -> None:
+    """Tokenizer and model card, as PEFT's and TRL's users expect."""
+    from huggingface_hub import ModelCard
+    from transformers import AutoTokenizer
+
+    folder = launched["torchrun"] / "adapter"
+    text = "say abc: "
+    assert AutoTokenizer.from_pretrained(folder)(text) == AutoTokenizer.from_pretrained(tiny.model)(text)
+    card = ModelCard.load(folder / "README.md")
+    data = card.data.to_dict()
+    assert (data["base_model"], data["library_name"], data["pipeline_tag"]) == (tiny.model, "peft", "text-generation")
+    assert {"lora", "sparselora"} <= set(data["tags"])
+    assert "license" not in data
+    summary = json.loads((launched["torchrun"] / "summary.json").read_text())
+    for line in (
+        f"| evaluation loss, nats per label token | {summary['eval_loss_start']:.4f} | {summary['eval_loss']:.4f} |",
+        f"| tokens computed sparsely | {summary['context_share']:.1%} |",
+        f"| data | `{tiny.train}` |",
+        "| sparsity of ffn | layers 1-2: 0.7 |",
+        "| batch | 2 rows x 2 accumulated x 2 ranks |",
+        "| engine | fsdp2, 2 ranks |",
+    ):
+        assert line in card.text, line
+    assert "{{" not in card.text and "None" not in card.text
+    assert not list((launched["torchrun"]).glob("checkpoint-*/adapter/README.md"))
+
+
 def test_nf4_runs_agree_resume_and_keep_less(
     work: Path, engine_runs: dict[str, dict[str, Any]], launched: dict[str, Path], rows_of: Callable
 ) -> None:
@@ -186,6 +256,7 @@ def test_checkpoints_hold_the_adapter_and_no_code(launcher: str, launched: dict[
     folder = launched[launcher]
     assert sorted(path.name for path in folder.glob("*checkpoint-*")) == [f"checkpoint-{step}" for step in (2, 4, 6)]
     files = [path for path in folder.rglob("*") if path.is_file() and "tensorboard" not in path.parts]
+    files.remove(folder / "adapter" / "README.md")
     assert {path.suffix for path in files} == {".json", ".jsonl", ".safetensors"}
     adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
     elements = sum(tensor.numel() for tensor in adapter.values())

@@ -12,6 +12,7 @@ from peft import get_peft_model
 from ..config.run import RunConfig
 from ..io.adapter import is_adapted, load_adapter
 from ..io.load import LoadReport, check_model, load_base
+from ..layers.packed_attention import use_packed_attention
 from ..sharding.placement import Placement
 from .liger import use_liger
 from .model import apply_sparselora
@@ -45,6 +46,7 @@ def build_model(
         local_ranks=local_ranks,
         progress=progress and not config.train.disable_tqdm,
     )
+    use_packed_attention(base.model)
     model = get_peft_model(base.model, lora)
     if config.engine.name == "zero3":
         # The optimizer keeps fp32 masters; elsewhere the adapter's own weights, which PEFT makes fp32, are the masters.

@@ -59,7 +59,10 @@ class TrainSection:
     """The same in evaluation; None is the training batch size."""
 
     gradient_accumulation_steps: int = 1
-    """Micro-batches per optimizer step."""
+    """Micro-batches per optimizer step; packed, as few as ``max_tokens_per_micro_batch`` allows for the same rows."""
+
+    max_tokens_per_micro_batch: int | None = None
+    """Tokens per rank and packed micro-batch; null is ``per_device_train_batch_size`` x ``data.max_length``."""
 
     lr_scheduler_type: str = "linear"
     """Shape of the learning rate after warm-up."""
@@ -132,7 +135,8 @@ class TrainSection:
         self._check(0 <= self.warmup_ratio <= 1, "warmup_ratio", "numbers in [0, 1]")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "ddp_timeout"):
             self._check(getattr(self, name) >= 1, name, "integers from 1")
-        for name in ("per_device_eval_batch_size", "eval_steps", "save_steps", "save_total_limit"):
+        counts = ("per_device_eval_batch_size", "max_tokens_per_micro_batch", "eval_steps", "save_steps")
+        for name in (*counts, "save_total_limit"):
             value = getattr(self, name)
             self._check(value is None or value >= 1, name, "integers from 1, or null")
         self._check_name("lr_scheduler_type", self.lr_scheduler_type, SCHEDULERS)

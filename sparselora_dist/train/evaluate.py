@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from ..data import TokenDataset, collate, eval_batches
 from ..engines import Engine
-from ..method.tokens import IGNORE_INDEX
+from .feed import Feed
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,23 +25,28 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, dataset: TokenDataset, batch_size: int, pad_token_id: int) -> Evaluation:
-    """Every rank must call this; ranks without rows left run empty batches, so that no collective is missed."""
+def evaluate(engine: Engine, feed: Feed, batches: Sequence[Sequence[int]]) -> Evaluation:
+    """Over the rows of ``batches``, this rank's part of the held-out set.
+
+    Every rank must call this with as many batches; one without rows runs all the same, so that no collective is missed.
+    """
     engine.model.eval()
     loss = right = labels_seen = rows_right = rows = 0.0
-    for indices in eval_batches(dataset, batch_size, engine.ranks.world_size, engine.ranks.rank):
-        batch = {name: t.to(engine.device) for name, t in collate(dataset, indices, pad_token_id).items()}
-        labels = batch.pop("labels")[:, 1:]
+    for indices in batches:
+        inputs = feed(indices)
         with engine.autocast():
-            logits = engine.model(**batch, use_cache=False).logits[:, :-1].float()
-        trained = labels != IGNORE_INDEX
-        correct = (logits.argmax(-1) == labels) | ~trained
-        loss += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
-        right += (correct & trained).sum().item()
-        labels_seen += trained.sum().item()
-        has_label = trained.any(1)
-        rows += has_label.sum().item()
-        rows_right += (correct.all(1) & has_label).sum().item()
+            logits = engine.model(**inputs.arguments, use_cache=False).logits
+        read, labels = inputs.partition.loss_rows, inputs.partition.loss_labels
+        logits = logits.flatten(0, 1).index_select(0, read).float()
+        correct = (logits.argmax(-1) == labels).cpu()
+        loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        right += correct.sum().item()
+        labels_seen += labels.numel()
+        # Of every row: how many labels it has, and how many of them are right.
+        row = inputs.rows.flatten().index_select(0, read.cpu())
+        has, fits = (row.bincount(weights) for weights in (None, correct.double()))
+        rows += (has > 0).sum().item()
+        rows_right += ((has > 0) & (fits == has)).sum().item()
     engine.model.train()
     loss, right, labels_seen, rows_right, rows = engine.all_sum(loss, right, labels_seen, rows_right, rows)
     labels_seen, rows = max(labels_seen, 1.0), max(rows, 1.0)

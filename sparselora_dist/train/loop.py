@@ -16,14 +16,23 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from ..config.run import RunConfig
-from ..data import GlobalBatch, GlobalBatchSampler, TokenDataset, collate
+from ..data import (
+    GlobalBatch,
+    GlobalBatchSampler,
+    PackedBatch,
+    TokenDataset,
+    eval_batches,
+    pack,
+    packed_eval_batches,
+)
 from ..engines import Engine
+from ..families import causal_lm
 from ..io.adapter import saved_names
 from ..io.checkpoint import Checkpoint, RunState, save_checkpoint
 from ..layers.context import SparseContext
 from ..method.flops import FlopModel
-from ..method.tokens import partition_tokens, send
 from .evaluate import Evaluation, evaluate
+from .feed import Feed
 from .metrics import MetricsWriter
 
 log = logging.getLogger(__name__)
@@ -75,6 +84,7 @@ class TrainingLoop:
         self.train_data, self.eval_data, self.sampler = train_data, eval_data, sampler
         self.pad_token_id, self.total_steps, self.flops = pad_token_id, total_steps, flops
         self.totals = Totals()
+        self.feed = self._feed(train_data)
         self.start_step = 0
         self.scheduler = self._scheduler()
         if resumed:
@@ -116,7 +126,10 @@ class TrainingLoop:
         self._stop_signal = True
 
     def _one_step(self, step: int) -> None:
-        batch = self.sampler.batch(step)
+        batch: GlobalBatch | PackedBatch = self.sampler.batch(step)
+        if self.config.packing:
+            sizes, world = self.train_data.lengths, self.engine.ranks.world_size
+            batch = pack(batch.indices, sizes, self.config.token_budget, world, self.flops.quadratic)
         labels = int(self.train_data.label_counts[batch.indices].sum())
         lengths = self.train_data.lengths[batch.indices]
         learning_rate = self._learning_rate()
@@ -135,22 +148,20 @@ class TrainingLoop:
         logits = labels if self.context.skip_unused_logits else None
         self._record(step, result, lengths, logits, seconds, learning_rate)
 
-    def _optimize(self, step: int, batch: GlobalBatch, labels: int) -> StepResult:
+    def _optimize(self, step: int, batch: GlobalBatch | PackedBatch, labels: int) -> StepResult:
         """Forward and backward of every micro-batch, then the optimizer."""
         engine, world = self.engine, self.engine.ranks.world_size
         counts = self.context.counts
         counts.dense = counts.context = 0
         loss = torch.zeros((), device=engine.device)
         for number in range(batch.accumulation):
-            rows = batch.micro_batch(number, engine.ranks.rank)
-            host = collate(self.train_data, rows, self.pad_token_id)
-            # Made on the host, so that the model does not wait for the device to learn how many tokens are of which kind.
-            partition = partition_tokens(host["labels"], host["attention_mask"])
-            inputs = {name: send(tensor, engine.device) for name, tensor in host.items()}
-            self.context.hand_over(inputs["labels"], partition.to(engine.device))
+            inputs = self.feed(batch.micro_batch(number, engine.ranks.rank))
+            self.context.hand_over(inputs.labels, inputs.partition)
             with engine.autocast():
                 # Engines average gradients over ranks: labels / world makes it the mean over the global batch.
-                output = engine.model(**inputs, use_cache=False, num_items_in_batch=labels / world)
+                output = engine.model(
+                    **inputs.arguments, labels=inputs.labels, use_cache=False, num_items_in_batch=labels / world
+                )
             engine.backward(output.loss, last=number == batch.accumulation - 1)
             loss += output.loss.detach()
         self.context.sync.check()  # No step is taken on masks that the ranks did not agree on.
@@ -199,6 +210,16 @@ class TrainingLoop:
             )
         self.metrics.advance(result.loss, rate * self.engine.ranks.world_size, share)
 
+    def _feed(self, dataset: TokenDataset) -> Feed:
+        config: Any = causal_lm(self.engine.module).config
+        return Feed(
+            dataset=dataset,
+            pad_token_id=self.pad_token_id,
+            device=self.engine.device,
+            packed=self.config.packing,
+            implementation=config._attn_implementation,
+        )
+
     # --- learning rate ------------------------------------------------------------------------------------------------
 
     def _scheduler(self) -> Any:
@@ -221,7 +242,13 @@ class TrainingLoop:
         if self.eval_data is None:
             return {}
         size = self.train.per_device_eval_batch_size or self.train.per_device_train_batch_size
-        result: Evaluation = evaluate(self.engine, self.eval_data, size, self.pad_token_id)
+        world, rank = self.engine.ranks.world_size, self.engine.ranks.rank
+        if self.config.packing:
+            budget = max(self.config.token_budget, size * self.config.data.max_length)
+            batches = packed_eval_batches(self.eval_data.lengths, budget, world, rank, self.flops.quadratic)
+        else:
+            batches = eval_batches(self.eval_data, size, world, rank)
+        result: Evaluation = evaluate(self.engine, self._feed(self.eval_data), batches)
         values = {
             "eval_loss": result.loss,
             "eval_mean_token_accuracy": result.token_accuracy,

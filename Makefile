@@ -7,13 +7,15 @@ export PYTHONSAFEPATH := 1
 # One mount point under which mypy sees both packages by their import names.
 TYPES := build/types
 
-.PHONY: help venv quickstart test check kernels-aot clean
+.PHONY: help venv quickstart test check schema kernels-aot pictures clean
 help:
 	@echo "make venv        create $(VENV) with the project and everything it needs"
 	@echo "make quickstart  fine-tune the embedded model on 2 CPU ranks under ZeRO-3, dense and sparse, and compare"
-	@echo "make test        run the test suite"
+	@echo "make test        run the test suite (installs Chromium where there is no browser, as root with apt)"
 	@echo "make check       lint (ruff) and type-check (mypy)"
+	@echo "make schema      write configs/schema.json, by which editors complete and check run files"
 	@echo "make kernels-aot compile every Triton kernel for sm_80, sm_90 and sm_100 (no GPU needed)"
+	@echo "make pictures    draw the README's pictures again, from committed results"
 
 venv: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -26,6 +28,7 @@ quickstart: venv
 	@$(BIN)/python benchmarks/quickstart.py
 
 test: venv
+	@.ci/browser
 	@$(BIN)/pytest
 
 check: venv
@@ -33,8 +36,14 @@ check: venv
 	@mkdir -p $(TYPES) && ln -sfn $(CURDIR)/kernels $(TYPES)/sparselora_kernels && ln -sfn $(CURDIR)/sparselora_dist $(TYPES)/sparselora_dist
 	@MYPYPATH=$(TYPES) $(BIN)/mypy --no-error-summary -p sparselora_dist -p sparselora_kernels && echo "mypy: no issues"
 
+schema: venv
+	@$(BIN)/sparselora-dist schema --output configs/schema.json
+
 kernels-aot: venv
 	@env -u TRITON_INTERPRET $(BIN)/python -m sparselora_kernels.aot
+
+pictures: venv
+	@$(BIN)/python benchmarks/pictures.py
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info

@@ -123,6 +123,7 @@ def run_ops(report: Report, device: torch.device, tiny: bool, budget: Budget) ->
 def run_steps(report: Report, device: torch.device, cases: list[Any], budget: Budget) -> None:
     """Cases of one pair follow each other where they are equally important, so that its models are built once."""
     import gpu_steps
+    from shapes import SHAPES
 
     models: gpu_steps.Models | None = None
     checked: set[gpu_steps.Pair] = set()
@@ -133,7 +134,7 @@ def run_steps(report: Report, device: torch.device, cases: list[Any], budget: Bu
         if case.pair.storage == "nf4" and not gpu_steps.has("bitsandbytes"):
             left_out.append(f"{case.name}: bitsandbytes is not installed")
             continue
-        work = gpu_steps.SHAPES[case.pair.shape].hidden ** 2 * case.pair.layers * case.tokens
+        work = SHAPES[case.pair.shape].hidden ** 2 * case.pair.layers * case.tokens
         work *= 1.35 if case.checkpointing else 1.0
         if not budget.allows(work):
             left_out.append(f"{case.name}: no time left")

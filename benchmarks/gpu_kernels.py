@@ -22,6 +22,7 @@ from sparselora_kernels.gpu import gated_ffn, gated_gradient, indexed_linear, nf
 from sparselora_kernels.gpu.matrix import NF4Matrix
 from sparselora_kernels.indexed_linear import vendor_nn, vendor_nt
 from sparselora_kernels.nf4 import BLOCK, blocks, nested_scales, nested_slots
+from sparselora_kernels.operands import NNOperands, NTOperands
 from sparselora_kernels.reference import gated_ffn_score, projection_score, select_channels
 from sparselora_kernels.reference.nf4 import LEVELS
 
@@ -279,33 +280,33 @@ def _indexed_checks(data: Data, kind: str) -> Iterator[Check]:
         return whole
 
     def plain_nt() -> Iterator[tuple[Tensor, Tensor]]:
-        yield indexed_linear.indexed_nt(x, chosen, rows, channels, bias=bias), nt + bias[channels].double()
-        yield indexed_linear.indexed_nt(x, every, None, None), x.double() @ values.double().t()
+        yield indexed_linear.indexed_nt(NTOperands(x, rows, channels, bias=bias), chosen), nt + bias[channels].double()
+        yield indexed_linear.indexed_nt(NTOperands(x, None, None), every), x.double() @ values.double().t()
 
     def scattered_nt() -> Iterator[tuple[Tensor, Tensor]]:
         for add in (False, True):
-            got = indexed_linear.indexed_nt(x, chosen, rows, channels, out=start_nt.clone(), accumulate=add)
+            got = indexed_linear.indexed_nt(NTOperands(x, rows, channels, out=start_nt.clone(), accumulate=add), chosen)
             yield got, placed(start_nt, at, nt, add)
 
     def compact_nn() -> Iterator[tuple[Tensor, Tensor]]:
         compact = h[rows][:, channels].contiguous()
         for add in (False, True):
-            got = indexed_linear.indexed_nn(
-                compact, chosen, rows, channels, start_nn.clone(), indexed=False, bias=out_bias, accumulate=add
-            )
+            operands = NNOperands(compact, rows, channels, start_nn.clone(), bias=out_bias, accumulate=add)
+            got = indexed_linear.indexed_nn(operands, chosen)
             yield got, placed(start_nn, rows, nn + out_bias.double(), add)
 
     def indexed_nn() -> Iterator[tuple[Tensor, Tensor]]:
-        got = indexed_linear.indexed_nn(h, chosen, rows, channels, start_nn.clone(), indexed=True, low=low, b=b)
+        operands = NNOperands(h, rows, channels, start_nn.clone(), indexed=True, low=low, b=b)
+        got = indexed_linear.indexed_nn(operands, chosen)
         yield got, placed(start_nn, rows, nn + adapter, False)
-        got = indexed_linear.indexed_nn(h, every, None, None, start_nn.clone(), indexed=True)
+        got = indexed_linear.indexed_nn(NNOperands(h, None, None, start_nn.clone(), indexed=True), every)
         yield got, h.double() @ values.double()
 
     def vendor() -> Iterator[tuple[Tensor, Tensor]]:
         stored = EncodedWeight((values,))
-        got = vendor_nt(x, stored, rows, channels, bias=bias)
+        got = vendor_nt(NTOperands(x, rows, channels, bias=bias), stored)
         yield got, nt + bias[channels].double()
-        got = vendor_nn(h, stored, rows, channels, start_nn.clone(), indexed=True, low=low, b=b)
+        got = vendor_nn(NNOperands(h, rows, channels, start_nn.clone(), indexed=True, low=low, b=b), stored)
         yield got, placed(start_nn, rows, nn + adapter, False)
 
     if kind == "plain":  # Rows in NF4 are first decoded by the kernel that has checks of its own.

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from gpu_models import LORA, RANK, SETTINGS, SHAPES, build, credit, forget_parts, make_sparse
+from gpu_models import LORA, RANK, SETTINGS, build, credit, forget_parts, make_sparse
 from gpu_steps import Side, free, make_batch, timed
+from shapes import SHAPES, stack
 
 from sparselora_dist import remove_sparselora
 from sparselora_dist.config import RunConfig
-from sparselora_dist.method.channels import HeadGeometry
 from sparselora_dist.method.tokens import partition_tokens
 from sparselora_dist.plan.hardware import GPUS, Cluster
 from sparselora_dist.plan.layouts import Layout, make_plan
@@ -32,8 +32,8 @@ def measure_memory(
     known, setting = SHAPES[shape], SETTINGS["math"]
     model = build(known, layers, "nf4", device=device, dtype=dtype, length=length)
     forget_parts()
-    config = known.config(layers, length)
-    batch = make_batch(config.vocab_size, tokens, length, context, device)
+    stacked = stack(known, layers)
+    batch = make_batch(stacked.vocabulary, tokens, length, context, device)
     split = partition_tokens(batch["labels"].cpu())
     rows = []
     for kind in ("dense", "sparse"):
@@ -50,7 +50,7 @@ def measure_memory(
         except torch.OutOfMemoryError:
             fits = False
         planned, resident = _planned(
-            config,
+            stacked,
             sparsity,
             Batch(tokens=tokens, context=split.context.numel() / split.tokens, length=min(length, tokens)),
             dtype,
@@ -74,18 +74,8 @@ def measure_memory(
     return rows
 
 
-def _planned(config: Any, layers: dict[str, Any], batch: Batch, dtype: torch.dtype) -> tuple[Layout, int]:
+def _planned(shape: ModelShape, layers: dict[str, Any], batch: Batch, dtype: torch.dtype) -> tuple[Layout, int]:
     """The planner's layout of the same run in one process, and the bytes that it says stay between steps."""
-    shape = ModelShape(
-        family="llama",
-        hidden=config.hidden_size,
-        width=config.intermediate_size,
-        layers=config.num_hidden_layers,
-        heads=HeadGeometry(
-            heads=config.num_attention_heads, kv_heads=config.num_key_value_heads, head_dim=config.head_dim
-        ),
-        vocabulary=config.vocab_size,
-    )
     run = RunConfig.from_dict(
         {
             "model": {"name_or_path": "random", "dtype": str(dtype).removeprefix("torch.")},

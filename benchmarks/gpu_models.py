@@ -21,8 +21,9 @@ from unittest import mock
 import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig, get_peft_model
+from shapes import hf_config, stack
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from sparselora_dist import SparseLoRAConfig, apply_sparselora, families
 from sparselora_dist.apply import find_state
@@ -31,68 +32,11 @@ from sparselora_dist.codecs.linear import FrozenLinear
 from sparselora_dist.families import decoder_layers
 from sparselora_dist.io.factors import write_factors
 from sparselora_dist.method.channels import ATTENTION, FFN, SCORED, TRANSPOSED
+from sparselora_dist.plan.shapes import ModelShape
 
 RANK = 8
 LORA: dict[str, Any] = {"r": 32, "lora_alpha": 64, "target_modules": list(ATTENTION), "task_type": "CAUSAL_LM"}
 """The paper's adapter."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Shape:
-    """A decoder of Llama's family. ``published`` is how many layers the real model has."""
-
-    name: str
-    hidden: int
-    width: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    published: int
-    vocabulary: int
-
-    def config(self, layers: int, length: int) -> LlamaConfig:
-        return LlamaConfig(
-            hidden_size=self.hidden,
-            intermediate_size=self.width,
-            num_hidden_layers=layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            vocab_size=max(64, round(self.vocabulary * layers / self.published / 64) * 64),
-            max_position_embeddings=length,
-            use_cache=False,
-            attn_implementation="sdpa",
-        )
-
-
-SHAPES = {
-    shape.name: shape
-    for shape in (
-        Shape(
-            name="8b",
-            hidden=4096,
-            width=14336,
-            heads=32,
-            kv_heads=8,
-            head_dim=128,
-            published=32,
-            vocabulary=128256,
-        ),
-        Shape(
-            name="70b",
-            hidden=8192,
-            width=28672,
-            heads=64,
-            kv_heads=8,
-            head_dim=128,
-            published=80,
-            vocabulary=128256,
-        ),
-        Shape(name="small", hidden=512, width=1408, heads=8, kv_heads=2, head_dim=64, published=3, vocabulary=1024),
-        Shape(name="tiny", hidden=64, width=192, heads=4, kv_heads=2, head_dim=16, published=3, vocabulary=128),
-    )
-}
-"""Llama 3's, one that is quick to check, and one for a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,16 +82,19 @@ def autocast(device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def build(
-    shape: Shape, layers: int, storage: str, *, device: torch.device, dtype: torch.dtype, length: int = 2048
+    shape: ModelShape, layers: int, storage: str, *, device: torch.device, dtype: torch.dtype, length: int = 2048
 ) -> Any:
-    """A PEFT model with its adapters away from zero, in training mode.
+    """A PEFT model of ``layers`` of the shape's layers, with its adapters away from zero, in training mode.
 
     Args:
         storage: ``plain``; ``nf4``, our codec; or ``bitsandbytes``, its ``Linear4bit``.
     """
     torch.manual_seed(0)
+    config = hf_config(
+        stack(shape, layers), max_position_embeddings=length, use_cache=False, attn_implementation="sdpa"
+    )
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(shape.config(layers, length), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.requires_grad_(False)
     if storage != "plain":
         for layer in decoder_layers(model):
@@ -222,21 +169,19 @@ class _RandomFactors:
         return "random"
 
 
-def make_sparse(model: Any, shape: Shape, setting: Setting, dtype: torch.dtype) -> Any:
+def make_sparse(model: Any, shape: ModelShape, setting: Setting, dtype: torch.dtype) -> Any:
     """Apply a task's sparsity in place, with random factors: which channels are kept does not change the time."""
     count = model.get_base_model().config.num_hidden_layers
     layers = setting.layers(count)
-    rows = {"gate_proj": shape.width, "up_proj": shape.width, "q_proj": shape.heads * shape.head_dim}
-    rows |= dict.fromkeys(("k_proj", "v_proj"), shape.kv_heads * shape.head_dim)
     factors = {
-        (layer, name): (_factor(RANK, shape.hidden, dtype), _factor(rows[name], RANK, dtype))
+        (layer, name): (_factor(RANK, shape.hidden, dtype), _factor(shape.matrix(name)[0], RANK, dtype))
         for layer in range(count)
         for group in SCORED
         for name in SCORED[group]
     }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "factors.safetensors"
-        write_factors(path, factors, dict.fromkeys(factors, "random"), rank=RANK, model_id=shape.name)
+        write_factors(path, factors, dict.fromkeys(factors, "random"), rank=RANK, model_id="random")
         config = SparseLoRAConfig.from_dict({"layers": layers, "rank": RANK, "factors": str(path)})
         return apply_sparselora(model, config, weights=_RandomFactors(dtype))
 
@@ -246,7 +191,14 @@ def _factor(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 def make_pair(
-    shape: Shape, layers: int, storage: str, setting: Setting, *, device: torch.device, dtype: torch.dtype, length: int
+    shape: ModelShape,
+    layers: int,
+    storage: str,
+    setting: Setting,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    length: int,
 ) -> tuple[Any, Any]:
     """``(dense, sparse)``: plain PEFT LoRA with the exact savings, and SparseLoRA. Plain frozen weights are shared, but for
     those that are stored transposed."""
@@ -269,7 +221,7 @@ def credit(dense: Any) -> Any:
         return apply_sparselora(dense, SparseLoRAConfig.from_dict({"enabled": False}))
 
 
-def plain_copy(sparse: Any, shape: Shape, *, device: torch.device, dtype: torch.dtype, length: int) -> Any:
+def plain_copy(sparse: Any, shape: ModelShape, *, device: torch.device, dtype: torch.dtype, length: int) -> Any:
     """A dense model with exactly the weights and the adapters of ``sparse``, decoded; with the exact savings."""
     layers = sparse.get_base_model().config.num_hidden_layers
     plain = build(shape, layers, "plain", device=device, dtype=dtype, length=length)

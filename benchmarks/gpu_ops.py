@@ -24,6 +24,7 @@ from sparselora_kernels.gpu import gated_ffn, gated_gradient, indexed_linear, nf
 from sparselora_kernels.gpu.matrix import NF4Matrix
 from sparselora_kernels.indexed_linear import prefers_vendor, vendor_nn, vendor_nt
 from sparselora_kernels.nf4 import BLOCK, blocks, scale_bytes
+from sparselora_kernels.operands import NNOperands, NTOperands
 from sparselora_kernels.reference.nf4 import LEVELS
 
 # (dense bf16 FLOP/s, bytes/s) of data sheets, by the first part of the device's name that is found.
@@ -223,8 +224,8 @@ def _ffn_ops(data: Data, kind: str) -> Iterator[Op]:
     )  # fmt: skip
     yield Op(
         "indexed_nn (down)", what, 2 * n * k * h, n * h * e + k * row + n * k * e,
-        lambda: indexed_linear.indexed_nn(g, up, data.rows, data.channels, out, indexed=False),
-        lambda: vendor_nn(g, EncodedWeight((rows_of_up(),)), data.rows, None, out, indexed=False),
+        lambda: indexed_linear.indexed_nn(NNOperands(g, data.rows, data.channels, out), up),
+        lambda: vendor_nn(NNOperands(g, data.rows, None, out), EncodedWeight((rows_of_up(),))),
         _rule(data, kind),
     )  # fmt: skip
 
@@ -237,14 +238,14 @@ def _attention_ops(data: Data, kind: str) -> Iterator[Op]:
     what = _name(data, kind)
     yield Op(
         "indexed_nt (q, k, v)", what, 2 * n * k * h, n * h * e + k * row + n * k * e,
-        lambda: indexed_linear.indexed_nt(x, weight, data.rows, data.channels, out=full),
-        lambda: _scatter(full, data, vendor_nt(x, EncodedWeight((rows_of(),)), data.rows, None)),
+        lambda: indexed_linear.indexed_nt(NTOperands(x, data.rows, data.channels, out=full), weight),
+        lambda: _scatter(full, data, vendor_nt(NTOperands(x, data.rows, None), EncodedWeight((rows_of(),)))),
         _rule(data, kind),
     )  # fmt: skip
     yield Op(
         "indexed_nn (o, by index)", what, 2 * n * k * h, n * h * e + k * row + n * k * e,
-        lambda: indexed_linear.indexed_nn(full, weight, data.rows, data.channels, out, indexed=True),
-        lambda: vendor_nn(_gather(full, data), EncodedWeight((rows_of(),)), data.rows, None, out, indexed=False),
+        lambda: indexed_linear.indexed_nn(NNOperands(full, data.rows, data.channels, out, indexed=True), weight),
+        lambda: vendor_nn(NNOperands(_gather(full, data), data.rows, None, out), EncodedWeight((rows_of(),))),
         _rule(data, kind),
     )  # fmt: skip
 
@@ -257,14 +258,14 @@ def _vendor_ops(data: Data, kind: str) -> Iterator[Op]:
     flops, moved, what = 2 * n * k * h, n * h * e + k * row + n * k * e, _name(data, kind)
     yield Op(
         "indexed_nt (grid)", what, flops, moved,
-        lambda: indexed_linear.indexed_nt(x, weight, data.rows, data.channels),
-        lambda: vendor_nt(x, EncodedWeight((rows_of(),)), data.rows, None),
+        lambda: indexed_linear.indexed_nt(NTOperands(x, data.rows, data.channels), weight),
+        lambda: vendor_nt(NTOperands(x, data.rows, None), EncodedWeight((rows_of(),))),
         _rule(data, kind),
     )  # fmt: skip
     yield Op(
         "indexed_nn (grid)", what, flops, moved,
-        lambda: indexed_linear.indexed_nn(hidden, weight, data.rows, data.channels, out, indexed=False),
-        lambda: vendor_nn(hidden, EncodedWeight((rows_of(),)), data.rows, None, out, indexed=False),
+        lambda: indexed_linear.indexed_nn(NNOperands(hidden, data.rows, data.channels, out), weight),
+        lambda: vendor_nn(NNOperands(hidden, data.rows, None, out), EncodedWeight((rows_of(),))),
         _rule(data, kind),
     )  # fmt: skip
 

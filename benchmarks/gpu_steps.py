@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gpu_models import SETTINGS, SHAPES, autocast, forget_parts, has, held_bytes, make_pair, plain_copy, sparse_state
+from gpu_models import SETTINGS, autocast, forget_parts, has, held_bytes, make_pair, plain_copy, sparse_state
+from shapes import SHAPES
 from torch import Tensor, nn
 
 from sparselora_dist import selection
@@ -304,7 +305,7 @@ class Models:
         speedup, ideal = dense / sparse if dense and sparse else None, whole / executed
         return {
             "pair": case.pair.name,
-            "layers": f"{case.pair.layers} of {self.shape.published}",
+            "layers": f"{case.pair.layers} of {self.shape.layers}",
             "tokens": case.tokens,
             "context": round(split.context.numel() / split.tokens, 4),
             "checkpointing": case.checkpointing,

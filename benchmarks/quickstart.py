@@ -9,24 +9,19 @@ import argparse
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from sparselora_dist.engines.ranks import free_port
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/zero3_sparse.json"
 RANKS = 2
 _POLL_SECONDS = 0.5
 _LOG_TAIL = 4000
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def train(name: str, overrides: list[str]) -> dict[str, Any]:

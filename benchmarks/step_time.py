@@ -13,19 +13,25 @@ import argparse
 import copy
 import json
 import statistics
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from sparselora_dist import SparseLoRAConfig, apply_sparselora, selection
 from sparselora_dist.apply import find_state
 from sparselora_dist.families import decoder_layers
 from sparselora_dist.method.tokens import partition_tokens
 from sparselora_dist.train.metrics import flop_model
+
+# The repository keeps its root off sys.path, and with it the folder of the script.
+sys.path.append(str(Path(__file__).resolve().parent))
+from shapes import hf_config, llama
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -34,16 +40,15 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 def build(arguments: argparse.Namespace) -> Any:
     """A Llama with GQA and random weights; LoRA r=16 on q, k, v, o."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=arguments.hidden,
-        intermediate_size=arguments.width,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=arguments.hidden // 128,
-        num_key_value_heads=max(1, arguments.hidden // 512),
-        vocab_size=arguments.vocabulary,
-        max_position_embeddings=arguments.length,
-        use_cache=False,
+    shape = llama(
+        hidden=arguments.hidden,
+        width=arguments.width,
+        layers=arguments.layers,
+        heads=arguments.hidden // 128,
+        kv_heads=max(1, arguments.hidden // 512),
+        vocabulary=arguments.vocabulary,
     )
+    config = hf_config(shape, max_position_embeddings=arguments.length, use_cache=False)
     model = LlamaForCausalLM(config).to(DTYPES[arguments.dtype])
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     lora = LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM")

@@ -19,20 +19,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sparselora_dist.engines.ranks import free_port
 
+# The repository keeps its root off sys.path, and with it the folder of the script.
+sys.path.append(str(Path(__file__).resolve().parent))
+
 RANKS = 2
-SHAPE = {
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "vocab_size": 32000,
-}
-LAYER_BYTES, REST_BYTES = 2 * (3 * 2048 * 5632 + 2 * 2048 * 2048 + 2 * 2048 * 256), 2 * 2 * 32000 * 2048
 WAYS = ("zero3 bf16", "zero3 nf4", "fsdp2 bf16", "fsdp2 nf4")
 OTHERS = ("from_pretrained", "from_pretrained nf4")
 
@@ -41,29 +37,29 @@ def make_checkpoint(folder: Path, gigabytes: float) -> None:
     """A checkpoint of about that size, written a layer at a time."""
     import torch
     from safetensors.torch import save_file
-    from transformers import LlamaConfig
+    from shapes import SHAPES, hf_config
 
-    layers = max(1, round((gigabytes * 1e9 - REST_BYTES) / LAYER_BYTES))
-    config = LlamaConfig(**SHAPE, num_hidden_layers=layers, architectures=["LlamaForCausalLM"], dtype="bfloat16")
-    config.save_pretrained(folder)
-    hidden, width, kv = 2048, 5632, 256
+    shape = SHAPES["1b"]
+    matrices = {name: shape.matrix(f"{name}_proj") for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    layer_bytes = 2 * sum(rows * columns for rows, columns in matrices.values())
+    ends_bytes = 2 * 2 * shape.vocabulary * shape.hidden
+    shape = replace(shape, layers=max(1, round((gigabytes * 1e9 - ends_bytes) / layer_bytes)))
+    hf_config(shape, architectures=["LlamaForCausalLM"], dtype="bfloat16").save_pretrained(folder)
     part = {
-        "model.embed_tokens.weight": (32000, hidden),
-        "lm_head.weight": (32000, hidden),
-        "model.norm.weight": (hidden,),
+        "model.embed_tokens.weight": (shape.vocabulary, shape.hidden),
+        "lm_head.weight": (shape.vocabulary, shape.hidden),
+        "model.norm.weight": (shape.hidden,),
     }
     files: dict[str, str] = {}
-    for number in range(-1, layers):
+    for number in range(-1, shape.layers):
         if number >= 0:
             at = f"model.layers.{number}."
             part = {
-                **{f"{at}self_attn.{n}_proj.weight": (hidden if n in "qo" else kv, hidden) for n in "qkvo"},
-                **{f"{at}mlp.{n}_proj.weight": (width, hidden) for n in ("gate", "up")},
-                f"{at}mlp.down_proj.weight": (hidden, width),
-                **{f"{at}{n}_layernorm.weight": (hidden,) for n in ("input", "post_attention")},
+                **{f"{at}{'self_attn' if n in 'qkvo' else 'mlp'}.{n}_proj.weight": matrices[n] for n in matrices},
+                **{f"{at}{n}_layernorm.weight": (shape.hidden,) for n in ("input", "post_attention")},
             }
-        name = f"model-{number + 2:05}-of-{layers + 1:05}.safetensors"
-        tensors = {key: torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02) for key, shape in part.items()}
+        name = f"model-{number + 2:05}-of-{shape.layers + 1:05}.safetensors"
+        tensors = {key: torch.empty(size, dtype=torch.bfloat16).normal_(std=0.02) for key, size in part.items()}
         save_file(tensors, folder / name, {"format": "pt"})
         files |= dict.fromkeys(tensors, name)
     index = {"metadata": {}, "weight_map": files}

@@ -6,15 +6,19 @@ python demo/train_base.py corpus.txt --output demo/model
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from shapes import SHAPES, hf_config
 
 SEED = 7
-VOCABULARY = 512
+SHAPE = SHAPES["demo"]
 LENGTH = 128
 BATCH = 16
 LEARNING_RATE = 3e-3
@@ -30,7 +34,7 @@ def train_tokenizer(corpus: Path) -> PreTrainedTokenizerFast:
     special = ["<|pad|>", "<|bos|>", "<|eos|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=SHAPE.vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train([str(corpus)], trainer)
     return PreTrainedTokenizerFast(
@@ -40,20 +44,7 @@ def train_tokenizer(corpus: Path) -> PreTrainedTokenizerFast:
 
 def build_model() -> LlamaForCausalLM:
     """1.9 M parameters with grouped-query attention; the FFN is wide because that is where the sparsity acts."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=768,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    config = hf_config(SHAPE, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     return LlamaForCausalLM(config)
 
 

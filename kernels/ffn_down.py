@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .indexed_linear import add_update, indexed_nn, indexed_nt, linear, matmul
+from .operands import NNOperands, NTOperands
 from .operator import register, register_with_gradient
 from .stored import EncodedWeight, Weight, refuse_trainable, unpack
 
@@ -37,7 +38,7 @@ def _forward(
     y = (h_context.new_empty if covered == tokens else h_context.new_zeros)(tokens, weight.length)
     if some_dense:
         y.index_copy_(0, dense_rows, add_update(matmul(h_dense, weight.parts[0], bias), low_dense, b))
-    return indexed_nn(h_context, weight, context_rows, channels, y, bias=bias, low=low_context, b=b)
+    return indexed_nn(NNOperands(h_context, context_rows, channels, y, bias=bias, low=low_context, b=b), weight)
 
 
 def _forward_fake(h_dense: Tensor, h_context: Tensor, parts: list[Tensor], layout: list[int], *rest: Any) -> Tensor:
@@ -61,7 +62,7 @@ def _backward(
     weight = EncodedWeight(parts, layout).once(some_dense, grad.dtype)
     dense = grad.index_select(0, dense_rows)
     wide = linear(dense, weight.parts[0]) if some_dense else grad.new_empty(0, weight.channels)
-    kept = indexed_nt(grad, weight, context_rows, channels)
+    kept = indexed_nt(NTOperands(grad, context_rows, channels), weight)
     if b is None or low_dense is None or low_context is None:
         return wide, kept, grad.new_empty(0), grad.new_empty(0), grad.new_empty(0)
     context = grad.index_select(0, context_rows)

@@ -18,6 +18,7 @@ from torch import Tensor
 from .activations import activate, activate_backward
 from .backend import use_triton
 from .indexed_linear import add_update, indexed_nt, linear, matmul, triton_matrix
+from .operands import NTOperands
 from .operator import register, register_with_gradient
 from .stored import EncodedWeight, Weight, refuse_trainable, unpack
 
@@ -72,8 +73,8 @@ def _up(
         )
     else:
         context = x.index_select(0, context_rows)
-        g_c = indexed_nt(context, gate, None, channels, bias=gate_bias)
-        u_c = indexed_nt(context, up, None, channels, bias=up_bias)
+        g_c = indexed_nt(NTOperands(context, None, channels, bias=gate_bias), gate)
+        u_c = indexed_nt(NTOperands(context, None, channels, bias=up_bias), up)
         add_update(g_c, _at(gate_low, context_rows), _at(gate_b, channels))
         add_update(u_c, _at(up_low, context_rows), _at(up_b, channels))
         h_c = activate(activation, g_c).mul_(u_c)

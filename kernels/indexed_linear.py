@@ -4,7 +4,7 @@
     indexed_nn    Y[rows] = H · W[channels] + b + low · Bᵀ      W: (C, out)    H: (n, k), or (T, C) by index   Y: (T, out)
 
 The channel is dim 0 of the stored matrix in both, so that each is the other's input gradient and a gather is a gather
-of contiguous rows. These have no autograd of their own.
+of contiguous rows. These have no autograd of their own. Operands: :mod:`sparselora_kernels.operands`.
 
 On a CPU the chosen rows are copied and multiplied by the vendor's GEMM. A GPU has the choice between that and a Triton
 kernel that reads rows by index (:mod:`sparselora_kernels.gpu.indexed_linear`); :func:`prefers_vendor` makes it.
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .backend import use_triton
 from .nf4 import levels, row_absmax
+from .operands import NNOperands, NTOperands
 from .stored import EncodedWeight
 
 if TYPE_CHECKING:
@@ -77,55 +78,31 @@ def triton_matrix(weight: EncodedWeight, channels: Tensor | None, x: Tensor) -> 
     return NF4Matrix(codes, row_absmax(scales, channels, length, bool(double_quant)), levels(codes.device), length)
 
 
-def _kept(channels: Tensor | None, weight: EncodedWeight) -> int:
-    return weight.channels if channels is None else channels.shape[0]
+def _triton_choice(x: Tensor, weight: EncodedWeight, tokens: Tensor, channels: Tensor | None) -> Matrix | None:
+    """The matrix for the product's Triton kernel; ``None`` where the vendor's GEMM is used, by rule or for want of one.
+    ``tokens`` is anything with a row a token of the product."""
+    if not use_triton(x):  # The rule below costs host time.
+        return None
+    k = weight.channels if channels is None else channels.shape[0]
+    if prefers_vendor(tokens.shape[0], k, weight.length, x.dtype, nf4=not weight.plain):
+        return None
+    return triton_matrix(weight, channels, x)
 
 
-def indexed_nt(
-    x: Tensor,
-    weight: EncodedWeight,
-    rows: Tensor | None,
-    channels: Tensor | None,
-    *,
-    bias: Tensor | None = None,
-    out: Tensor | None = None,
-    accumulate: bool = False,
-) -> Tensor:
-    """``x[rows] · weight[channels]ᵀ + bias[channels]``.
+def indexed_nt(operands: NTOperands, weight: EncodedWeight) -> Tensor:
+    """The product of :class:`NTOperands` with ``weight`` (C, in): (n, k) in ``x.dtype``, or ``out``."""
+    x, rows, channels, *_ = operands
+    matrix = _triton_choice(x, weight, x if rows is None else rows, channels)
+    if matrix is None:
+        return vendor_nt(operands, weight)
+    from .gpu.indexed_linear import indexed_nt as triton_nt
 
-    Args:
-        x: (T, in).
-        weight: (C, in).
-        rows: (n,) int64 tokens; ``None`` means all.
-        channels: (k,) int64 rows of ``weight``, ascending; ``None`` means all.
-        bias: (C,).
-        out: (T, C) to write the result into, at ``out[rows, channels]``; needs both lists.
-        accumulate: add to what ``out`` holds there.
-
-    Returns:
-        (n, k) in ``x.dtype``, or ``out``.
-    """
-    n = x.shape[0] if rows is None else rows.shape[0]
-    if not prefers_vendor(n, _kept(channels, weight), weight.length, x.dtype, nf4=not weight.plain):
-        matrix = triton_matrix(weight, channels, x)
-        if matrix is not None:
-            from .gpu.indexed_linear import indexed_nt as triton_nt
-
-            return triton_nt(x, matrix, rows, channels, bias=bias, out=out, accumulate=accumulate)
-    return vendor_nt(x, weight, rows, channels, bias=bias, out=out, accumulate=accumulate)
+    return triton_nt(operands, matrix)
 
 
-def vendor_nt(
-    x: Tensor,
-    weight: EncodedWeight,
-    rows: Tensor | None,
-    channels: Tensor | None,
-    *,
-    bias: Tensor | None = None,
-    out: Tensor | None = None,
-    accumulate: bool = False,
-) -> Tensor:
-    """:func:`indexed_nt` by copied rows and the vendor's GEMM; ``accumulate`` rounds twice."""
+def vendor_nt(operands: NTOperands, weight: EncodedWeight) -> Tensor:
+    """:func:`indexed_nt` by copied rows and the vendor's GEMM; ``out`` needs both lists, ``accumulate`` rounds twice."""
+    x, rows, channels, bias, out, accumulate = operands
     if bias is not None and channels is not None:
         bias = bias.index_select(0, channels)
     y = linear(pick(x, rows), weight.decode(channels, x.dtype), bias)
@@ -137,59 +114,21 @@ def vendor_nt(
     return out.index_copy_(0, rows, at_rows)
 
 
-def indexed_nn(
-    h: Tensor,
-    weight: EncodedWeight,
-    rows: Tensor,
-    channels: Tensor | None,
-    out: Tensor,
-    *,
-    indexed: bool = False,
-    bias: Tensor | None = None,
-    low: Tensor | None = None,
-    b: Tensor | None = None,
-    accumulate: bool = False,
-) -> Tensor:
-    """``out[rows] = H · weight[channels] + bias + low · bᵀ``.
+def indexed_nn(operands: NNOperands, weight: EncodedWeight) -> Tensor:
+    """The product of :class:`NNOperands` with ``weight`` (C, out), into ``out``, which is returned."""
+    h, rows, channels, out, *_ = operands
+    matrix = _triton_choice(h, weight, out if rows is None else rows, channels)
+    if matrix is None:
+        return vendor_nn(operands, weight)
+    from .gpu.indexed_linear import indexed_nn as triton_nn
 
-    Args:
-        h: (n, k); or (T, C) with ``indexed``, and ``h[rows][:, channels]`` is read.
-        weight: (C, out).
-        rows: (n,) int64 tokens.
-        channels: (k,) int64 rows of ``weight``, ascending; ``None`` means all.
-        out: (T, out), written at ``rows`` only.
-        bias: (out,).
-        low, b: (n, R) and (out, R), a low-rank update; both or neither.
-        accumulate: add to what ``out`` holds there.
-
-    Returns:
-        ``out``.
-    """
-    if not prefers_vendor(rows.shape[0], _kept(channels, weight), weight.length, h.dtype, nf4=not weight.plain):
-        matrix = triton_matrix(weight, channels, h)
-        if matrix is not None:
-            from .gpu.indexed_linear import indexed_nn as triton_nn
-
-            return triton_nn(
-                h, matrix, rows, channels, out, indexed=indexed, bias=bias, low=low, b=b, accumulate=accumulate
-            )
-    return vendor_nn(h, weight, rows, channels, out, indexed=indexed, bias=bias, low=low, b=b, accumulate=accumulate)
+    return triton_nn(operands, matrix)
 
 
-def vendor_nn(
-    h: Tensor,
-    weight: EncodedWeight,
-    rows: Tensor,
-    channels: Tensor | None,
-    out: Tensor,
-    *,
-    indexed: bool = False,
-    bias: Tensor | None = None,
-    low: Tensor | None = None,
-    b: Tensor | None = None,
-    accumulate: bool = False,
-) -> Tensor:
-    """:func:`indexed_nn` by copied rows and the vendor's GEMM; rounds after each product."""
+def vendor_nn(operands: NNOperands, weight: EncodedWeight) -> Tensor:
+    """:func:`indexed_nn` by copied rows and the vendor's GEMM; needs ``rows``, rounds after each product."""
+    h, rows, channels, out, indexed, bias, low, b, accumulate = operands
+    assert rows is not None
     if indexed:
         h = h.index_select(0, rows)
         h = h if channels is None else h.index_select(1, channels)

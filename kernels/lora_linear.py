@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .indexed_linear import indexed_nn, indexed_nt, linear, matmul
+from .operands import NNOperands, NTOperands
 from .operator import register, register_with_gradient
 from .stored import EncodedWeight, Weight, refuse_trainable, unpack
 
@@ -100,9 +101,9 @@ def _forward(
             y.index_copy_(0, dense_rows, whole)
         adds = b is not None
         if transposed:
-            indexed_nn(x, weight, context_rows, channels, y, indexed=True, bias=bias, accumulate=adds)
+            indexed_nn(NNOperands(x, context_rows, channels, y, indexed=True, bias=bias, accumulate=adds), weight)
         else:
-            indexed_nt(x, weight, context_rows, channels, bias=bias, out=y, accumulate=adds)
+            indexed_nt(NTOperands(x, context_rows, channels, bias=bias, out=y, accumulate=adds), weight)
     if a is not None and b is not None and backward == "through_weight":
         low = x.new_empty(0)
     return y, low
@@ -175,9 +176,9 @@ def _backward(
             whole.addmm_(z.index_select(0, dense_rows), a)
         grad_x.index_copy_(0, dense_rows, whole)
     if transposed:
-        indexed_nt(grad, weight, context_rows, channels, out=grad_x, accumulate=a is not None)
+        indexed_nt(NTOperands(grad, context_rows, channels, out=grad_x, accumulate=a is not None), weight)
     else:
-        indexed_nn(grad, weight, context_rows, channels, grad_x, indexed=True, accumulate=a is not None)
+        indexed_nn(NNOperands(grad, context_rows, channels, grad_x, indexed=True, accumulate=a is not None), weight)
     return grad_x, grad_a, grad_b
 
 

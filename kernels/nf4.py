@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,13 +149,7 @@ def _nf4_rows(
 
 
 def _nf4_rows_fake(
-    codes: Tensor,
-    scales: Tensor,
-    channels: Tensor | None,
-    dtype: torch.dtype,
-    length: int,
-    double_quant: bool,
-    first: int,
+    codes: Tensor, scales: Tensor, channels: Tensor | None, dtype: torch.dtype, length: int, *_: Any
 ) -> Tensor:
     return codes.new_empty((codes.shape[0] if channels is None else channels.shape[0], length), dtype=dtype)
 

@@ -33,16 +33,18 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
-    from sparselora_dist.train import run
+    from sparselora_dist.train import closing_words, run
 
     try:
-        run(config)
+        summary = run(config)
     except (ValueError, OSError) as error:
         if os.environ.get("SPARSELORA_TRACEBACK"):
             raise
         rank = os.environ.get("RANK", "0")
         print(f"error: {error}\n(rank {rank}; SPARSELORA_TRACEBACK=1 shows where)", file=sys.stderr)
         return 2
+    if os.environ.get("RANK", "0") == "0":
+        print(closing_words(config, summary))
     return 0
 
 

@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..operands import NNOperands, NTOperands
 from .indexing import index_at, low_rank, nf4_tile, places, tile_of
-from .matrix import Matrix, check_rows, count_of, factors, stride_of, unit_stride, unpack
+from .matrix import Matrix, any_index, check_rows, count_of, factors, stride_of, unit_stride, unpack
 from .tiles import dot, rounded
 from .tiling import GROUP, RANK_STEP, Tile, choose, constants_of, kind_of, variant
 from .variants import Variant
@@ -141,26 +142,8 @@ def nn_kernel(
     tl.store(place, rounded(sums, out.dtype.element_ty), mask=inside)
 
 
-def indexed_nt(
-    x: Tensor,
-    weight: Matrix,
-    rows: Tensor | None,
-    channels: Tensor | None,
-    *,
-    bias: Tensor | None = None,
-    out: Tensor | None = None,
-    accumulate: bool = False,
-) -> Tensor:
-    """``x[rows] · weight[channels]ᵀ + bias[channels]``, into a compact result or into its places in ``out``.
-
-    Args:
-        x: (T, in) bf16 or fp32.
-        weight: (C, in) in ``x.dtype``, or NF4.
-        rows: (n,) int64, each at most once; ``None`` for all T.
-        channels: (k,) int64, each at most once; ``None`` for all C.
-        bias: (C,).
-        out: (T, C) in ``x.dtype``: ``out[rows[:, None], channels]`` is written and nothing else.
-        accumulate: add to ``out`` instead; in fp32, rounded once.
+def indexed_nt(operands: NTOperands, weight: Matrix) -> Tensor:
+    """The product of :class:`NTOperands` with ``weight`` (C, in), in bf16 or fp32; ``accumulate`` adds in fp32.
 
     Returns:
         ``out``, or (n, k) in ``x.dtype`` without it.
@@ -168,6 +151,7 @@ def indexed_nt(
     Raises:
         ValueError: dtypes that differ or have no kernel, ``accumulate`` without ``out``, rows of ``out`` not contiguous.
     """
+    x, rows, channels, bias, out, accumulate = operands
     if accumulate and out is None:
         raise ValueError("accumulate=True needs the tensor to add to: out")
     if out is not None:
@@ -182,7 +166,7 @@ def indexed_nt(
     columns = scatter and channels is not None
     nf4 = absmax is not None
     tile = choose(NT_TILES[kind_of(x.dtype, nf4=nf4, ragged=k % 16 > 0, columns=columns)], n, k, x.device)
-    absent = x.new_empty(1, dtype=torch.int64)
+    absent = any_index(rows, channels, x)
     with torch.cuda.device_of(x):
         nt_kernel[(triton.cdiv(n, tile.m) * triton.cdiv(k, tile.n),)](
             x, data, absmax, levels,
@@ -196,30 +180,8 @@ def indexed_nt(
     return y
 
 
-def indexed_nn(
-    h: Tensor,
-    weight: Matrix,
-    rows: Tensor | None,
-    channels: Tensor | None,
-    out: Tensor,
-    *,
-    indexed: bool,
-    bias: Tensor | None = None,
-    low: Tensor | None = None,
-    b: Tensor | None = None,
-    accumulate: bool = False,
-) -> Tensor:
-    """``out[rows] (+)= H · weight[channels] + bias + low · bᵀ``; other rows of ``out`` stay as they are.
-
-    Args:
-        h: bf16 or fp32; (n, k) compact, or (T, C) where ``indexed``, and then ``H = h[rows][:, channels]``.
-        weight: (C, out) in ``h.dtype``, or NF4.
-        rows: (n,) int64, each at most once; ``None`` for all T.
-        channels: (k,) int64, each at most once; ``None`` for all C.
-        out: (T, out) in ``h.dtype``.
-        bias: (out,).
-        low, b: (n, R) compact and (out, R) in ``h.dtype``, R of any size.
-        accumulate: add to ``out``; in fp32, rounded once.
+def indexed_nn(operands: NNOperands, weight: Matrix) -> Tensor:
+    """The product of :class:`NNOperands` with ``weight`` (C, out), in bf16 or fp32; ``accumulate`` adds in fp32.
 
     Returns:
         ``out``.
@@ -228,6 +190,7 @@ def indexed_nn(
         ValueError: dtypes that differ or have no kernel, a low-rank factor without its pair, rows of ``out`` not
             contiguous.
     """
+    h, rows, channels, out, indexed, bias, low, b, accumulate = operands
     check_rows(out)
     h = unit_stride(h)
     low, b, rank = factors(low, b, h)
@@ -238,7 +201,7 @@ def indexed_nn(
     columns = indexed and channels is not None
     nf4 = absmax is not None
     tile = choose(NN_TILES[kind_of(h.dtype, nf4=nf4, ragged=k % 16 > 0, columns=columns)], n, length, h.device)
-    absent = h.new_empty(1, dtype=torch.int64)
+    absent = any_index(rows, channels, h)
     with torch.cuda.device_of(h):
         nn_kernel[(triton.cdiv(n, tile.m) * triton.cdiv(length, tile.n),)](
             h, data, absmax, levels,

@@ -88,6 +88,12 @@ def check_rows(out: Tensor) -> None:
         raise ValueError(f"the rows of out must be contiguous, its strides are {out.stride()}")
 
 
+def any_index(rows: Tensor | None, channels: Tensor | None, x: Tensor) -> Tensor:
+    """What stands in an absent list's place, where no kernel reads it: the other list, an allocation only without one."""
+    other = rows if channels is None else channels
+    return x.new_empty(1, dtype=torch.int64) if other is None else other
+
+
 def count_of(index: Tensor | None, otherwise: int) -> int:
     return otherwise if index is None else index.shape[0]
 

@@ -1,22 +1,16 @@
-"""Reference of ``kernels/indexed_linear.py``: plain indexing around a whole product."""
+"""Reference of ``kernels/indexed_linear.py``: plain indexing around a whole product with the values of the matrix."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ..operands import NNOperands, NTOperands
 
-def indexed_nt(
-    x: Tensor,
-    weight: Tensor,
-    rows: Tensor | None,
-    channels: Tensor | None,
-    *,
-    bias: Tensor | None = None,
-    out: Tensor | None = None,
-    accumulate: bool = False,
-) -> Tensor:
+
+def indexed_nt(operands: NTOperands, weight: Tensor) -> Tensor:
     """See :func:`sparselora_kernels.indexed_linear.indexed_nt`; a new tensor where ``out`` would be written."""
+    x, rows, channels, bias, out, accumulate = operands
     rows = torch.arange(x.shape[0]) if rows is None else rows
     channels = torch.arange(weight.shape[0]) if channels is None else channels
     y = x @ weight.t() if bias is None else x @ weight.t() + bias
@@ -28,20 +22,10 @@ def indexed_nt(
     return result
 
 
-def indexed_nn(
-    h: Tensor,
-    weight: Tensor,
-    rows: Tensor,
-    channels: Tensor | None,
-    out: Tensor,
-    *,
-    indexed: bool = False,
-    bias: Tensor | None = None,
-    low: Tensor | None = None,
-    b: Tensor | None = None,
-    accumulate: bool = False,
-) -> Tensor:
+def indexed_nn(operands: NNOperands, weight: Tensor) -> Tensor:
     """See :func:`sparselora_kernels.indexed_linear.indexed_nn`; a new tensor where ``out`` would be written."""
+    h, rows, channels, out, indexed, bias, low, b, accumulate = operands
+    rows = torch.arange(out.shape[0]) if rows is None else rows
     channels = torch.arange(weight.shape[0]) if channels is None else channels
     y = (h[rows][:, channels] if indexed else h) @ weight[channels]
     if bias is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,10 @@ def build_model(
         progress=progress and not config.train.disable_tqdm,
     )
     use_packed_attention(base.model)
-    model = get_peft_model(base.model, lora)
+    with warnings.catch_warnings():
+        # PEFT asks Transformers for a name that it is about to drop.
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        model = get_peft_model(base.model, lora)
     if config.engine.name == "zero3":
         # The optimizer keeps fp32 masters; elsewhere the adapter's own weights, which PEFT makes fp32, are the masters.
         for parameter in model.parameters():
@@ -58,7 +62,9 @@ def build_model(
     apply_sparselora(model, config.sparse_lora, weights=base.weights, timeout=config.train.ddp_timeout)
     if config.train.gradient_checkpointing or config.engine.fsdp_options().get("fsdp_activation_checkpointing"):
         options = {"use_reentrant": False, **(config.train.gradient_checkpointing_kwargs or {})}
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        # Transformers' new name of it, where it has one: the old one warns.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(options)
         if options["use_reentrant"]:
             model.enable_input_require_grads()
     model.train()

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 import torch
 
-from ..config.parse import ConfigError
+from ..config.errors import ConfigError
 
 KEY = "train.use_liger_kernel"
 

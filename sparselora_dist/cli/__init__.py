@@ -14,6 +14,7 @@ COMMANDS = {
     "calibrate": "measure every layer's sensitivity to sparsity on your data, and choose for a FLOP target",
     "inspect": "how well the estimator chooses on your data, and a report of a run",
     "factors": "estimator factors weighted by what the training rows bring, as a file for sparse_lora.factors",
+    "schema": "the JSON Schema of a run file, for editors",
     "merge": "merge an adapter into its base model, shard by shard",
 }
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..config.parse import ConfigError
+from ..config.errors import ConfigError
 from ..io.manifest import write_text
 
 FIDELITY_FILE = "fidelity.json"

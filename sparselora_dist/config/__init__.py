@@ -1,13 +1,13 @@
 """Configs: the ``sparse_lora`` settings, both official formats, and the one file that is a whole run."""
 
 from .engine import EngineSection
+from .errors import ConfigError
 from .lora import LoraSection
-from .official import from_official, from_official_dict
-from .parse import ConfigError, apply_overrides, parse_dataclass
+from .overrides import apply_overrides
 from .quantization import QuantizationSection
 from .ranges import compact_ranges, expand_ranges
 from .run import DataSection, ModelSection, RunConfig
-from .sparse import GROUPS, SparseLoRAConfig
+from .sparse import GROUPS, SparseLoRAConfig, from_official, from_official_dict
 from .train import TrainSection
 
 __all__ = [
@@ -26,5 +26,4 @@ __all__ = [
     "expand_ranges",
     "from_official",
     "from_official_dict",
-    "parse_dataclass",
 ]

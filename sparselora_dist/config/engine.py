@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+from annotated_types import MinLen
+from pydantic import BeforeValidator, with_config
+from typing_extensions import TypedDict
+
+from .errors import ConfigError, require, show
 from .files import load_file
-from .parse import ConfigError, check_fields, dump_dataclass, parse_dataclass, refuse_code, require, show, unknown_key
-
-__all__ = ["EngineSection"]
+from .limits import ALLOWED, Auto, Path, Positive, Says
+from .model import CONFIG, Section, own, section
 
 # DeepSpeed's own top-level keys: only to answer one that was put a level too high.
-# fmt: off
-_DEEPSPEED_KEYS = frozenset((
-    "activation_checkpointing", "aio", "amp", "autotuning", "bf16", "bfloat16", "checkpoint", "comms_logger",
-    "communication_data_type", "compile", "compression_training", "csv_monitor", "data_efficiency", "data_types",
-    "dataloader_drop_last", "disable_allgather", "dump_state", "elasticity", "flops_profiler", "fp16",
-    "gradient_accumulation_steps", "gradient_clipping", "gradient_predivide_factor", "hybrid_engine",
-    "load_universal_checkpoint", "memory_breakdown", "optimizer", "pipeline", "prescale_gradients", "scheduler",
-    "seq_parallel_communication_data_type", "sparse_attention", "sparse_gradients", "steps_per_print", "tensorboard",
-    "torch_autocast", "train_batch_size", "train_micro_batch_size_per_gpu", "use_node_local_storage",
-    "wall_clock_breakdown", "wandb", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
-    "zero_optimization",
-))
-# fmt: on
+_DEEPSPEED_KEYS = """
+    activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comms_logger communication_data_type compile
+    compression_training csv_monitor data_efficiency data_types dataloader_drop_last disable_allgather dump_state
+    elasticity flops_profiler fp16 gradient_accumulation_steps gradient_clipping gradient_predivide_factor
+    hybrid_engine load_universal_checkpoint memory_breakdown optimizer pipeline prescale_gradients scheduler
+    seq_parallel_communication_data_type sparse_attention sparse_gradients steps_per_print tensorboard torch_autocast
+    train_batch_size train_micro_batch_size_per_gpu use_node_local_storage wall_clock_breakdown wandb
+    zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
+"""
 
 _OLD = "belongs to FSDP1, which is not offered"
 # Accelerate's names that FSDP2 no longer has, with what stands in their place.
@@ -38,60 +36,77 @@ _FSDP1_KEYS = {
     "fsdp_use_orig_params": f"{_OLD}: FSDP2 always keeps the original parameters; remove it",
     "fsdp_min_num_params": f"{_OLD}: every decoder layer is a unit of its own here; remove it",
 }
-_DTYPES = ("fp32", "float32", "bf16", "bfloat16")
-_POLICY_KEYS = ("param_dtype", "reduce_dtype", "output_dtype", "cast_forward_inputs")
-
-
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_names(value: Any) -> bool:
-    items = value if isinstance(value, list) else [value]
-    return bool(items) and all(isinstance(item, str) and item for item in items)
-
-
-def _is_policy(value: Any) -> bool:
-    if not isinstance(value, dict):
-        return value in _DTYPES
-    return all(
-        isinstance(item, bool) if key == "cast_forward_inputs" else item in _DTYPES for key, item in value.items()
-    )
-
-
-_BOOL: tuple[Callable[[Any], bool], str] = (_is_bool, 'true, false or "auto"')
-_SIZE: tuple[Callable[[Any], bool], str] = (_is_size, 'integers from 1, or "auto"')
-_FSDP_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "dp_replicate_size": _SIZE,
-    "dp_shard_size": _SIZE,
-    "fsdp_version": (lambda value: value == 2 and not isinstance(value, bool), "2"),
-    "fsdp_reshard_after_forward": _BOOL,
-    "fsdp_cpu_ram_efficient_loading": _BOOL,
-    "fsdp_offload_params": _BOOL,
-    "fsdp_activation_checkpointing": _BOOL,
-    "fsdp_state_dict_type": (
-        lambda value: value in ("SHARDED_STATE_DICT", "FULL_STATE_DICT"),
-        '"SHARDED_STATE_DICT", "FULL_STATE_DICT" or "auto"',
-    ),
-    "fsdp_auto_wrap_policy": (
-        lambda value: value == "TRANSFORMER_BASED_WRAP",
-        '"TRANSFORMER_BASED_WRAP" or "auto": every decoder layer is a unit of its own',
-    ),
-    "fsdp_transformer_layer_cls_to_wrap": (_is_names, 'a class name, a list of class names, or "auto"'),
-    "fsdp_mixed_precision_policy": (
-        _is_policy,
-        f'one of {", ".join(_DTYPES)}, "auto", or an object with {", ".join(_POLICY_KEYS[:3])} (one of these each) and '
-        f"{_POLICY_KEYS[3]} (true or false)",
-    ),
+_REFUSED_ZERO = {
+    "zero_quantized_nontrainable_weights": "frozen weights are stored by 'quantization': set "
+    "'quantization.load_in_4bit' true instead",
+    "mics_shard_size": "newer DeepSpeed has no MiCS. To gather inside a node only, use 'zero_hpz_partition_size' (ranks "
+    "of a node), or engine.name \"fsdp2\" with 'engine.fsdp.dp_shard_size'",
 }
+_Dtype = Literal["fp32", "float32", "bf16", "bfloat16"]
+_Flag = Annotated[bool | Auto, ALLOWED]
+_Size = Annotated[Positive | Auto, ALLOWED]
+_ClassName = Annotated[str, MinLen(1)]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineSection:
+@with_config(CONFIG)
+class MixedPrecision(TypedDict, total=False):
+    """The dtypes of an FSDP2 unit."""
+
+    param_dtype: Annotated[_Dtype, ALLOWED]
+    """Of the gathered parameters and the compute."""
+    reduce_dtype: Annotated[_Dtype, ALLOWED]
+    """Of the gradients' reduction."""
+    output_dtype: Annotated[_Dtype, ALLOWED]
+    """Of what a unit returns."""
+    cast_forward_inputs: Annotated[bool, ALLOWED]
+    """Cast what a unit receives to ``param_dtype``."""
+
+
+@with_config(CONFIG)
+class FsdpOptions(TypedDict, total=False):
+    """Accelerate's names of FSDP2's options; "auto" leaves one to the engine."""
+
+    dp_replicate_size: _Size
+    """Replicas of the sharded model."""
+    dp_shard_size: _Size
+    """Ranks that share one copy of the model, such as the GPUs of a node."""
+    fsdp_version: Annotated[Literal[2], ALLOWED]
+    """FSDP2 is the one that is offered."""
+    fsdp_reshard_after_forward: _Flag
+    """Free gathered weights after forward and gather them again in backward."""
+    fsdp_cpu_ram_efficient_loading: _Flag
+    """Accepted, not needed: each rank reads its own slices anyway."""
+    fsdp_offload_params: _Flag
+    """Keep shards in the host's memory."""
+    fsdp_activation_checkpointing: _Flag
+    """As ``train.gradient_checkpointing``."""
+    fsdp_state_dict_type: Annotated[Literal["SHARDED_STATE_DICT", "FULL_STATE_DICT", "auto"], ALLOWED]
+    """Accepted, not needed: checkpoints load at any number of ranks."""
+    fsdp_auto_wrap_policy: Annotated[
+        Literal["TRANSFORMER_BASED_WRAP", "auto"],
+        ALLOWED,
+        Says('"TRANSFORMER_BASED_WRAP" or "auto": every decoder layer is a unit of its own'),
+    ]
+    """Accepted, not needed: every decoder layer is a unit of its own."""
+    fsdp_transformer_layer_cls_to_wrap: Annotated[
+        _ClassName | Annotated[list[_ClassName], MinLen(1)],
+        ALLOWED,
+        Says('a class name, a list of class names, or "auto"'),
+    ]
+    """Accepted, not needed: the decoder layer is found by itself."""
+    fsdp_mixed_precision_policy: _Dtype | Auto | MixedPrecision
+    """One dtype for all, or an object."""
+
+
+def _refuse_fsdp1(value: Any) -> Any:
+    for key in value if isinstance(value, dict) else ():
+        if key in _FSDP1_KEYS:
+            raise ConfigError(f"'{EngineSection.PATH}.fsdp.{key}' ({show(value[key])}) {_FSDP1_KEYS[key]}")
+    return value
+
+
+@section
+class EngineSection(Section):
     """One engine, and that engine's own settings under its own name."""
 
     PATH: ClassVar[str] = "engine"
@@ -99,14 +114,13 @@ class EngineSection:
     name: Literal["single", "zero3", "fsdp2"]
     """``single`` process, DeepSpeed ZeRO-3, or PyTorch FSDP2."""
 
-    deepspeed: dict[str, Any] | str | None = None
+    deepspeed: dict[str, Any] | Path | None = None
     """For ``zero3``: DeepSpeed's JSON verbatim, or the path of a file with it; "auto" values are filled in later."""
 
-    fsdp: dict[str, Any] | None = None
+    fsdp: Annotated[FsdpOptions, BeforeValidator(_refuse_fsdp1)] | None = None
     """For ``fsdp2``: Accelerate's names (``fsdp_reshard_after_forward`` and so on); "auto" leaves one to the engine."""
 
     def __post_init__(self) -> None:
-        check_fields(self, self.PATH)
         for key, engine in (("deepspeed", "zero3"), ("fsdp", "fsdp2")):
             if getattr(self, key) is not None and self.name != engine:
                 raise ConfigError(
@@ -115,27 +129,14 @@ class EngineSection:
                 )
         if self.deepspeed is not None:
             _check_deepspeed(self.deepspeed_config(), f"{self.PATH}.deepspeed")
-        if self.fsdp is not None:
-            _check_fsdp(self.fsdp, f"{self.PATH}.fsdp")
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> EngineSection:
-        """From the keys above; DeepSpeed's and FSDP's own keys are refused here and pointed to their block."""
-        refuse_code(data, cls.PATH)
-        for key in data if isinstance(data, dict) else ():
-            if key in _DEEPSPEED_KEYS:
-                raise ConfigError(
-                    f"unknown key '{cls.PATH}.{key}': it is DeepSpeed's: put it under '{cls.PATH}.deepspeed' "
-                    f"(as '{cls.PATH}.deepspeed.{key}')"
-                )
-            if str(key).startswith("fsdp_"):
-                raise ConfigError(
-                    f"unknown key '{cls.PATH}.{key}': put it under '{cls.PATH}.fsdp' (as '{cls.PATH}.fsdp.{key}')"
-                )
-        return parse_dataclass(cls, data, cls.PATH)
-
-    def to_dict(self) -> dict[str, Any]:
-        return dump_dataclass(self)
+    def elsewhere(cls, key: str) -> str | None:
+        if key in _DEEPSPEED_KEYS.split():
+            return f": it is DeepSpeed's: put it under '{cls.PATH}.deepspeed' (as '{cls.PATH}.deepspeed.{key}')"
+        if key in FsdpOptions.__annotations__ or key.startswith("fsdp_"):
+            return f": put it under '{cls.PATH}.fsdp' (as '{cls.PATH}.fsdp.{key}')"
+        return None
 
     def deepspeed_config(self) -> dict[str, Any]:
         """DeepSpeed's JSON as a dict of the caller's own, read from its file where a path was given; {} without one."""
@@ -162,10 +163,8 @@ class EngineSection:
         """
         options = self.fsdp_options()
         replicas, shards = options.get("dp_replicate_size"), options.get("dp_shard_size")
-        if shards is None:
-            shards = world_size // (replicas or 1)
-        if replicas is None:
-            replicas = world_size // shards
+        shards = shards or world_size // (replicas or 1)
+        replicas = replicas or world_size // shards
         if replicas * shards != world_size:
             raise ConfigError(
                 f"'{self.PATH}.fsdp': dp_replicate_size {options.get('dp_replicate_size', 'auto')} and dp_shard_size "
@@ -177,21 +176,14 @@ class EngineSection:
 
 def _check_deepspeed(config: dict[str, Any], at: str) -> None:
     """Only what this project must know; DeepSpeed itself checks the rest of its JSON."""
-    refuse_code(config, at)
+    own(config, at)
     if "sparse_lora" in config:
         raise ConfigError(f"'{at}.sparse_lora' is not DeepSpeed's: it is a section of its own, beside 'engine'")
     zero = config.get("zero_optimization", {})
     require(isinstance(zero, dict), f"{at}.zero_optimization", zero, 'an object such as {"stage": 3}')
-    if zero.get("zero_quantized_nontrainable_weights"):
-        raise ConfigError(
-            f"'{at}.zero_optimization.zero_quantized_nontrainable_weights': frozen weights are stored by 'quantization': "
-            "set 'quantization.load_in_4bit' true instead"
-        )
-    if zero.get("mics_shard_size"):
-        raise ConfigError(
-            f"'{at}.zero_optimization.mics_shard_size': newer DeepSpeed has no MiCS. To gather inside a node only, use "
-            "'zero_hpz_partition_size' (ranks of a node), or engine.name \"fsdp2\" with 'engine.fsdp.dp_shard_size'"
-        )
+    for key, why in _REFUSED_ZERO.items():
+        if zero.get(key):
+            raise ConfigError(f"'{at}.zero_optimization.{key}': {why}")
     stage = zero.get("stage", 3)
     require(
         stage == 3 and not isinstance(stage, bool), f"{at}.zero_optimization.stage", stage, "3 (the engine is ZeRO-3)"
@@ -202,17 +194,3 @@ def _check_deepspeed(config: dict[str, Any], at: str) -> None:
             f"'{at}.zero_optimization.offload_param.device' is \"nvme\": frozen weights are streamed from their files to a "
             'GPU or to the host\'s memory; use "cpu" or "none"'
         )
-
-
-def _check_fsdp(config: dict[str, Any], at: str) -> None:
-    for key, value in config.items():
-        if key in _FSDP1_KEYS:
-            raise ConfigError(f"'{at}.{key}' ({show(value)}) {_FSDP1_KEYS[key]}")
-        if key not in _FSDP_KEYS:
-            raise unknown_key(at, key, _FSDP_KEYS)
-        fits, allowed = _FSDP_KEYS[key]
-        if key == "fsdp_mixed_precision_policy" and isinstance(value, dict):
-            for name in value:
-                if name not in _POLICY_KEYS:
-                    raise unknown_key(f"{at}.{key}", name, _POLICY_KEYS)
-        require((value == "auto" and key != "fsdp_version") or fits(value), f"{at}.{key}", value, allowed)

@@ -8,31 +8,21 @@ import os
 import re
 from typing import Any
 
-__all__ = ["ConfigError", "load_file", "parse_json", "parse_yaml", "show"]
+from .errors import ConfigError, show
+
+SUFFIXES = (".json", ".yaml", ".yml")
 
 _TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|-?Infinity|NaN|-?[0-9][0-9.eE+-]*|[{}\[\]]')
 _AFTER_KEY = re.compile(r"\s*:")
 
 
-class ConfigError(ValueError):
-    """A config that cannot be used. The message names the key or file, the value, and what would be right."""
-
-
-def show(value: object) -> str:
-    """A value as the user wrote it in JSON, cut to a readable length."""
-    try:
-        text = json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError):
-        text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."
-
-
-def load_file(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The object in a ``.json``, ``.yaml`` or ``.yml`` file."""
+def load_file(path: str | os.PathLike[str], suffixes: tuple[str, ...] = SUFFIXES) -> dict[str, Any]:
+    """The object in a file whose name ends in one of ``suffixes``."""
     name = os.fspath(path)
-    suffix = os.path.splitext(name)[1].lower()
-    if suffix not in (".json", ".yaml", ".yml"):
-        raise ConfigError(f"config file '{name}': a name that ends in .json, .yaml or .yml is expected")
+    if not name.lower().endswith(suffixes):
+        *most, last = suffixes
+        names = f"{', '.join(most)} or {last}" if most else last
+        raise ConfigError(f"config file '{name}': a name that ends in {names} is expected")
     try:
         with open(name, encoding="utf-8-sig") as file:
             text = file.read()
@@ -42,7 +32,7 @@ def load_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ConfigError(
             f"config file '{name}' is not UTF-8 text: byte {error.start} is not part of a character"
         ) from error
-    data = parse_json(text, name) if suffix == ".json" else parse_yaml(text, name)
+    data = parse_json(text, name) if name.lower().endswith(".json") else parse_yaml(text, name)
     if not isinstance(data, dict):
         raise ConfigError(f"config file '{name}' holds {show(data)}: expected an object of keys and values")
     return data
@@ -89,38 +79,24 @@ def parse_yaml(text: str, source: str) -> Any:
     """YAML by the safe loader: tags that would build objects are refused, and so are duplicate keys."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen: set[tuple[str, str]] = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    if (key.tag, key.value) in seen:
+                        place = f"line {key.start_mark.line + 1}, column {key.start_mark.column + 1}"
+                        raise ConfigError(f"{source}: {place}: the key '{key.value}' is given twice; keep one")
+                    seen.add((key.tag, key.value))
+            return super().construct_mapping(node, deep)
+
     try:
-        _refuse_yaml_duplicates(yaml.compose(text, Loader=yaml.SafeLoader), source, set())
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader)
+    except ConfigError:
+        raise
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise ConfigError(f"{source}: {where}not plain YAML: {problem}") from error
+        raise ConfigError(f"{source}: {where}not plain YAML: {getattr(error, 'problem', None) or error}") from error
     except (ValueError, RecursionError) as error:
-        raise ConfigError(
-            str(error) if isinstance(error, ConfigError) else f"{source}: not YAML that can be read: {error}"
-        ) from error
-
-
-def _refuse_yaml_duplicates(node: Any, source: str, done: set[int]) -> None:
-    import yaml
-
-    if id(node) in done:  # an alias points at a node that was looked at already
-        return
-    done.add(id(node))
-    if isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _refuse_yaml_duplicates(item, source, done)
-    if not isinstance(node, yaml.MappingNode):
-        return
-    seen: set[tuple[str, str]] = set()
-    for key, value in node.value:
-        if isinstance(key, yaml.ScalarNode):
-            name = (key.tag, key.value)
-            if name in seen:
-                mark = key.start_mark
-                where = f"line {mark.line + 1}, column {mark.column + 1}"
-                raise ConfigError(f"{source}: {where}: the key '{key.value}' is given twice; keep one")
-            seen.add(name)
-        _refuse_yaml_duplicates(value, source, done)
+        raise ConfigError(f"{source}: not YAML that can be read: {error}") from error

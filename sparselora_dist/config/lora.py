@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from .parse import ConfigError, coerce, refuse_code, require, show, unknown_key
+from annotated_types import MinLen
+from pydantic import ConfigDict, TypeAdapter, model_serializer, with_config
+from typing_extensions import TypedDict
+
+from .errors import ConfigError, require, show, unknown_key
+from .limits import ALLOWED, AboveZero, BelowOne, Positive, Says
+from .model import CONFIG, Section, parse, section
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-__all__ = ["LoraSection"]
 
 _DEFAULTS: dict[str, Any] = {
     "task_type": "CAUSAL_LM",
@@ -27,27 +31,40 @@ _IMPORT = "it names a module to import, and a config holds values only; remove t
 # Options that are refused when they are set to anything but false or null, with the reason.
 _REFUSED = {
     "use_dora": "DoRA rescales by the norm of the full weight, which a sparse layer does not compute: use plain LoRA",
-    "use_qalora": _VARIANT,
-    "use_bdlora": _VARIANT,
-    "arrow_config": _VARIANT,
-    "kasa_config": _VARIANT,
-    "monteclora_config": _VARIANT,
-    "velora_config": _VARIANT,
-    "alora_invocation_tokens": _VARIANT,
+    **dict.fromkeys(("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config"), _VARIANT),
+    **dict.fromkeys(("velora_config", "alora_invocation_tokens"), _VARIANT),
     "layer_replication": "it changes the number of layers under the sparsity ranges; remove the key",
     "trainable_token_indices": "it trains rows of an embedding that is sharded as it is loaded: use modules_to_save",
     "target_parameters": "it adapts bare parameters, and frozen matrices are stored in parts: use target_modules",
-    "auto_mapping": _IMPORT,
-    "megatron_config": _IMPORT,
-    "megatron_core": _IMPORT,
+    **dict.fromkeys(("auto_mapping", "megatron_config", "megatron_core"), _IMPORT),
     "inference_mode": "it freezes the adapter, so that nothing trains; remove the key",
 }
-# These start from a rewritten base weight, so that the saved adapter would not fit the plain base model.
-_INIT_ALLOWED = (True, False, "gaussian", "orthogonal")
+
+_Name = Annotated[str, MinLen(1)]
+_NAMES = Says('a list of module names, such as ["q_proj", "v_proj"]')
+_BIAS = Says('"none": the biases of the base model are frozen with its weights')
+# Other starts rewrite the base weight, so that the saved adapter would not fit the plain base model.
+_INIT = Says('true, false, "gaussian" or "orthogonal" (other starts rewrite or need more than the base weights)')
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoraSection:
+@with_config(ConfigDict(**{**CONFIG, "extra": "allow"}))
+class LoraValues(TypedDict, total=False):
+    """Those of PEFT's names that are checked here; PEFT itself checks the others."""
+
+    r: Annotated[Positive, ALLOWED]
+    lora_alpha: Annotated[Positive | AboveZero, ALLOWED, Says("numbers above 0")]
+    lora_dropout: Annotated[BelowOne, ALLOWED]
+    task_type: Annotated[Literal["CAUSAL_LM"], ALLOWED]
+    peft_type: Annotated[Literal["LORA"], ALLOWED]
+    bias: Annotated[Literal["none"], ALLOWED, _BIAS]
+    init_lora_weights: Annotated[bool | Literal["gaussian", "orthogonal"], ALLOWED, _INIT]
+    target_modules: Annotated[Annotated[list[_Name], MinLen(1)] | _Name, ALLOWED, _NAMES]
+    exclude_modules: Annotated[list[_Name] | _Name | None, ALLOWED, _NAMES]
+    modules_to_save: Annotated[list[_Name] | None, ALLOWED, _NAMES]
+
+
+@section
+class LoraSection(Section):
     """PEFT's options by their own names, with defaults where they are silent."""
 
     PATH: ClassVar[str] = "lora"
@@ -56,55 +73,31 @@ class LoraSection:
     """``LoraConfig`` keyword arguments, defaults filled in (r 16, lora_alpha 32, q/k/v/o, CAUSAL_LM)."""
 
     def __post_init__(self) -> None:
-        refuse_code(self.values, self.PATH)
-        given = coerce(dict[str, Any], self.values, self.PATH)
-        object.__setattr__(self, "values", {**copy.deepcopy(_DEFAULTS), **given})
-        self._check_names()
-        self._check_values()
-
-    def _check_names(self) -> None:
-        import peft
-
-        known = [item.name for item in dataclasses.fields(peft.LoraConfig)]
+        known = _known()
         for key, value in self.values.items():
-            at = f"{self.PATH}.{key}"
             if key in _REFUSED and value not in (None, False):
-                raise ConfigError(f"'{at}' is refused ({show(value)}): {_REFUSED[key]}")
+                raise ConfigError(f"'{self.PATH}.{key}' is refused ({show(value)}): {_REFUSED[key]}")
             if key not in known and key not in _REFUSED:
-                raise unknown_key(self.PATH, key, (name for name in known if name not in _REFUSED))
-
-    def _check_values(self) -> None:
-        values, at = self.values, self.PATH
-        require(_is(int, values["r"]) and values["r"] >= 1, f"{at}.r", values["r"], "integers from 1")
-        alpha, dropout = values["lora_alpha"], values.get("lora_dropout", 0.0)
-        require(_is((int, float), alpha) and alpha > 0, f"{at}.lora_alpha", alpha, "numbers above 0")
-        require(_is((int, float), dropout) and 0 <= dropout < 1, f"{at}.lora_dropout", dropout, "numbers in [0, 1)")
-        require(values["task_type"] == "CAUSAL_LM", f"{at}.task_type", values["task_type"], '"CAUSAL_LM"')
-        require(values.get("peft_type", "LORA") == "LORA", f"{at}.peft_type", values.get("peft_type"), '"LORA"')
-        bias = values.get("bias", "none")
-        require(bias == "none", f"{at}.bias", bias, '"none": the biases of the base model are frozen with its weights')
-        init = values.get("init_lora_weights", True)
-        require(
-            any(init == item and type(init) is type(item) for item in _INIT_ALLOWED),
-            f"{at}.init_lora_weights",
-            init,
-            'true, false, "gaussian" or "orthogonal" (other starts rewrite or need more than the base weights)',
-        )
-        for key in ("target_modules", "exclude_modules", "modules_to_save"):
-            names = values.get(key)
-            texts = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
-            ok = texts and bool(names) if key == "target_modules" else texts or names is None
-            if key != "modules_to_save":
-                ok = ok or (isinstance(names, str) and bool(names))
-            require(ok, f"{at}.{key}", names, 'a list of module names, such as ["q_proj", "v_proj"]')
+                raise unknown_key(self.PATH, key, known)
+        object.__setattr__(self, "values", parse(LoraValues, {**_DEFAULTS, **self.values}, self.PATH))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LoraSection:
         require(isinstance(data, dict), cls.PATH, data, "an object with the names of PEFT's LoraConfig")
         return cls(values=data)
 
+    @model_serializer
     def to_dict(self) -> dict[str, Any]:
         return copy.deepcopy(self.values)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, *_: Any) -> dict[str, Any]:
+        """PEFT's names instead of ``values``."""
+        schema = TypeAdapter(LoraValues).json_schema()
+        names = {name: schema["properties"].get(name, {}) for name in _known()}
+        for name, value in _DEFAULTS.items():
+            names[name]["default"] = value
+        return schema | {"description": cls.__doc__, "properties": names, "additionalProperties": False}
 
     def build(self) -> LoraConfig:
         """The ``peft.LoraConfig``. What PEFT itself refuses is a ConfigError here."""
@@ -117,5 +110,8 @@ class LoraSection:
             raise ConfigError(f"'{self.PATH}' is refused by PEFT: {error}") from error
 
 
-def _is(kind: type | tuple[type, ...], value: object) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
+def _known() -> list[str]:
+    """PEFT's names, without those that are refused."""
+    import peft
+
+    return [item.name for item in dataclasses.fields(peft.LoraConfig) if item.name not in _REFUSED]

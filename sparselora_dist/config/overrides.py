@@ -8,9 +8,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from .files import ConfigError, parse_json, show
-
-__all__ = ["apply_overrides"]
+from .errors import ConfigError, show
+from .files import parse_json
 
 
 def apply_overrides(data: dict[str, Any], argv: Sequence[str]) -> dict[str, Any]:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from .parse import ConfigError, check_fields, parse_dataclass, refuse_code, show
-
-__all__ = ["QuantizationSection"]
+from .limits import ALLOWED, Says
+from .model import Section, section
 
 _REFUSED = {
-    "load_in_8bit": "8-bit weights are not offered: use 'load_in_4bit', or leave the section out",
-    "llm_int8_skip_modules": "every matrix of the decoder layers is 4-bit, the embedding and the LM head never are",
+    "load_in_8bit": ": 8-bit weights are not offered: use 'load_in_4bit', or leave the section out",
+    "llm_int8_skip_modules": ": every matrix of the decoder layers is 4-bit, the embedding and the LM head never are",
 }
+_STORAGE = Says(
+    '"uint8"; only "uint8" is offered. Other storage dtypes exist so that FSDP can shard codes as if they were floats; '
+    "here codes and scales are sharded as the bytes that they are, which no engine casts: remove the key"
+)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class QuantizationSection:
+@section
+class QuantizationSection(Section):
     """Left out, or with ``load_in_4bit`` false, frozen weights stay in ``model.dtype``."""
 
     PATH: ClassVar[str] = "quantization"
@@ -33,24 +35,9 @@ class QuantizationSection:
     bnb_4bit_compute_dtype: Literal["float32", "bfloat16"] | None = None
     """What the products are computed in; null, or the same as ``model.dtype``."""
 
-    bnb_4bit_quant_storage: str = "uint8"
+    bnb_4bit_quant_storage: Annotated[Literal["uint8"], ALLOWED, _STORAGE] = "uint8"
     """The dtype of the codes in memory."""
 
-    def __post_init__(self) -> None:
-        storage = self.bnb_4bit_quant_storage
-        if storage != "uint8":
-            raise ConfigError(
-                f"'{self.PATH}.bnb_4bit_quant_storage' is {show(storage)}: only \"uint8\" is offered. Other storage dtypes "
-                "exist so that FSDP can shard codes as if they were floats; here codes and scales are sharded as the bytes "
-                "that they are, which no engine casts: remove the key"
-            )
-        check_fields(self, self.PATH)
-
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> QuantizationSection:
-        """From the object that a run file holds."""
-        refuse_code(data, cls.PATH)
-        for key in data if isinstance(data, dict) else ():
-            if key in _REFUSED:
-                raise ConfigError(f"'{cls.PATH}.{key}': {_REFUSED[key]}")
-        return parse_dataclass(cls, data, cls.PATH)
+    def elsewhere(cls, key: str) -> str | None:
+        return _REFUSED.get(key)

@@ -8,12 +8,17 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
-from .parse import ConfigError, show
-
-__all__ = ["check_ranges", "compact_ranges", "expand_ranges", "resolve_ranges"]
+from .errors import ConfigError, show
 
 # Six digits: no model has more layers, and a longer number is a typing error that should not be expanded.
 _PIECE = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")
+
+# The same for an editor: an object of ranges and their sparsity.
+RANGES_SCHEMA = {
+    "type": "object",
+    "propertyNames": {"pattern": r"^ *[0-9]{1,6}(-[0-9]{1,6})? *(, *[0-9]{1,6}(-[0-9]{1,6})? *)*$"},
+    "additionalProperties": {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
+}
 
 
 def _pieces(key: str, path: str) -> Iterator[tuple[int, int, str]]:

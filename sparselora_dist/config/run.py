@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import field
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge
+from pydantic import BeforeValidator, Field
 
 from .engine import EngineSection
+from .errors import ConfigError, require
+from .explain import keys_of
 from .files import load_file
+from .limits import Path, Positive, Says
 from .lora import LoraSection
-from .parse import (
-    ConfigError,
-    apply_overrides,
-    check_fields,
-    dump_dataclass,
-    field_keys,
-    parse_dataclass,
-    refuse_code,
-    require,
-    unknown_key,
-)
+from .model import Section, parse, section
+from .overrides import apply_overrides
 from .quantization import QuantizationSection
 from .sparse import SparseLoRAConfig
 from .train import TrainSection
 
-__all__ = ["DataSection", "ModelSection", "RunConfig"]
+_Rows = Annotated[Path, Says("a JSONL file, a folder, or a data set's id")]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelSection:
+@section
+class ModelSection(Section):
     """The base model."""
 
     PATH: ClassVar[str] = "model"
@@ -44,54 +41,48 @@ class ModelSection:
     """Transformers' name of an attention implementation; None is its own choice."""
 
     def __post_init__(self) -> None:
-        check_fields(self, self.PATH)
         name, at = self.name_or_path, f"{self.PATH}.name_or_path"
         require(bool(name.strip()), at, name, 'the path of a model folder, or a model id such as "org/name"')
-        parts = name.replace("\\", "/").split("/")
         require(
-            ".." not in parts or os.path.exists(name),
+            ".." not in name.replace("\\", "/").split("/") or os.path.exists(name),
             at,
             name,
             "a model id, which never contains '..', or the path of a folder that exists (this one does not)",
         )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataSection:
+@section
+class DataSection(Section):
     """What is trained on and evaluated on. The row format is detected."""
 
     PATH: ClassVar[str] = "data"
 
-    train: str
+    train: _Rows
     """A JSONL file, a folder saved by ``datasets``, or the id of a data set on the Hub."""
 
-    eval: str | None = None
+    eval: _Rows | None = None
     """The same for evaluation; None evaluates nothing."""
 
-    max_length: int = 1024
+    max_length: Annotated[int, Ge(2), Says("integers from 2")] = 1024
     """Tokens per sequence; longer ones are cut."""
 
     packing: bool | None = None
     """Rows of a step one after another, without padding, each seen by itself alone; null: where the attention can."""
 
-    train_limit: int | None = None
+    train_limit: Positive | None = None
     """Use the first rows only."""
 
-    eval_limit: int | None = None
+    eval_limit: Positive | None = None
     """The same for evaluation."""
 
-    def __post_init__(self) -> None:
-        check_fields(self, self.PATH)
-        require(bool(self.train), f"{self.PATH}.train", self.train, "a JSONL file, a folder, or a data set's id")
-        require(self.eval != "", f"{self.PATH}.eval", self.eval, "a JSONL file, a folder, a data set's id, or null")
-        require(self.max_length >= 2, f"{self.PATH}.max_length", self.max_length, "integers from 2")
-        for name in ("train_limit", "eval_limit"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{self.PATH}.{name}", value, "integers from 1, or null")
+
+def _lora(value: Any) -> Any:
+    """PEFT's names stand in the section itself, not under a key."""
+    return LoraSection.from_dict(value) if isinstance(value, dict) else value
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunConfig:
+@section
+class RunConfig(Section):
     """All sections of a run. ``sparse_lora`` left out is a plain LoRA run; ``engine`` left out is one process."""
 
     model: ModelSection
@@ -103,7 +94,7 @@ class RunConfig:
     train: TrainSection
     """Length, optimizer, batches, output."""
 
-    lora: LoraSection = field(default_factory=LoraSection)
+    lora: Annotated[LoraSection, BeforeValidator(_lora)] = field(default_factory=LoraSection)
     """The adapter, in PEFT's names."""
 
     sparse_lora: SparseLoRAConfig = field(default_factory=lambda: SparseLoRAConfig(enabled=False))
@@ -115,11 +106,10 @@ class RunConfig:
     engine: EngineSection = field(default_factory=lambda: EngineSection(name="single"))
     """Who holds the shards."""
 
-    comment: str | None = field(default=None, metadata={"key": "_comment"})
+    comment: str | None = Field(default=None, alias="_comment", exclude_if=lambda note: note is None)
     """A note for readers of the file, under the key ``_comment``; nothing reads it."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "")
         sparse = self.sparse_lora
         if sparse.enabled and not any(sparse.layers.values()):
             raise ConfigError(
@@ -166,28 +156,18 @@ class RunConfig:
         return self.train.max_tokens_per_micro_batch or most
 
     @classmethod
+    def elsewhere(cls, key: str) -> str | None:
+        sections = (ModelSection, DataSection, TrainSection, SparseLoRAConfig, QuantizationSection, EngineSection)
+        homes = [f"'{section.PATH}.{key}'" for section in sections if key in (keys_of(section) or ())]
+        return f" outside the sections: did you mean {' or '.join(homes)}?" if homes else None
+
+    @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RunConfig:
-        """From the object that a run file holds."""
-        refuse_code(data)
-        for key in data if isinstance(data, dict) else ():
-            if key not in field_keys(cls):
-                raise _misplaced(str(key)) or unknown_key("", key, field_keys(cls))
-        return parse_dataclass(cls, data, "")
+        """From the object that a run file holds, but for the name of its schema."""
+        run = {key: value for key, value in data.items() if key != "$schema"} if isinstance(data, dict) else data
+        return parse(cls, run, cls.PATH)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
         """From a JSON (or YAML) file, with ``--section.key value`` words on top."""
         return cls.from_dict(apply_overrides(load_file(path), overrides))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON data that ``from_dict`` reads back to an equal config, defaults written out."""
-        return dump_dataclass(self)
-
-
-def _misplaced(key: str) -> ConfigError | None:
-    """A section's key at the top of the file: say which section it belongs to."""
-    sections = (ModelSection, DataSection, TrainSection, SparseLoRAConfig, QuantizationSection, EngineSection)
-    homes = [f"'{section.PATH}.{key}'" for section in sections if key in field_keys(section)]
-    if not homes:
-        return None
-    return ConfigError(f"unknown key '{key}' outside the sections: did you mean {' or '.join(homes)}?")

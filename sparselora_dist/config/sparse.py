@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import field
+from typing import Annotated, Any, ClassVar, Literal
 
-from .files import load_file
-from .parse import ConfigError, check_fields, dump_dataclass, parse_dataclass, refuse_code, require, unknown_key
-from .ranges import check_ranges, resolve_ranges
+from pydantic import BeforeValidator, WithJsonSchema
 
-__all__ = ["GROUPS", "SparseLoRAConfig"]
+from .errors import ConfigError, require, unknown_key
+from .files import SUFFIXES, load_file
+from .limits import NonNegative, Path, Positive, Says, Share
+from .model import Section, section
+from .official import is_official, read_official
+from .ranges import RANGES_SCHEMA, check_ranges, resolve_ranges
 
 GROUPS = ("ffn", "qk", "vo")
 
+Step = Annotated[Share | NonNegative, Says("a float in [0, 1] (fraction of the run) or an integer from 0 (step)")]
+_LAYERS = WithJsonSchema(
+    {"type": "object", "properties": dict.fromkeys(GROUPS, RANGES_SCHEMA), "additionalProperties": False}
+)
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SparseLoRAConfig:
+
+def _check_layers(layers: Any) -> Any:
+    """Ahead of the type check, so that a sparsity of "0.9" or true is answered by what a sparsity may be."""
+    at = "sparse_lora.layers"
+    require(isinstance(layers, dict), at, layers, 'an object such as {"ffn": {"3-30": 0.99}}')
+    for group, ranges in layers.items():
+        if group not in GROUPS:
+            raise unknown_key(at, group, GROUPS)
+        require(isinstance(ranges, dict), f"{at}.{group}", ranges, 'an object of ranges, such as {"3-30": 0.99}')
+        check_ranges(ranges, f"{at}.{group}")
+    return layers
+
+
+@section
+class SparseLoRAConfig(Section):
     """Settings of the method: the same names in a dict, JSON, YAML and the ``sparse_lora`` section of a run."""
 
     PATH: ClassVar[str] = "sparse_lora"
@@ -24,24 +44,26 @@ class SparseLoRAConfig:
     enabled: bool = True
     """False: plain PEFT LoRA, nothing is replaced."""
 
-    rank: int = 8
+    rank: Positive = 8
     """Rank of the estimator factors that predict which channels matter."""
 
-    layers: dict[str, dict[str, float]] = field(default_factory=dict)
+    layers: Annotated[dict[str, dict[str, float]], BeforeValidator(_check_layers), _LAYERS] = field(
+        default_factory=dict
+    )
     """Per channel group (``ffn``, ``qk``, ``vo``): layer ranges (``"5"``, ``"3-30"``, ``"14-19,21-23"``, ends included)
     and their sparsity in [0, 1), the share of channels left out. Layers that are not named are dense."""
 
-    start_step: float | int = 0.0
+    start_step: Step = 0.0
     """Training is dense before this. A float is a fraction of the run in [0, 1]; an int is a step number."""
 
-    end_step: float | int | None = None
+    end_step: Step | None = None
     """Training is dense from here on. A float is a fraction of the run in [0, 1], an int is a step number, None is the
     end. JSON writers drop the ``.0``, so ``1`` is read as ``1.0``, the whole run."""
 
     mask_sync: Literal["global", "node", "local"] = "global"
     """Whose tokens choose the channels: of all data-parallel ranks, of one node's, or of each rank alone."""
 
-    interval: int = 1
+    interval: Positive = 1
     """Steps for which a layer keeps its channels before they are chosen again."""
 
     lora_branch: Literal["kept", "dense"] = "kept"
@@ -56,70 +78,32 @@ class SparseLoRAConfig:
     """Add the LoRA update to the frozen weight in every product of all tokens where that takes fewer FLOPs (RunLoRA). It
     rounds the update to the weight's precision; off, every order that is chosen is exact."""
 
-    factors: str | None = None
+    factors: Annotated[Path, Says("the path of a factor file")] | None = None
     """A file of estimator factors; None builds them once and keeps them in the cache."""
 
     def __post_init__(self) -> None:
-        _check_layers(self.layers)
-        check_fields(self, self.PATH)
         if self.end_step == 1:
             object.__setattr__(self, "end_step", 1.0)
-        require(self.rank >= 1, f"{self.PATH}.rank", self.rank, "integers from 1")
-        require(self.interval >= 1, f"{self.PATH}.interval", self.interval, "integers from 1")
-        require(
-            self.factors != "", f"{self.PATH}.factors", self.factors, "the path of a factor file, or null for the cache"
-        )
-        for name in ("start_step", "end_step"):
-            value = getattr(self, name)
-            ok = value is None or (0 <= value <= 1 if isinstance(value, float) else value >= 0)
-            require(
-                ok, f"{self.PATH}.{name}", value, "a float in [0, 1] (fraction of the run) or an integer from 0 (step)"
-            )
-        require(
-            self.end_step != 0, f"{self.PATH}.end_step", self.end_step, "more than 0, or null for the end of the run"
-        )
-        if self.end_step is not None and type(self.start_step) is type(self.end_step):
-            ok = self.start_step < self.end_step
-            require(ok, f"{self.PATH}.end_step", self.end_step, f"more than {self.PATH}.start_step ({self.start_step})")
+        at, end = f"{self.PATH}.end_step", self.end_step
+        require(end != 0, at, end, "more than 0, or null for the end of the run")
+        if end is not None and type(self.start_step) is type(end):
+            require(self.start_step < end, at, end, f"more than {self.PATH}.start_step ({self.start_step})")
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> SparseLoRAConfig:
-        """From the keys above. Unknown keys and groups are refused by name."""
-        refuse_code(data, cls.PATH)
-        if isinstance(data, dict) and "layers" in data:
-            _check_layers(data["layers"])
-        return parse_dataclass(cls, data, cls.PATH)
-
-    @classmethod
-    def from_file(cls, path: str | os.PathLike[str]) -> SparseLoRAConfig:
+    def from_file(cls, path: str | os.PathLike[str], *suffixes: str) -> SparseLoRAConfig:
         """From a ``.json``, ``.yaml`` or ``.yml`` file with the keys above, or in an official format (mode ``o1``)."""
-        from . import official
-
-        data = load_file(path)
-        if official.is_official(data):
-            return official.from_official_dict(data, source=os.fspath(path))
-        return cls.from_dict(data)
+        data = load_file(path, suffixes or SUFFIXES)
+        return from_official_dict(data, source=os.fspath(path)) if is_official(data) else cls.from_dict(data)
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> SparseLoRAConfig:
         """``from_file`` for a file whose name ends in ``.json``."""
-        return cls._from_suffix(path, (".json",))
+        return cls.from_file(path, ".json")
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> SparseLoRAConfig:
         """``from_file`` for a file whose name ends in ``.yaml`` or ``.yml``."""
-        return cls._from_suffix(path, (".yaml", ".yml"))
-
-    @classmethod
-    def _from_suffix(cls, path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> SparseLoRAConfig:
-        name = os.fspath(path)
-        if not name.lower().endswith(suffixes):
-            raise ConfigError(f"config file '{name}': a name that ends in {' or '.join(suffixes)} is expected")
-        return cls.from_file(name)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data that ``from_dict`` reads back to an equal config."""
-        return dump_dataclass(self)
+        return cls.from_file(path, ".yaml", ".yml")
 
     def sparsity(self, num_layers: int) -> dict[str, dict[int, float]]:
         """``{group: {layer: sparsity}}`` for a model with ``num_layers`` layers, with all three groups as keys.
@@ -130,13 +114,17 @@ class SparseLoRAConfig:
         return {group: resolve_ranges(self.layers.get(group, {}), num_layers, f"{at}.{group}") for group in GROUPS}
 
 
-def _check_layers(layers: object) -> None:
-    """Ahead of the type check, so that a sparsity of "0.9" or true is answered by what a sparsity may be."""
-    at = f"{SparseLoRAConfig.PATH}.layers"
-    require(isinstance(layers, dict), at, layers, 'an object such as {"ffn": {"3-30": 0.99}}')
-    assert isinstance(layers, dict)
-    for group, ranges in layers.items():
-        if group not in GROUPS:
-            raise unknown_key(at, group, GROUPS)
-        require(isinstance(ranges, dict), f"{at}.{group}", ranges, 'an object of ranges, such as {"3-30": 0.99}')
-        check_ranges(ranges, f"{at}.{group}")
+def from_official(path: str | os.PathLike[str], mode: str = "o1") -> SparseLoRAConfig:
+    """Read an official YAML, ``config.json`` or the folder with one; ``mode`` picks among a file's ``modes``."""
+    name = os.fspath(path)
+    if os.path.isdir(name):
+        name = os.path.join(name, "config.json")
+    return from_official_dict(load_file(name), mode, source=name)
+
+
+def from_official_dict(data: dict[str, Any], mode: str = "o1", *, source: str = "official config") -> SparseLoRAConfig:
+    """As ``from_official`` for data in memory; ``source`` names it in errors."""
+    try:
+        return SparseLoRAConfig.from_dict(read_official(data, mode))
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error

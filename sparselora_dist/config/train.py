@@ -2,106 +2,127 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import field
+from typing import Annotated, ClassVar, Literal
 
-from .parse import check_fields, nearest, require, unknown_key
+from pydantic import with_config
+from typing_extensions import TypedDict
 
-__all__ = ["SCHEDULERS", "TrainSection"]
+from .limits import ALLOWED, AboveZero, BelowOne, FromZero, NonNegative, Path, Positive, Says, Share
+from .model import CONFIG, Section, section
 
+# fmt: off
 # Those of transformers' schedules that need neither arguments of their own nor a metric.
-SCHEDULERS = (
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
-)
-_TRACKERS = ("none", "tensorboard")
+Scheduler = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+]
+# Accelerate's trackers, and the Trainer's two words.
+Tracker = Literal[
+    "none", "all", "tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "clearml", "swanlab", "dvclive", "aim"
+]
+# fmt: on
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainSection:
+@with_config(CONFIG)
+class CheckpointingKwargs(TypedDict, total=False):
+    """Arguments of PyTorch's checkpoint function."""
+
+    use_reentrant: bool
+    """Which of PyTorch's two implementations."""
+
+
+@section
+class TrainSection(Section):
     """How long, how fast, how much per step, and what is written down."""
 
     PATH: ClassVar[str] = "train"
 
-    output_dir: str
+    output_dir: Annotated[Path, Says("the path of a folder")]
     """Where metrics, checkpoints and the adapter go."""
 
-    max_steps: int = -1
+    max_steps: Positive | Literal[-1] = -1
     """Optimizer steps; -1 leaves the length to ``num_train_epochs``."""
 
-    num_train_epochs: float = 1.0
+    num_train_epochs: AboveZero = 1.0
     """Passes over the training data, where ``max_steps`` is -1."""
 
-    learning_rate: float = 2e-4
+    learning_rate: FromZero = 2e-4
     """Peak learning rate of AdamW."""
 
-    weight_decay: float = 0.0
+    weight_decay: FromZero = 0.0
     """Decoupled weight decay of AdamW."""
 
-    adam_beta1: float = 0.9
+    adam_beta1: BelowOne = 0.9
     """AdamW's decay of the gradient mean."""
 
-    adam_beta2: float = 0.999
+    adam_beta2: BelowOne = 0.999
     """AdamW's decay of the squared gradient mean."""
 
-    adam_epsilon: float = 1e-8
+    adam_epsilon: AboveZero = 1e-8
     """AdamW's denominator term."""
 
-    per_device_train_batch_size: int = 1
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] | None = None
+    """The implementation of AdamW, in the Trainer's names: PyTorch's (``fused`` is one kernel), or bitsandbytes' with
+    moments in 8 bits (``paged`` lets them go to the host's memory); null is fused on a GPU and plain elsewhere."""
+
+    per_device_train_batch_size: Positive = 1
     """Sequences per rank and micro-batch."""
 
-    per_device_eval_batch_size: int | None = None
+    per_device_eval_batch_size: Positive | None = None
     """The same in evaluation; None is the training batch size."""
 
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: Positive = 1
     """Micro-batches per optimizer step; packed, as few as ``max_tokens_per_micro_batch`` allows for the same rows."""
 
-    max_tokens_per_micro_batch: int | None = None
+    max_tokens_per_micro_batch: Positive | None = None
     """Tokens per rank and packed micro-batch; null is ``per_device_train_batch_size`` x ``data.max_length``."""
 
-    lr_scheduler_type: str = "linear"
+    lr_scheduler_type: Annotated[Scheduler, ALLOWED] = "linear"
     """Shape of the learning rate after warm-up."""
 
-    warmup_ratio: float = 0.0
+    warmup_ratio: Share = 0.0
     """Warm-up as a share of the run, in [0, 1]; not read where ``warmup_steps`` is set."""
 
-    warmup_steps: int = 0
+    warmup_steps: NonNegative = 0
     """Warm-up in steps; where it is above 0 it goes before ``warmup_ratio``."""
 
-    seed: int = 42
+    seed: NonNegative = 42
     """Of the adapter's start, the order of the data, and dropout."""
 
-    logging_steps: int = 1
+    logging_steps: Positive = 1
     """Steps between rows of metrics."""
 
-    eval_steps: int | None = None
+    eval_steps: Positive | None = None
     """Steps between evaluations; None evaluates at the start and at the end only."""
 
-    save_steps: int | None = None
+    save_steps: Positive | None = None
     """Steps between checkpoints; None saves none on the way."""
 
-    save_total_limit: int | None = None
+    save_total_limit: Positive | None = None
     """Checkpoints that are kept; None keeps all."""
 
-    max_grad_norm: float = 1.0
+    max_grad_norm: FromZero = 1.0
     """Gradients are scaled down to this norm; 0 leaves them as they are."""
 
-    report_to: str | list[str] = "none"
-    """Trackers beside ``metrics.jsonl``: "none", "tensorboard", or a list."""
+    report_to: Annotated[Tracker | list[Tracker], ALLOWED] = "none"
+    """Trackers beside ``metrics.jsonl``: a name or a list; "all" is every one that is installed."""
 
-    resume: bool | str = False
+    run_name: str | None = None
+    """What the trackers call the run; null leaves it to them."""
+
+    logging_dir: Path | None = None
+    """Where TensorBoard and Aim write; null is inside ``output_dir``."""
+
+    resume: Annotated[bool | Path, Says("true, false, or the path of a checkpoint")] = False
     """True continues from the newest checkpoint in ``output_dir``; a path continues from that one."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in backward instead of keeping them."""
 
-    gradient_checkpointing_kwargs: dict[str, bool] = field(default_factory=lambda: {"use_reentrant": False})
-    """``use_reentrant``: which of PyTorch's two implementations."""
+    gradient_checkpointing_kwargs: CheckpointingKwargs = field(
+        default_factory=lambda: CheckpointingKwargs(use_reentrant=False)
+    )
+    """Arguments of PyTorch's checkpoint function."""
 
     use_liger_kernel: bool = False
     """On a GPU: RMS norm and RoPE by liger-kernel, an optional dependency. Its SwiGLU and losses are not used."""
@@ -112,48 +133,11 @@ class TrainSection:
     disable_tqdm: bool = False
     """No progress bar."""
 
-    ddp_timeout: int = 1800
+    ddp_timeout: Positive = 1800
     """Seconds that a collective waits for the other ranks before it is an error."""
-
-    def __post_init__(self) -> None:
-        for key in self.gradient_checkpointing_kwargs if isinstance(self.gradient_checkpointing_kwargs, dict) else ():
-            if key != "use_reentrant":
-                raise unknown_key(f"{self.PATH}.gradient_checkpointing_kwargs", key, ["use_reentrant"])
-        check_fields(self, self.PATH)
-        self._check(bool(self.output_dir), "output_dir", "the path of a folder")
-        self._check(
-            self.max_steps == -1 or self.max_steps >= 1,
-            "max_steps",
-            "integers from 1, or -1 (num_train_epochs decides)",
-        )
-        self._check(self.num_train_epochs > 0, "num_train_epochs", "numbers above 0")
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "seed", "warmup_steps"):
-            self._check(getattr(self, name) >= 0, name, "numbers from 0")
-        for name in ("adam_beta1", "adam_beta2"):
-            self._check(0 <= getattr(self, name) < 1, name, "numbers in [0, 1)")
-        self._check(self.adam_epsilon > 0, "adam_epsilon", "numbers above 0")
-        self._check(0 <= self.warmup_ratio <= 1, "warmup_ratio", "numbers in [0, 1]")
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "ddp_timeout"):
-            self._check(getattr(self, name) >= 1, name, "integers from 1")
-        counts = ("per_device_eval_batch_size", "max_tokens_per_micro_batch", "eval_steps", "save_steps")
-        for name in (*counts, "save_total_limit"):
-            value = getattr(self, name)
-            self._check(value is None or value >= 1, name, "integers from 1, or null")
-        self._check_name("lr_scheduler_type", self.lr_scheduler_type, SCHEDULERS)
-        for tracker in self.report_to if isinstance(self.report_to, list) else [self.report_to]:
-            self._check_name("report_to", tracker, _TRACKERS)
-        self._check(self.resume != "", "resume", "true, false, or the path of a checkpoint")
-
-    def _check(self, ok: bool, name: str, allowed: str) -> None:
-        require(ok, f"{self.PATH}.{name}", getattr(self, name), allowed)
-
-    def _check_name(self, name: str, value: str, known: tuple[str, ...]) -> None:
-        near = nearest(value, known)
-        hint = f"; did you mean '{near}'?" if near else ""
-        require(value in known, f"{self.PATH}.{name}", value, ", ".join(known) + hint)
 
     @property
     def trackers(self) -> tuple[str, ...]:
-        """``report_to`` as names, without "none"."""
-        names: list[Any] = self.report_to if isinstance(self.report_to, list) else [self.report_to]
+        """``report_to`` as names, each once, without "none"; "all" stands as it is."""
+        names = self.report_to if isinstance(self.report_to, list) else [self.report_to]
         return tuple(dict.fromkeys(name for name in names if name != "none"))

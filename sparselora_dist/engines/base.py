@@ -10,14 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from ..config.run import RunConfig
 from ..sharding.placement import Placement
 from .ranks import Ranks
-
-# Suffixes of AdamW's state in a checkpoint: ``<parameter>.exp_avg`` and so on.
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Engine(ABC):
@@ -45,6 +42,8 @@ class Engine(ABC):
                 torch.set_num_threads(max(1, cores // ranks.local_world_size))
         self.model: nn.Module
         self.optimizer: Optimizer
+        self.optim: str
+        """The optimizer's name; chosen, and refused where it cannot work, when the engine is made."""
 
     # --- building ---------------------------------------------------------------------------------------------
 
@@ -81,8 +80,24 @@ class Engine(ABC):
         """``<name>.exp_avg``, ``<name>.exp_avg_sq``, and the number of optimizer steps taken. A collective."""
 
     @abstractmethod
-    def load_state(self, parameters: dict[str, Tensor], moments: dict[str, Tensor], steps: int) -> None:
-        """Put back what the two methods above gave, at this engine's sharding."""
+    def own_codes(self) -> dict[str, Tensor]:
+        """This rank's part of an 8-bit state as it is: codes, scales and code tables, on the CPU; {} of fp32 states."""
+
+    @abstractmethod
+    def load_state(
+        self,
+        parameters: dict[str, Tensor],
+        moments: dict[str, Tensor],
+        steps: int,
+        codes: dict[str, Tensor] | None = None,
+    ) -> bool:
+        """Put back what the methods above gave, at this engine's sharding.
+
+        ``codes`` are those of this rank and number of ranks; those that do not fit this run are not used.
+
+        Returns:
+            Whether this rank's optimizer state is bit for bit the saved one; False where moments were coded anew in 8 bits.
+        """
 
     # --- ranks --------------------------------------------------------------------------------------------------
 
@@ -120,15 +135,3 @@ class Engine(ABC):
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def adamw(model: nn.Module, config: RunConfig) -> AdamW:
-    """AdamW over the trainable parameters, by the ``train`` section."""
-    train = config.train
-    return AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=train.learning_rate,
-        betas=(train.adam_beta1, train.adam_beta2),
-        eps=train.adam_epsilon,
-        weight_decay=train.weight_decay,
-    )

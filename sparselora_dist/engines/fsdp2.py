@@ -14,7 +14,7 @@ from torch.torch_version import TorchVersion
 from ..config.run import RunConfig
 from ..sharding.placement import Placement, RowShards, take_rows, waiting_rows
 from ..sharding.units import shard_units
-from .base import adamw
+from .optimizers import choose_optimizer
 from .ranks import Ranks, start_distributed
 from .torch_state import TorchStateEngine
 
@@ -28,6 +28,8 @@ class FSDP2Engine(TorchStateEngine):
         super().__init__(config, ranks)
         start_distributed(ranks, config.train.ddp_timeout)
         self.options: dict[str, Any] = config.engine.fsdp_options()
+        home = torch.device("cpu") if self.options.get("fsdp_offload_params", False) else self.device
+        self.optim = choose_optimizer(config.train, home)
         replicas, shards = config.engine.fsdp_mesh(ranks.world_size)
         shape, names = ((replicas, shards), ("replicate", "shard")) if replicas > 1 else ((shards,), ("shard",))
         self._mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
@@ -56,7 +58,7 @@ class FSDP2Engine(TorchStateEngine):
             fully_shard(unit, **settings)
             _fill(waiting)
         self.model = model
-        self.optimizer = adamw(model, self.config)
+        self.make_optimizer()
 
     def _precision(self) -> MixedPrecisionPolicy:
         policy = self.options.get("fsdp_mixed_precision_policy")

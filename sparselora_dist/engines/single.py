@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..config.run import RunConfig
-from .base import adamw
+from .optimizers import choose_optimizer
 from .ranks import Ranks
 from .torch_state import TorchStateEngine
 
@@ -22,10 +22,11 @@ class SingleEngine(TorchStateEngine):
                 f"engine.name 'single' is one process, but {ranks.world_size} were started: use 'zero3' or 'fsdp2'"
             )
         super().__init__(config, ranks)
+        self.optim = choose_optimizer(config.train, self.device)
 
     def prepare(self, model: nn.Module) -> None:
         self.model = model.to(self.device)
-        self.optimizer = adamw(model, self.config)
+        self.make_optimizer()
 
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.config.model.dtype == "float32":

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from ..config.run import RunConfig
 from ..sharding.placement import Placement
 from ..sharding.units import gathered_together
-from .base import MOMENTS, Engine, adamw
+from .base import Engine
+from .optimizers import (
+    EIGHT_BIT,
+    MOMENTS,
+    choose_under_deepspeed,
+    codes_of,
+    fp32_moments,
+    make_optimizer,
+    restore,
+    under,
+)
 from .ranks import Ranks, start_distributed
 
 AUTO = "auto"
@@ -165,6 +176,7 @@ class Zero3Engine(Engine):
         self._deepspeed = deepspeed
         deepspeed.init_distributed()
         self._json = config.engine.deepspeed_config()
+        self.optim = choose_under_deepspeed(config.train, self._json, self.device)
 
     def _resolved(self, hidden_size: int) -> dict[str, Any]:
         return resolve_auto(self._json, self.config, self.ranks.world_size, hidden_size, self.total_steps)
@@ -185,7 +197,12 @@ class Zero3Engine(Engine):
             self._deepspeed.utils.set_z3_leaf_module(module, True)
         ds = self._resolved(model.config.hidden_size)
         parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = None if "optimizer" in ds else adamw(model, self.config)
+        optimizer = None
+        if "optimizer" not in ds:
+            optimizer = make_optimizer(self.optim, parameters, self.config.train)
+        if self.optim in EIGHT_BIT:
+            # It steps DeepSpeed's flat fp32 partitions, one tensor a rank: nothing that it could mistake.
+            ds["zero_allow_untested_optimizer"] = True
         self.model, _, _, self.scheduler = self._deepspeed.initialize(
             model=model, model_parameters=parameters, optimizer=optimizer, config=ds
         )
@@ -216,29 +233,56 @@ class Zero3Engine(Engine):
         states = list(self.optimizer.state.values())
         if not states:
             return {}, 0
-        moments = {
-            f"{name}.{moment}": get(p, moment).float().cpu().clone()
-            for name, p in self.trainable().items()
-            for moment in MOMENTS
-        }
+        with self._moments_in_fp32():
+            moments = {
+                f"{name}.{moment}": get(p, moment).float().cpu().clone()
+                for name, p in self.trainable().items()
+                for moment in MOMENTS
+            }
         return moments, int(states[0].get("step", 0))
 
-    @torch.no_grad()
-    def load_state(self, parameters: dict[str, Tensor], moments: dict[str, Tensor], steps: int) -> None:
-        utils = self._deepspeed.utils
-        if moments:
-            for flat in self.model.optimizer.fp32_partitioned_groups_flat:
-                state = self.optimizer.state[flat]
-                # torch counts in a tensor, DeepSpeed's own optimizers in an int.
-                state["step"] = torch.tensor(float(steps)) if isinstance(self.optimizer, AdamW) else steps
+    @contextlib.contextmanager
+    def _moments_in_fp32(self) -> Iterator[None]:
+        """DeepSpeed finds moments by their names: those of 8-bit states stand there for a while."""
+        shown = [state for state in self.optimizer.state.values() if "state1" in state]
+        for state in shown:
+            state.update(fp32_moments(state))
+        try:
+            yield
+        finally:
+            for state in shown:
                 for moment in MOMENTS:
-                    state.setdefault(moment, torch.zeros_like(flat))
+                    del state[moment]
+
+    def own_codes(self) -> dict[str, Tensor]:
+        # The blocks of a scale run over the parameters of a flat partition.
+        states = [self.optimizer.state.get(flat, {}) for flat in self.model.optimizer.fp32_partitioned_groups_flat]
+        return {f"flat.{i}.{key}": t for i, state in enumerate(states) for key, t in codes_of(state).items()}
+
+    @torch.no_grad()
+    def load_state(
+        self,
+        parameters: dict[str, Tensor],
+        moments: dict[str, Tensor],
+        steps: int,
+        codes: dict[str, Tensor] | None = None,
+    ) -> bool:
+        utils = self._deepspeed.utils
+        flats = self.model.optimizer.fp32_partitioned_groups_flat if moments else []
+        for flat in flats:
+            self.optimizer.state[flat].update({moment: torch.zeros_like(flat) for moment in MOMENTS})
         for name, p in self.trainable().items():
             with self._deepspeed.zero.GatheredParameters([p], modifier_rank=0):
                 p.copy_(parameters[name].to(p.device, p.dtype))
             utils.safe_set_local_fp32_param(p, self._slice(parameters[name], p))
             for moment in MOMENTS if moments else ():
                 utils.safe_set_local_optimizer_state(p, self._slice(moments[f"{name}.{moment}"], p), moment)
+        exact = True
+        for i, flat in enumerate(flats):
+            state = self.optimizer.state[flat]
+            whole = {moment: state.pop(moment) for moment in MOMENTS}
+            exact &= restore(self.optimizer, flat, whole, steps, under(f"flat.{i}.", codes or {}))
+        return exact
 
     def _slice(self, value: Tensor, parameter: Any) -> Tensor:
         """This rank's flat partition of a whole tensor, padded as DeepSpeed pads."""

@@ -2,7 +2,8 @@
 
     adapter/                   PEFT's format, fp32 masters
     optimizer.safetensors      <parameter>.exp_avg, <parameter>.exp_avg_sq: whole tensors, fp32
-    ranks.safetensors          <rank>/rng..., <rank>/mask/...: random states, and masks kept over steps
+    ranks.safetensors          <rank>/rng..., <rank>/mask/...: random states, and masks kept over steps;
+                               <rank>/optim/...: an 8-bit optimizer's codes, beside the fp32 moments that they stand for
     state.json                 step, sizes, scheduler, versions
     manifest.json              SHA-256 of each of these; written last
 
@@ -47,6 +48,8 @@ class RunState:
     scheduler: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     """Running sums of the run's summary."""
+    optim: str = "adamw_torch"
+    """The optimizer that ran, by its name in ``train.optim``; "deepspeed ..." where DeepSpeed's JSON made it."""
     format: str = FORMAT
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from ..config import ConfigError
 
 _CHUNK = 1 << 24
 
@@ -77,6 +80,22 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     publish(temporary, path)
+
+
+def make_writable(folder: Path, key: str) -> None:
+    """Make a folder, if need be, and prove that a file can be made in it.
+
+    Raises:
+        ConfigError: it cannot; names the key, the folder and what the system says.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable-"):
+            pass
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename not in (None, str(folder)) else ""
+        why = "it is a file" if isinstance(error, FileExistsError) else f"{error.strerror or error}{where}"
+        raise ConfigError(f"'{key}' is {folder}, where nothing can be written: {why}. Name another folder") from error
 
 
 def _fsync(path: Path) -> None:

@@ -1,11 +1,8 @@
-"""Shapes of common models, so that a plan needs neither a download nor a network. Read off their published configs."""
+"""Sizes of common models, so that a plan needs neither a download nor a network. Read off their published configs."""
 
 from __future__ import annotations
 
-from ..method.channels import HeadGeometry
-from .shapes import ModelShape
-
-# name: (hidden, FFN width, layers, query heads, key/value heads, head width, vocabulary, tied)
+# (hidden, FFN width, layers, query heads, key/value heads, head width, vocabulary, tied)
 Row = tuple[int, int, int, int, int, int, int, bool]
 # fmt: off
 _LLAMA: dict[str, Row] = {
@@ -48,25 +45,5 @@ _QWEN3: dict[str, Row] = {
 }
 # fmt: on
 
-
-def _shape(family: str, row: Row) -> ModelShape:
-    hidden, width, layers, heads, kv_heads, head_dim, vocabulary, tied = row
-    return ModelShape(
-        family=family,
-        hidden=hidden,
-        width=width,
-        layers=layers,
-        heads=HeadGeometry(heads=heads, kv_heads=kv_heads, head_dim=head_dim),
-        vocabulary=vocabulary,
-        tied=tied,
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
-    )
-
-
-KNOWN: dict[str, ModelShape] = {
-    name: _shape(family, row)
-    for family, rows in (("llama", _LLAMA), ("mistral", _MISTRAL), ("qwen2", _QWEN2), ("qwen3", _QWEN3))
-    for name, row in rows.items()
-}
-"""By :func:`sparselora_dist.plan.shapes.canonical` name."""
+ROWS: dict[str, dict[str, Row]] = {"llama": _LLAMA, "mistral": _MISTRAL, "qwen2": _QWEN2, "qwen3": _QWEN3}
+"""By family, then by the name that :func:`sparselora_dist.plan.shapes.canonical` gives."""

@@ -140,7 +140,7 @@ def evaluate(
     tree = tree_of(shape, config, scheme, NF4Codec(double_quant=double) if storage == "nf4" else PlainCodec(dtype))
     moved = traffic(tree, scheme, checkpointing(config), config.train.gradient_accumulation_steps)
     done = work(shape, config, tree, batch)
-    held = resident(tree, scheme)
+    held = resident(tree, scheme, config.train.optim)
     trained = 4 * sum(scheme.part(p) for p in tree.parameters() if p.trainable)
     # fp32 gradients: of every shard from backward to step under FSDP2, made for the step under ZeRO-3.
     held["lora"] += trained

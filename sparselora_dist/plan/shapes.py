@@ -11,6 +11,7 @@ from typing import Any
 
 from ..config import ConfigError
 from ..method.channels import ATTENTION, FFN, HeadGeometry
+from .known import ROWS, Row
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,6 +109,27 @@ def from_hf_config(data: dict[str, Any], source: str) -> ModelShape:
     )
 
 
+def _of_row(family: str, row: Row) -> ModelShape:
+    hidden, width, layers, heads, kv_heads, head_dim, vocabulary, tied = row
+    return ModelShape(
+        family=family,
+        hidden=hidden,
+        width=width,
+        layers=layers,
+        heads=HeadGeometry(heads=heads, kv_heads=kv_heads, head_dim=head_dim),
+        vocabulary=vocabulary,
+        tied=tied,
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+    )
+
+
+KNOWN: dict[str, ModelShape] = {
+    name: _of_row(family, row) for family, rows in ROWS.items() for name, row in rows.items()
+}
+"""By :func:`canonical` name."""
+
+
 def find_shape(name_or_path: str) -> ModelShape:
     """The shape of a known model (``"meta-llama/Meta-Llama-3-70B"``, ``"llama-3-70b"``), of a folder or a config file.
 
@@ -128,8 +150,6 @@ def find_shape(name_or_path: str) -> ModelShape:
         raise ConfigError(
             f"{path} holds no config.json: give a model folder in Hugging Face format, or its config.json"
         )
-    from .known import KNOWN
-
     key = canonical(name_or_path)
     if key in KNOWN:
         return KNOWN[key]

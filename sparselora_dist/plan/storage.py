@@ -4,7 +4,7 @@
     scales     NF4 scales
     factors    estimator factors
     lora       adapter parameters; under ZeRO-3 also the gradient partitions, which it allocates once
-    optimizer  Adam's two fp32 moments, and under ZeRO-3 the fp32 masters (a copy also of fp32 adapters)
+    optimizer  Adam's two moments, in fp32 or 8 bits, and under ZeRO-3 the fp32 masters (a copy also of fp32 adapters)
 
 FSDP2 and one process train fp32 adapters that are their own masters; their gradients exist during backward only and are
 counted by :mod:`.layouts`, not here. FSDP2 cuts dim 0 into ceil(rows / N) rows, padding included. ZeRO-3 cuts the flat
@@ -156,9 +156,19 @@ def tree_of(shape: ModelShape, config: RunConfig, scheme: Scheme, codec: Codec |
     return build_tree(shape, config, codec or codec_of(config.model, config.quantization), scheme.adapter_dtype(model))
 
 
-def resident(tree: Tree, scheme: Scheme) -> dict[str, int]:
-    """Bytes that a rank holds between two steps, by kind (see above), of a tree made for ``scheme``."""
-    held = dict.fromkeys(KINDS, 0)
+def moment_bytes(elements: int, optim: str | None) -> int:
+    """Of both moments of a tensor that is stepped: bitsandbytes codes 4096 elements and more, with a scale per 256."""
+    if optim is None or not optim.endswith("_8bit") or elements < 4096:
+        return 2 * 4 * elements
+    return 2 * (elements + 4 * -(-elements // 256))
+
+
+def resident(tree: Tree, scheme: Scheme, optim: str | None = None) -> dict[str, int]:
+    """Bytes that a rank holds between two steps, by kind (see above), of a tree made for ``scheme``.
+
+    ``optim`` is the run's ``train.optim``.
+    """
+    held, flat = dict.fromkeys(KINDS, 0), 0
     for p in tree.parameters():
         part, size = scheme.part(p), p.dtype.itemsize
         held[p.kind] += part * size
@@ -169,10 +179,14 @@ def resident(tree: Tree, scheme: Scheme) -> dict[str, int]:
             if scheme.secondary > 1 and not p.trainable:
                 held[p.kind] += scheme.whole(p) // scheme.secondary * size
         if p.trainable:
-            held["optimizer"] += 2 * 4 * part
             if scheme.engine == "zero3":
                 held["lora"] += part * scheme.accumulated.itemsize
                 held["optimizer"] += 4 * part
+                flat += part
+            else:
+                held["optimizer"] += moment_bytes(part, optim)
+    # ZeRO-3 steps one flat tensor a rank.
+    held["optimizer"] += moment_bytes(flat, optim)
     return held
 
 
@@ -183,7 +197,7 @@ def resident_bytes(
 
     Args:
         shape: of the base model.
-        config: the run; its ``engine``, ``quantization``, ``sparse_lora`` and ``lora`` sections are read.
+        config: the run; its ``engine``, ``quantization``, ``sparse_lora``, ``lora`` sections and ``train.optim`` are read.
         world_size: ranks in all.
         shard_size: ranks among which a parameter is cut up; None takes it from the run (all, or FSDP2's mesh).
 
@@ -192,5 +206,5 @@ def resident_bytes(
         and logits are not in it.
     """
     scheme = configured_scheme(config, shape, world_size, shard_size)
-    held = resident(tree_of(shape, config, scheme), scheme)
+    held = resident(tree_of(shape, config, scheme), scheme, config.train.optim)
     return held | {"total": sum(held.values())}

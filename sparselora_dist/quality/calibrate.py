@@ -20,7 +20,7 @@ from sparselora_kernels import kept_count
 from ..apply import find_state
 from ..apply.build import build_model
 from ..codecs import PlainCodec
-from ..config.parse import ConfigError, unknown_key
+from ..config.errors import ConfigError, unknown_key
 from ..config.ranges import compact_ranges
 from ..config.run import RunConfig
 from ..config.sparse import GROUPS, SparseLoRAConfig
@@ -309,10 +309,11 @@ class _Run:
                 unit="loss increase, nats per label token" if measured else "layer importance x sparsity²",
                 caption=(
                     f"{Path(self.config.model.name_or_path).name} on {Path(self.config.data.train).name}: "
-                    f"{self.sample.rows} rows, {self.sample.labels} label tokens, dense loss {curves['dense_loss']:.4f}",
+                    f"{self.sample.rows} rows, {self.sample.labels} label tokens",
                     f"Chosen by {self.asked.criterion} for {self.asked.target_flops:.1%} of dense LoRA's FLOPs: "
-                    f"{curves['flops']['chosen_share']:.1%} executed, {curves['context_share']:.1%} of the tokens sparse",
-                    f"Loss {choice['measured_loss_increase']:+.4f} with all chosen sites together",
+                    f"{curves['flops']['chosen_share']:.1%} executed",
+                    f"{curves['context_share']:.1%} of the tokens sparse",
+                    f"Loss {curves['dense_loss']:.4f} dense, {choice['measured_loss_increase']:+.4f} with all chosen sites",
                 ),
             ),
             folder / "sensitivity.png",

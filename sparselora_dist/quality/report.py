@@ -1,25 +1,31 @@
-"""One HTML page of a run: what it reached, how fast, how sparse, and how well the channels were chosen."""
+"""One HTML page of a run: what it reached, how fast, how sparse, and how well the channels were chosen.
+
+Values are gathered here; what the page says of them, and how it looks, is ``templates/report.html.jinja``.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..config.run import RunConfig
 from ..config.sparse import GROUPS
 from ..io.manifest import write_text
-from . import html
-from .html import Line
+from .curves import HEIGHT, WIDTH, Line, line_chart
 
 _PACKAGES = ("sparselora-dist", "torch", "transformers", "peft", "deepspeed", "accelerate")
 # Rows of metrics.jsonl in the page: 200 bytes each.
 _KEPT_ROWS = 2000
-_WHOSE = {"global": "all ranks", "node": "a node's ranks", "local": "each rank alone"}
-_CHANNELS = {"ffn": "intermediate neurons", "qk": "rotary pairs of q and k", "vo": "value channels"}
+
+Row = Mapping[str, float]
 
 
 def write_report(path: Path, config: RunConfig, run: Path | None, fidelity: dict[str, Any] | None) -> None:
@@ -35,26 +41,32 @@ def render(config: RunConfig, run: Path | None, fidelity: dict[str, Any] | None)
         run: its output_dir with ``metrics.jsonl`` and ``summary.json``; ``None``: nothing was trained.
         fidelity: see :func:`sparselora_dist.quality.subject.measure`; ``None``: not measured.
     """
-    summary = _summary(run)
-    rows = _metrics(run)
-    body = [
-        _headline(summary, run),
-        _training(rows, run),
-        *_sparsity(config, fidelity),
-        *_fidelity(fidelity),
-        html.section(
-            "Settings", html.folded("Every key of run.json", html.table(("key", "value"), _settings(config), text=True))
-        ),
-        html.section(
-            "Versions",
-            html.paragraph("Of the environment that made this page."),
-            html.table(("package", "version"), _versions(), text=True),
-        ),
-    ]
-    model = Path(config.model.name_or_path).name
-    title = f"Run {run.resolve().name}" if run else f"Estimator on {model}"
-    lead = f"Model {config.model.name_or_path}, data {config.data.train}, engine {config.engine.name}."
-    return html.page(title, lead, body, {"summary": summary, "metrics": _sample(rows), "fidelity": fidelity})
+    summary, rows = _summary(run), _metrics(run)
+    steps = [row for row in rows if "loss" in row]
+    evaluations = [row for row in rows if "eval_loss" in row]
+    pages = Environment(
+        loader=PackageLoader(__package__),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return pages.get_template("report.html.jinja").render(
+        config=config,
+        run=run.resolve().name if run else None,
+        model=Path(config.model.name_or_path).name,
+        summary=summary,
+        steps=len(steps),
+        evaluations=len(evaluations),
+        curves=_curves(steps, evaluations) if steps and find_spec("matplotlib") else None,
+        view=f"0 0 {WIDTH} {HEIGHT}",
+        fidelity=fidelity,
+        rows_from=Path(fidelity["data"]).name if fidelity else None,
+        maps=_maps(fidelity) if fidelity else None,
+        settings=_settings(config),
+        versions=_versions(),
+        data=_finite({"summary": summary, "metrics": _sample(rows), "fidelity": fidelity}),
+    )
 
 
 # --- what the run left ------------------------------------------------------------------------------------------------
@@ -85,198 +97,60 @@ def _sample(rows: Sequence[dict[str, float]]) -> list[dict[str, float]]:
     return [row for i, row in enumerate(rows) if i % every == 0 or "eval_loss" in row]
 
 
-# --- sections ---------------------------------------------------------------------------------------------------------
+# --- what is shown ----------------------------------------------------------------------------------------------------
 
 
-def _headline(summary: Mapping[str, Any] | None, run: Path | None) -> str:
-    if run is None:
-        return html.missing(
-            "This is no run: there are no results of training, only what the estimator does on this data."
-        )
-    if summary is None:
-        return html.missing("summary.json is not there (the run has not finished): headline numbers are left out.")
-
-    def change(before: str, after: str, show: Callable[[float], str]) -> str | None:
-        values = [summary.get(name) for name in (before, after)]
-        return None if values[1] is None else " → ".join(show(value) for value in values if value is not None)
-
-    cards = [
-        (change("eval_loss_start", "eval_loss", "{:.3f}".format), "evaluation loss before → after, nats per token"),
-        (change("eval_exact_match_start", "eval_exact_match", "{:.1%}".format), "exact match before → after, of rows"),
-        (
-            change("train_loss_first", "train_loss_last", "{:.3f}".format),
-            "training loss first → last step, nats per token",
-        ),
-        (_show(summary.get("tokens_per_second"), "{:,.0f}"), "tokens per second, all ranks"),
-        (_show(summary.get("executed_flops_share"), "{:.1%}"), "FLOPs executed, of plain LoRA's"),
-        (_show(summary.get("context_share"), "{:.1%}"), "tokens computed sparsely"),
-        (_show(summary.get("steps"), "{:,d}"), f"steps on {summary.get('world_size', 1)} rank(s)"),
-        (_show(summary.get("tokens"), "{:,d}"), "tokens trained on"),
-    ]
-    parts = [html.cards([(value, label) for value, label in cards if value is not None])]
-    if summary.get("eval_loss") is None:
-        parts.append(html.missing("The run had no evaluation data: loss and exact match on it are left out."))
-    return "".join(parts)
-
-
-def _show(value: Any, form: str) -> str | None:
-    return None if value is None else form.format(value)
-
-
-def _training(rows: Sequence[Mapping[str, float]], run: Path | None) -> str:
-    steps = [row for row in rows if "loss" in row]
-    evaluations = [row for row in rows if "eval_loss" in row]
-    if not steps:
-        what = "metrics.jsonl is not there or has no step in it" if run else "Nothing was trained"
-        return html.section("Training", html.missing(f"{what}: the curves of loss, throughput and FLOPs are left out."))
-    lines = [Line("training", _series(steps, "loss"))]
-    note = ""
+def _curves(steps: Sequence[Row], evaluations: Sequence[Row]) -> dict[str, str]:
+    """SVG by name."""
+    losses = [Line("training", _series(steps, "loss"))]
     if evaluations:
-        lines.append(Line("evaluation", _series(evaluations, "eval_loss"), dots=True))
-    else:
-        note = html.missing("The run has no evaluation rows: the loss curve is of training alone.")
-    loss = html.figure(
-        "Loss",
-        html.line_chart("Loss over steps", lines, "optimizer step", "nats per token"),
-        "Cross entropy of the trained tokens in each global batch"
-        + (", and of the evaluation data, computed densely." if evaluations else "."),
-        "optimizer steps; nats per label token",
-    )
-    speed = html.figure(
-        "Throughput",
-        html.line_chart(
-            "Throughput over steps",
-            [Line("throughput", _series(steps, "tokens_per_second_per_gpu"))],
-            "optimizer step",
-            "tokens per second and rank",
-            zero=True,
-        ),
-        "Real tokens of a step (no padding) by its wall time; the first step also warms up.",
-        "optimizer steps; tokens per second per rank",
-    )
-    shares = html.figure(
-        "Sparse work",
-        html.line_chart(
-            "Shares of context tokens and executed FLOPs over steps",
-            [
-                Line("context tokens", _percent(_series(steps, "sparsity/context_share"))),
-                Line("executed FLOPs", _percent(_series(steps, "sparsity/executed_flops_share"))),
-            ],
-            "optimizer step",
-            "per cent",
-            zero=True,
-        ),
-        "Tokens computed sparsely, of all tokens; and floating point operations, of those of plain LoRA on the same "
-        "tokens. Dense steps have no sparse tokens.",
-        "optimizer steps; per cent",
-    )
-    return html.section("Training", note, html.figures(loss, speed, shares))
+        losses.append(Line("evaluation", _series(evaluations, "eval_loss"), dots=True))
+    speed = Line("throughput", _series(steps, "tokens_per_second_per_gpu"))
+    shares = [
+        Line(name, [(x, 100 * y) for x, y in _series(steps, f"sparsity/{key}_share")])
+        for name, key in (("context tokens", "context"), ("executed FLOPs", "executed_flops"))
+    ]
+    step = "optimizer step"
+    return {
+        "loss": line_chart(losses, step, "nats per token"),
+        "throughput": line_chart([speed], step, "tokens per second and rank", zero=True),
+        "work": line_chart(shares, step, "per cent", zero=True),
+    }
 
 
-def _series(rows: Sequence[Mapping[str, float]], name: str) -> list[tuple[float, float]]:
+def _series(rows: Sequence[Row], name: str) -> list[tuple[float, float]]:
     return [(row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
 
 
-def _percent(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    return [(x, 100 * y) for x, y in points]
+def _maps(fidelity: Mapping[str, Any]) -> dict[str, Any]:
+    """Heat maps by name: (columns, rows of (layer, a share in [0, 1] or None for each column))."""
+    sites = {(site["layer"], site["group"]): site for site in fidelity["sites"]}
+    groups, ranks = fidelity["groups"], [str(rank) for rank in fidelity["ranks"]]
+    used = sorted({layer for layer, _ in sites})
 
+    def mean(layer: int, group: str, figure: str, choice: str | None = None) -> float | None:
+        found = sites[layer, group][figure] if (layer, group) in sites else None
+        found = found.get(choice) if found and choice else found
+        return found["mean"] if found else None
 
-def _sparsity(config: RunConfig, fidelity: Mapping[str, Any] | None) -> list[str]:
-    if fidelity is None:
-        return []
-    sites = {(site["layer"], site["group"]): site["sparsity"] for site in fidelity["sites"]}
-    values = [[sites.get((layer, group)) for group in GROUPS] for layer in range(fidelity["layers"])]
-    layers = [str(layer) for layer in range(fidelity["layers"])]
-    drawn = html.figure(
-        "Sparsity",
-        html.heat_map("Sparsity by layer and channel group", GROUPS, layers, values),
-        "Share of a layer's channels that is left out for context tokens, by channel group: "
-        + ", ".join(f"{group}: {what}" for group, what in _CHANNELS.items())
-        + ".",
-        "per cent of channels",
-    )
-    sparse = config.sparse_lora
-    state = "" if sparse.enabled else " The run was dense (sparse_lora.enabled is false)."
-    until = "the end" if sparse.end_step is None else f"{sparse.end_step:g}"
-    text = (
-        f"Estimator of rank {sparse.rank}, masks chosen from the tokens of {_WHOSE[sparse.mask_sync]}, kept for "
-        f"{sparse.interval} step(s), sparse from {sparse.start_step:g} to {until} (fractions of the run, or steps).{state}"
-    )
-    return [html.section("Sparsity", html.paragraph(text), html.figures(drawn))]
+    def by_rank(figure: str) -> tuple[list[str], list[Any]]:
+        pairs = [(group, rank) for group in groups for rank in ranks]
+        rows = [(layer, [mean(layer, group, figure, rank) for group, rank in pairs]) for layer in used]
+        return [f"{group} r{rank}" for group, rank in pairs], rows
 
-
-def _fidelity(fidelity: Mapping[str, Any] | None) -> list[str]:
-    if fidelity is None:
-        return [html.section("Estimator", html.missing("The estimator was not measured: run sparselora-dist inspect."))]
-    ranks, own = [str(rank) for rank in fidelity["ranks"]], fidelity["own_rank"]
-    groups = fidelity["groups"]
-    used = [layer for layer in range(fidelity["layers"]) if any(s["layer"] == layer for s in fidelity["sites"])]
-    columns = [f"{group} r{rank}" for group in groups for rank in ranks]
-
-    def cells(figure: str) -> list[list[float | None]]:
-        return [[_mean(fidelity, layer, group, figure, rank) for group in groups for rank in ranks] for layer in used]
-
-    layers = [str(layer) for layer in used]
-    with_adapter = "with the run's adapter" if fidelity["adapter"] else "without an adapter"
-    text = (
-        f"Measured on {fidelity['rows']} rows of {Path(fidelity['data']).name} in {fidelity['batches']} batches of "
-        f"{fidelity['rows_per_batch']}, {with_adapter}: {fidelity['context_tokens']:,} context tokens of "
-        f"{fidelity['tokens']:,}. The exact choice is that of the frozen matrices' own activations."
-    )
-    maps = [
-        html.figure(
-            "Recall",
-            html.heat_map("Recall by layer, group and rank", columns, layers, cells("recall")),
-            "Channels kept by the estimator of rank r that the exact activations keep too. A random choice has "
-            + ", ".join(f"{means['random_expected']:.0%} ({group})" for group, means in groups.items())
-            + ".",
-            "per cent of kept channels",
-        ),
-        html.figure(
-            "Energy kept",
-            html.heat_map("Energy kept by layer, group and rank", columns, layers, cells("energy")),
-            "Exact scores (sums of squared activations) of the channels that the estimator of rank r keeps, of all "
-            "channels. The exact choice keeps "
-            + ", ".join(f"{means['energy']['exact']:.0%} ({group})" for group, means in groups.items())
-            + ".",
-            "per cent of squared activations",
-        ),
+    pairs = [(group, other) for group in groups for other in ("steps", "ranks")]
+    stable = [(layer, [mean(layer, group, f"between_{other}") for group, other in pairs]) for layer in used]
+    sparsity = [
+        (layer, [sites[layer, group]["sparsity"] if (layer, group) in sites else None for group in GROUPS])
+        for layer in range(fidelity["layers"])
     ]
-    pairs = [(group, kind) for group in groups for kind in ("between_steps", "between_ranks")]
-    stability = [[_mean(fidelity, layer, group, kind) for group, kind in pairs] for layer in used]
-    if any(value is not None for line in stability for value in line):
-        names = [f"{group} {'steps' if kind == 'between_steps' else 'ranks'}" for group, kind in pairs]
-        maps.append(
-            html.figure(
-                "Mask stability",
-                html.heat_map("Mask stability by layer and group", names, layers, stability),
-                f"Kept channels in common at rank {own}: of consecutive batches (steps), and of the two halves of a batch, "
-                "as two ranks that choose for themselves would see them (ranks).",
-                "per cent of kept channels",
-            )
-        )
-    else:
-        maps.append(html.missing("There is one batch of one row: no masks to compare, stability is left out."))
-    head = ("group", "mean, %", "random", *(f"rank {rank}" for rank in ranks), "exact")
-    choices = ("random", *ranks, "exact")
-    lines = [
-        (group, figure, *(_number(means[figure].get(name)) for name in choices))
-        for group, means in groups.items()
-        for figure in ("recall", "energy")
-    ]
-    return [html.section("Estimator", html.paragraph(text), html.table(head, lines), html.figures(*maps))]
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
-def _mean(fidelity: Mapping[str, Any], layer: int, group: str, figure: str, choice: str | None = None) -> float | None:
-    for site in fidelity["sites"]:
-        if site["layer"] == layer and site["group"] == group:
-            found = site[figure] if choice is None else site[figure].get(choice)
-            return None if found is None else found["mean"]
-    return None
+    return {
+        "sparsity": (GROUPS, sparsity),
+        "recall": by_rank("recall"),
+        "energy": by_rank("energy"),
+        "stability": ([f"{group} {other}" for group, other in pairs], stable),
+        "compared": any(value is not None for _, values in stable for value in values),
+    }
 
 
 def _settings(config: RunConfig) -> list[tuple[str, str]]:
@@ -301,3 +175,12 @@ def _versions() -> list[tuple[str, str]]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _finite(data: Any) -> Any:
+    """Numbers that JSON has no word for become null."""
+    if isinstance(data, Mapping):
+        return {str(key): _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

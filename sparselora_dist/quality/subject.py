@@ -16,7 +16,7 @@ from peft import get_peft_model
 from torch import Tensor
 
 from ..apply import estimator_factors
-from ..config.parse import ConfigError
+from ..config.errors import ConfigError
 from ..config.run import RunConfig
 from ..data import TokenDataset, collate, load_dataset_tokens, padding_id
 from ..io.adapter import ADAPTER_FILE, is_adapted, load_adapter

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from ..engines import Engine
 from .feed import Feed
+
+FIGURES = ("eval_loss", "eval_mean_token_accuracy", "eval_exact_match")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,17 +25,23 @@ class Evaluation:
     exact_match: float
     """Share of rows with every label token right: exactly the rows that greedy decoding completes as written."""
 
+    def row(self) -> dict[str, float]:
+        """As ``metrics.jsonl`` and the summary call them."""
+        return dict(zip(FIGURES, (self.loss, self.token_accuracy, self.exact_match)))
+
 
 @torch.no_grad()
-def evaluate(engine: Engine, feed: Feed, batches: Sequence[Sequence[int]]) -> Evaluation:
-    """Over the rows of ``batches``, this rank's part of the held-out set.
+def evaluate(engine: Engine, feed: Feed, batch_size: int, progress: bool = False) -> Evaluation:
+    """Over all rows of ``feed``'s dataset, ``batch_size`` rows a rank where they are padded.
 
-    Every rank must call this with as many batches; one without rows runs all the same, so that no collective is missed.
+    Every rank must call this; one without rows left runs all the same, so that no collective is missed. ``progress`` shows
+    a bar, on a terminal.
     """
     engine.model.eval()
     loss = right = labels_seen = rows_right = rows = 0.0
-    for indices in batches:
-        inputs = feed(indices)
+    batches = feed.eval_batches(batch_size)
+    for indices in tqdm(batches, "evaluating", disable=None if progress else True, leave=False, unit="batch"):
+        inputs = feed.inputs(indices)
         with engine.autocast():
             logits = engine.model(**inputs.arguments, use_cache=False).logits
         read, labels = inputs.partition.loss_rows, inputs.partition.loss_labels

@@ -11,29 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 from transformers import get_scheduler
 
 from ..config.run import RunConfig
-from ..data import (
-    GlobalBatch,
-    GlobalBatchSampler,
-    PackedBatch,
-    TokenDataset,
-    eval_batches,
-    pack,
-    packed_eval_batches,
-)
+from ..data import GlobalBatch, GlobalBatchSampler, PackedBatch, TokenDataset
 from ..engines import Engine
-from ..families import causal_lm
+from ..engines.optimizers import EIGHT_BIT, under
 from ..io.adapter import saved_names
 from ..io.checkpoint import Checkpoint, RunState, save_checkpoint
 from ..layers.context import SparseContext
 from ..method.flops import FlopModel
-from .evaluate import Evaluation, evaluate
+from .evaluate import FIGURES, evaluate
 from .feed import Feed
 from .metrics import MetricsWriter
+from .rank_state import gather_rank_state, own_rank_state, set_rank_state
+from .trackers import Trackers
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +71,7 @@ class TrainingLoop:
         total_steps: int,
         flops: FlopModel,
         resumed: Checkpoint | None = None,
+        trackers: Trackers | None = None,
     ) -> None:
         self.config, self.train, self.engine, self.context = config, config.train, engine, context
         self.train_data, self.eval_data, self.sampler = train_data, eval_data, sampler
@@ -89,7 +82,7 @@ class TrainingLoop:
         self.scheduler = self._scheduler()
         if resumed:
             self._restore(resumed)
-        self.metrics = MetricsWriter(config.train, total_steps, self.start_step, engine.is_main)
+        self.metrics = MetricsWriter(config.train, total_steps, self.start_step, engine.is_main, trackers)
         self._stop_signal = False
 
     # --- the run ----------------------------------------------------------------------------------------------------
@@ -126,10 +119,7 @@ class TrainingLoop:
         self._stop_signal = True
 
     def _one_step(self, step: int) -> None:
-        batch: GlobalBatch | PackedBatch = self.sampler.batch(step)
-        if self.config.packing:
-            sizes, world = self.train_data.lengths, self.engine.ranks.world_size
-            batch = pack(batch.indices, sizes, self.config.token_budget, world, self.flops.quadratic)
+        batch = self.feed.laid_out(self.sampler.batch(step))
         labels = int(self.train_data.label_counts[batch.indices].sum())
         lengths = self.train_data.lengths[batch.indices]
         learning_rate = self._learning_rate()
@@ -155,7 +145,7 @@ class TrainingLoop:
         counts.dense = counts.context = 0
         loss = torch.zeros((), device=engine.device)
         for number in range(batch.accumulation):
-            inputs = self.feed(batch.micro_batch(number, engine.ranks.rank))
+            inputs = self.feed.inputs(batch.micro_batch(number, engine.ranks.rank))
             self.context.hand_over(inputs.labels, inputs.partition)
             with engine.autocast():
                 # Engines average gradients over ranks: labels / world makes it the mean over the global batch.
@@ -211,14 +201,7 @@ class TrainingLoop:
         self.metrics.advance(result.loss, rate * self.engine.ranks.world_size, share)
 
     def _feed(self, dataset: TokenDataset) -> Feed:
-        config: Any = causal_lm(self.engine.module).config
-        return Feed(
-            dataset=dataset,
-            pad_token_id=self.pad_token_id,
-            device=self.engine.device,
-            packed=self.config.packing,
-            implementation=config._attn_implementation,
-        )
+        return Feed(self.config, self.engine, dataset, self.pad_token_id, self.flops.quadratic)
 
     # --- learning rate ------------------------------------------------------------------------------------------------
 
@@ -242,18 +225,8 @@ class TrainingLoop:
         if self.eval_data is None:
             return {}
         size = self.train.per_device_eval_batch_size or self.train.per_device_train_batch_size
-        world, rank = self.engine.ranks.world_size, self.engine.ranks.rank
-        if self.config.packing:
-            budget = max(self.config.token_budget, size * self.config.data.max_length)
-            batches = packed_eval_batches(self.eval_data.lengths, budget, world, rank, self.flops.quadratic)
-        else:
-            batches = eval_batches(self.eval_data, size, world, rank)
-        result: Evaluation = evaluate(self.engine, self._feed(self.eval_data), batches)
-        values = {
-            "eval_loss": result.loss,
-            "eval_mean_token_accuracy": result.token_accuracy,
-            "eval_exact_match": result.exact_match,
-        }
+        bar = self.engine.is_main and not self.train.disable_tqdm
+        values = evaluate(self.engine, self._feed(self.eval_data), size, bar).row()
         self.metrics.row({"step": step, **values})
         return values
 
@@ -266,8 +239,7 @@ class TrainingLoop:
             "tokens": int(totals.tokens),
             "train_loss_first": totals.loss_first,
             "train_loss_last": totals.loss_last,
-            "eval_loss_start": totals.eval_start.get("eval_loss"),
-            "eval_exact_match_start": totals.eval_start.get("eval_exact_match"),
+            **{f"{name}_start": totals.eval_start.get(name) for name in FIGURES},
             **({"eval_loss": None} | final),
             "context_share": totals.context / max(totals.tokens, 1.0),
             "executed_flops_share": totals.flops_executed / max(totals.flops_dense, 1.0),
@@ -282,7 +254,7 @@ class TrainingLoop:
         engine = self.engine
         moments, optimizer_steps = engine.full_moments()
         parameters = engine.full_parameters()
-        per_rank = self._gather_rank_state()
+        per_rank = gather_rank_state(engine, self.context)
         if engine.is_main:
             state = RunState(
                 step=step,
@@ -290,6 +262,7 @@ class TrainingLoop:
                 world_size=engine.ranks.world_size,
                 global_batch_size=self.sampler.global_batch_size,
                 engine=self.config.engine.name,
+                optim=engine.optim,
                 tokens=int(self.totals.tokens),
                 scheduler=_plain(self.scheduler.state_dict()),
                 summary={name: getattr(self.totals, name) for name in Totals.__slots__},
@@ -298,23 +271,21 @@ class TrainingLoop:
             save_checkpoint(engine.module, checkpoint, Path(self.train.output_dir), self.train.save_total_limit)
         engine.barrier()
 
-    def _gather_rank_state(self) -> dict[str, Tensor]:
-        """Random states and kept masks of every rank, on rank 0."""
-        mine = {"rng/cpu": torch.get_rng_state()}
-        if self.engine.device.type == "cuda":
-            mine["rng/cuda"] = torch.cuda.get_rng_state(self.engine.device)
-        mine |= {f"mask/{name}": mask.cpu() for name, mask in self.context.state_dict().items()}
-        everyone = [mine]
-        if dist.is_initialized():
-            everyone = [{} for _ in range(self.engine.ranks.world_size)]
-            dist.all_gather_object(everyone, mine)
-        return {f"{rank}/{name}": tensor for rank, state in enumerate(everyone) for name, tensor in state.items()}
-
     def _restore(self, resumed: Checkpoint) -> None:
-        state, ranks = resumed.state, self.engine.ranks
+        state = resumed.state
         names = saved_names(self.engine.module, self.engine.trainable())
         parameters = {names[name]: tensor for name, tensor in resumed.parameters.items()}
-        self.engine.load_state(parameters, resumed.moments, state.optimizer_steps)
+        mine = own_rank_state(resumed, self.engine, self.context)
+        codes = under("optim/", mine)
+        exact = self.engine.load_state(parameters, resumed.moments, state.optimizer_steps, codes)
+        if not exact or (state.optim in EIGHT_BIT and self.engine.optim not in EIGHT_BIT):
+            log.warning(
+                "resuming a run of '%s' on '%s': its moments are %s, the run goes on close to it, not bit for bit",
+                state.optim,
+                self.engine.optim,
+                "decoded from 8 bits" if exact else "coded in 8 bits anew",
+            )
+        set_rank_state(mine, self.engine, self.context)
         if state.scheduler.keys() != _plain(self.scheduler.state_dict()).keys():
             raise ValueError(
                 "the checkpoint's learning rate schedule is of another kind than this run's: use the same one"
@@ -327,19 +298,6 @@ class TrainingLoop:
                 group["lr"] = rate
         self.start_step = state.step
         self.totals = Totals(**state.summary)
-        own = resumed.rank(ranks.rank)
-        if state.world_size != ranks.world_size:
-            log.warning(
-                "resuming a run of %d ranks on %d: random states start anew", state.world_size, ranks.world_size
-            )
-            # Masks that all ranks chose together are the same at any number of ranks.
-            own = resumed.rank(0) if self.context.sync.mode == "global" else {}
-        else:
-            torch.set_rng_state(own["rng/cpu"])
-            if "rng/cuda" in own and self.engine.device.type == "cuda":
-                torch.cuda.set_rng_state(own["rng/cuda"], self.engine.device)
-        masks = {name.removeprefix("mask/"): mask for name, mask in own.items() if name.startswith("mask/")}
-        self.context.load_state_dict({name: mask.to(self.engine.device) for name, mask in masks.items()})
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:

@@ -1,17 +1,25 @@
-"""What a user sees of a run: the progress bar, ``metrics.jsonl``, TensorBoard, and the FLOPs behind the shares."""
+"""What a user sees of a run: the progress bar, ``metrics.jsonl``, trackers, and the FLOPs behind the shares."""
 
 from __future__ import annotations
 
 import json
+import logging
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..apply import SparseState
 from ..config.train import TrainSection
 from ..families import causal_lm, decoder_layers, geometry
 from ..method.flops import TRIMMED, FlopModel, layer_shares
+from .trackers import Trackers
+
+log = logging.getLogger(__name__)
+_SELDOM = 10.0  # Seconds between updates of a bar that goes to a file.
 
 
 def flop_model(model: Any, state: SparseState) -> FlopModel:
@@ -35,16 +43,17 @@ class MetricsWriter:
     """Rank 0's record of a run. On the other ranks every call does nothing.
 
     Args:
-        train: names the folder and the trackers.
+        train: names the folder.
         total_steps: length of the bar.
         start_step: steps already done; rows after it, of a run that was cut off, are dropped.
         is_main: whether this rank writes.
+        trackers: get the same rows.
     """
 
-    def __init__(self, train: TrainSection, total_steps: int, start_step: int, is_main: bool) -> None:
-        self.is_main = is_main
-        self._bar: Any = None
-        self._board: Any = None
+    def __init__(
+        self, train: TrainSection, total_steps: int, start_step: int, is_main: bool, trackers: Trackers | None = None
+    ) -> None:
+        self.is_main, self._trackers, self._open = is_main, trackers or Trackers(), ExitStack()
         if not is_main:
             return
         folder = Path(train.output_dir)
@@ -52,12 +61,13 @@ class MetricsWriter:
         path = folder / "metrics.jsonl"
         kept = [line for line in _lines(path) if _step(line) <= start_step] if start_step else []
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        if "tensorboard" in train.trackers:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
-        self._bar = tqdm(total=total_steps, initial=start_step, disable=train.disable_tqdm, unit="step", leave=True)
+        self._file = self._open.enter_context(open(path, "a", encoding="utf-8"))  # noqa: SIM115
+        seconds = 0.1 if sys.stderr.isatty() else _SELDOM
+        bar = tqdm(
+            None, "", total_steps, initial=start_step, disable=train.disable_tqdm, unit="step", mininterval=seconds
+        )
+        self._bar = self._open.enter_context(bar)
+        self._open.enter_context(logging_redirect_tqdm())  # Messages go above the bar.
 
     def row(self, row: dict[str, float]) -> None:
         """One row per logged step (or evaluation): appended at once, so that a crash loses none."""
@@ -65,25 +75,23 @@ class MetricsWriter:
             return
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for name, value in row.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, int(row["step"]))
+        self._trackers.log(row)
+        if "eval_loss" in row:
+            log.info(
+                "step %d: eval_loss %.4f, token accuracy %.1f%%, exact match %.1f%%",
+                *(row["step"], row["eval_loss"], 100 * row["eval_mean_token_accuracy"], 100 * row["eval_exact_match"]),
+            )
 
     def advance(self, loss: float, tokens_per_second: float, context_share: float) -> None:
         """Move the bar by one step."""
-        if self._bar is not None:
+        if self.is_main:
             self._bar.set_postfix_str(
                 f"loss {loss:.4f}, {tokens_per_second:,.0f} tok/s, {context_share:.0%} sparse", refresh=False
             )
             self._bar.update(1)
 
     def close(self) -> None:
-        if self.is_main:
-            self._bar.close()
-            self._file.close()
-            if self._board is not None:
-                self._board.close()
+        self._open.close()
 
 
 def _lines(path: Path) -> list[str]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
+from contextlib import closing
 from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
@@ -21,10 +23,13 @@ from ..engines import Engine, make_engine
 from ..io.adapter import save_adapter
 from ..io.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, resolve_resume
 from ..io.load import LoadReport, check_model, load_tokenizer
-from ..io.manifest import write_text
+from ..io.manifest import make_writable, write_text
+from ..io.model_card import write_model_card
 from ..io.weights import checkpoint_folder
+from ..sharding.placement import Placement
 from .loop import TrainingLoop
 from .metrics import flop_model
+from .trackers import Trackers, chosen_trackers
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +55,14 @@ def _run(config: RunConfig, engine: Engine) -> dict[str, Any]:
     family = check_model(config.model).model_type
     if config.train.use_liger_kernel:
         liger_patch(family)  # Refuses what cannot work.
+    # What rank 0 alone finds wrong must end all ranks.
+    together = Placement(engine.device, group=dist.group.WORLD).together
+    with together():
+        if engine.is_main:
+            chosen_trackers(config.train)
+            make_writable(output_dir, "train.output_dir")
+            if config.train.logging_dir:
+                make_writable(Path(config.train.logging_dir), "train.logging_dir")
     tokenizer = load_tokenizer(config.model)
     train_data, eval_data = _datasets(config, tokenizer)
     sampler = GlobalBatchSampler(
@@ -65,50 +78,56 @@ def _run(config: RunConfig, engine: Engine) -> dict[str, Any]:
     resumed = load_checkpoint(path) if path else None
     if resumed:
         _check_resume(resumed, sampler.global_batch_size, total_steps, path)
-    elif engine.is_main and (old := list_checkpoints(output_dir)):
-        raise ValueError(
-            f"train.output_dir {output_dir} holds {old[-1].name} of an earlier run: continue it with train.resume true, or "
-            "use another folder"
-        )
     engine.total_steps = total_steps
+    trackers = Trackers()
+    with together():
+        if engine.is_main:
+            if not resumed and (old := list_checkpoints(output_dir)):
+                raise ValueError(
+                    f"train.output_dir {output_dir} holds {old[-1].name} of an earlier run: continue it with train.resume "
+                    "true, or use another folder"
+                )
+            trackers = Trackers.start(config, resumed.state.step if resumed else 0)
+    with closing(trackers):
+        set_seed(config.train.seed)
+        model, report = build_model(
+            config,
+            engine.placement(),
+            local_ranks=engine.ranks.local_world_size,
+            progress=engine.is_main,
+            adapter=path / "adapter" if path else None,
+        )
+        load = _report_load(report, config, engine)
+        state = find_state(model)
+        assert state is not None
+        flops = flop_model(model, state)
+        engine.prepare(model)
 
-    set_seed(config.train.seed)
-    model, report = build_model(
-        config,
-        engine.placement(),
-        local_ranks=engine.ranks.local_world_size,
-        progress=engine.is_main,
-        adapter=path / "adapter" if path else None,
-    )
-    load = _report_load(report, config, engine)
-    state = find_state(model)
-    assert state is not None
-    flops = flop_model(model, state)
-    engine.prepare(model)
-
-    loop = TrainingLoop(
-        config=config,
-        engine=engine,
-        context=state.context,
-        train_data=train_data,
-        eval_data=eval_data,
-        sampler=sampler,
-        pad_token_id=padding_id(tokenizer),
-        total_steps=total_steps,
-        flops=flops,
-        resumed=resumed,
-    )
-    if engine.is_main:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_text(output_dir / "run.json", json.dumps(config.to_dict(), indent=1))
-    summary = loop.run() | {"load": load}
-    parameters = engine.full_parameters()
-    if engine.is_main:
-        save_adapter(model, parameters, output_dir / "adapter")
-        write_text(output_dir / "sparse_lora.json", json.dumps(config.sparse_lora.to_dict(), indent=1))
-        write_text(output_dir / "summary.json", json.dumps(summary, indent=1))
-    engine.barrier()
-    return summary
+        loop = TrainingLoop(
+            config=config,
+            engine=engine,
+            context=state.context,
+            train_data=train_data,
+            eval_data=eval_data,
+            sampler=sampler,
+            pad_token_id=padding_id(tokenizer),
+            total_steps=total_steps,
+            flops=flops,
+            resumed=resumed,
+            trackers=trackers,
+        )
+        if engine.is_main:
+            write_text(output_dir / "run.json", json.dumps(config.to_dict(), indent=1))
+        summary = loop.run() | {"load": load}
+        parameters = engine.full_parameters()
+        if engine.is_main:
+            save_adapter(model, parameters, output_dir / "adapter")
+            write_text(output_dir / "sparse_lora.json", json.dumps(config.sparse_lora.to_dict(), indent=1))
+            write_text(output_dir / "summary.json", json.dumps(summary, indent=1))
+            tokenizer.save_pretrained(output_dir / "adapter")
+            write_model_card(model, output_dir / "adapter", config, summary)
+        engine.barrier()
+        return summary
 
 
 def _report_load(report: LoadReport, config: RunConfig, engine: Engine) -> dict[str, float]:

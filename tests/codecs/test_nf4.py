@@ -17,6 +17,7 @@ from sparselora_dist.sharding.placement import Placement, RowShards
 from sparselora_kernels import EncodedWeight
 from sparselora_kernels.nf4 import nested_scales
 from sparselora_kernels.reference.nf4 import LEVELS
+from support.compare import sqnr
 
 # One block; nested blocks of 256 rows, of 85 1/3, of 4, of 1 1/7; a nested block and a bit; nested blocks cut anywhere.
 SHAPES = [(1, 64), (300, 64), (90, 192), (7, 320), (9, 4096), (5, 14336), (3, 28672), (3, 64 * 257), (0, 128)]
@@ -230,11 +231,6 @@ def test_no_rows(double_quant: bool) -> None:
 
 
 # --- how good it is ---------------------------------------------------------------------------------------------------
-
-
-def sqnr(matrix: Tensor, stored: Tensor) -> float:
-    """Signal over quantisation noise in dB."""
-    return float(10 * torch.log10(matrix.square().mean() / (stored - matrix).square().mean()))
 
 
 @doubles

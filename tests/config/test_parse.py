@@ -5,24 +5,26 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal
 
 import pytest
 
-from sparselora_dist.config import ConfigError, apply_overrides, parse_dataclass
+from sparselora_dist.config import ConfigError, apply_overrides
+from sparselora_dist.config.errors import nearest
 from sparselora_dist.config.files import load_file, parse_json, parse_yaml
-from sparselora_dist.config.parse import dump_dataclass, nearest
+from sparselora_dist.config.model import Section, section
+from sparselora_dist.config.model import parse as parse_section
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Inner:
+@section
+class Inner(Section):
     size: int
     mode: Literal["fast", "slow", 3] = "fast"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outer:
+@section
+class Outer(Section):
     inner: Inner
     ratio: float = 0.5
     step: float | int | None = None
@@ -35,7 +37,7 @@ class Outer:
 
 
 def parse(**data: Any) -> Outer:
-    return parse_dataclass(Outer, {"inner": {"size": 1}, **data}, "top")
+    return parse_section(Outer, {"inner": {"size": 1}, **data}, "top")
 
 
 def refused(*words: str) -> Any:
@@ -56,11 +58,11 @@ def test_types_are_followed() -> None:
 
 def test_the_result_shares_nothing_with_its_data() -> None:
     data: dict[str, Any] = {"inner": {"size": 1}, "anything": {"a": [1]}}
-    got = parse_dataclass(Outer, data, "")
+    got = parse_section(Outer, data, "")
     data["anything"]["a"].append(2)
     assert got.anything == {"a": [1]}
-    plain = dump_dataclass(got)
-    assert parse_dataclass(Outer, json.loads(json.dumps(plain)), "") == got
+    plain = got.to_dict()
+    assert parse_section(Outer, json.loads(json.dumps(plain)), "") == got
     with pytest.raises(dataclasses.FrozenInstanceError):
         got.flag = True  # type: ignore[misc]
 
@@ -95,14 +97,14 @@ def test_the_result_shares_nothing_with_its_data() -> None:
 )
 def test_refusals_name_key_value_and_remedy(data: dict[str, Any], words: list[str]) -> None:
     with refused(*words):
-        parse(**data) if all(isinstance(key, str) for key in data) else parse_dataclass(Outer, data, "top")
+        parse(**data) if all(isinstance(key, str) for key in data) else parse_section(Outer, data, "top")
 
 
 def test_a_missing_section_names_the_key_it_needs() -> None:
     with refused("missing key 'inner.size'"):
-        parse_dataclass(Outer, {}, "")
+        parse_section(Outer, {}, "")
     with refused("'the config'", "[]", "an object"):
-        parse_dataclass(Outer, [], "")  # type: ignore[arg-type]
+        parse_section(Outer, [], "")  # type: ignore[arg-type]
 
 
 def test_nearest() -> None:

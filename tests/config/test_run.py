@@ -2,11 +2,14 @@
 
 import copy
 import json
-from typing import Any
+from dataclasses import FrozenInstanceError, replace
+from pathlib import PurePosixPath
+from typing import Any, get_args
 
 import pytest
 
-from sparselora_dist.config import ConfigError, EngineSection, LoraSection, RunConfig
+from sparselora_dist.config import ConfigError, EngineSection, LoraSection, RunConfig, TrainSection
+from sparselora_dist.config.train import Tracker
 
 MINIMAL: dict[str, Any] = {
     "model": {"name_or_path": "org/model"},
@@ -140,7 +143,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"train": {"save_steps": 0}}, "'train.save_steps' is 0: allowed: integers from 1, or null"),
     ({"train": {"lr_scheduler_type": "cosin"}}, "'train.lr_scheduler_type' is \"cosin\": .*did you mean 'cosine'"),
-    ({"train": {"report_to": "wandb"}}, "'train.report_to' is \"wandb\": allowed: none, tensorboard"),
+    (
+        {"train": {"report_to": "wandbb"}},
+        "'train.report_to' is \"wandbb\": allowed: none, all, tensorboard.*mean 'wandb'",
+    ),
     ({"train": {"report_to": ["tensorbord"]}}, "'train.report_to' .*did you mean 'tensorboard'"),
     ({"train": {"resume": ""}}, "'train.resume' is \"\": allowed: true, false, or the path"),
     ({"train": {"output_dir": ""}}, "'train.output_dir' is \"\": allowed: the path"),
@@ -149,6 +155,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "use_reentrnt': did you mean 'use_reentrant'",
     ),
     ({"train": {"gradient_checkpointing_kwargs": {"use_reentrant": 1}}}, "use_reentrant' is 1: expected true or false"),
+    (
+        {"train": {"optim": "adamw_8bits"}},
+        '\'train.optim\' is "adamw_8bits": expected one of .*did you mean "adamw_8bit"',
+    ),
+    ({"train": {"optim": 8}}, "'train.optim' is 8: expected one of \"adamw_torch\", .* or null"),
+    ({"train": {"report_to": 3}}, "'train.report_to' is 3: allowed: none, all, tensorboard"),
+    ({"train": {"logging_dir": ""}}, "'train.logging_dir' is \"\": allowed: a path, or null"),
     # engine
     ({"engine": {}}, 'missing key \'engine.name\': expected one of "single", "zero3", "fsdp2"'),
     ({"engine": {"name": "zero2"}}, '\'engine.name\' is "zero2": .*did you mean "zero3"'),
@@ -250,6 +263,45 @@ def test_a_model_path_may_go_up_where_it_exists(tmp_path: Any, monkeypatch: Any)
     assert run(model={"name_or_path": "../models/small"}).model.name_or_path == "../models/small"
     with pytest.raises(ConfigError, match="this one does not"):
         run(model={"name_or_path": "../models/large"})
+
+
+def test_by_hand_is_checked_as_from_a_file() -> None:
+    config = run(_comment="a note")
+    with pytest.raises(
+        ConfigError, match=r"'train.max_steps' is .3.: expected an integer or -1; write 3, without quotes"
+    ):
+        replace(config.train, max_steps="3")
+    with pytest.raises(ConfigError, match=r"unknown key 'train.max_step': did you mean 'max_steps'"):
+        TrainSection(output_dir="x", max_step=3)  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match=r"missing key 'train.output_dir': expected a string"):
+        TrainSection()  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match=r"'train' is {}: expected a TrainSection"):
+        replace(config, train={})
+    with pytest.raises(ConfigError, match=r"'train.output_dir' is PurePosixPath.*: expected JSON data"):
+        run(train={"output_dir": PurePosixPath("runs")})
+    with pytest.raises(FrozenInstanceError):
+        config.train.seed = 3  # type: ignore[misc]
+    again = replace(config, train=replace(config.train, learning_rate=1))
+    assert (again.comment, again.train.learning_rate, type(again.train.learning_rate)) == ("a note", 1.0, float)
+    for settings in ({"x": [float("inf")]}, {"x": {"_target_": "os.system"}}):
+        with pytest.raises(ConfigError, match=r"'engine.deepspeed.x"):
+            EngineSection(name="zero3", deepspeed=settings)
+
+
+def test_the_schema_of_a_file_is_read_past() -> None:
+    assert RunConfig.from_dict({"$schema": "schema.json", **MINIMAL}) == run()
+    with pytest.raises(ConfigError, match=r"unknown key 'train\.\$schema'"):
+        run(train={"$schema": "schema.json"})
+
+
+def test_trackers_and_optimizers() -> None:
+    assert run(train={"report_to": ["wandb", "none", "aim", "wandb"]}).train.trackers == ("wandb", "aim")
+    assert run(train={"report_to": "all"}).train.trackers == ("all",)
+    train = run(train={"run_name": "first", "logging_dir": "logs", "optim": "adamw_8bit"}).train
+    assert (train.run_name, train.logging_dir, train.optim) == ("first", "logs", "adamw_8bit")
+    assert (run().train.run_name, run().train.logging_dir, run().train.optim) == (None, None, None)
+    known = set(get_args(Tracker)) - {"none", "all"}
+    assert known == set(pytest.importorskip("accelerate.tracking").LOGGER_TYPE_TO_CLASS)
 
 
 def test_deepspeed_from_a_file(tmp_path: Any) -> None:

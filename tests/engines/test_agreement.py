@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from support.agreement_workers import CASES, STEPS
 from support.compare import assert_close
-from support.engine_workers import CASES, STEPS
 
 # fp32 sums in another order, STEPS steps of up to 1e-2 each.
 PARAMETERS = {"rtol": 1e-5, "atol": 1e-6}

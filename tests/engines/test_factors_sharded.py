@@ -13,7 +13,7 @@ from sparselora_dist.io.factors import FORMAT, read_factors, write_factors
 from sparselora_dist.io.manifest import tensors_sha256
 from sparselora_dist.io.weights import ModelWeights, fingerprint
 from sparselora_dist.method.estimator import low_rank_factors
-from support.engine_workers import MATRICES
+from support.factor_workers import MATRICES
 from support.harness import run_ranks
 from support.models import tiny_base
 
@@ -50,7 +50,7 @@ def bad_files(tmp_path_factory: pytest.TempPathFactory, weights: ModelWeights) -
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory, bad_files: dict[str, str]) -> list[dict[str, Any]]:
-    return run_ranks("support.engine_workers:factors", 2, str(tmp_path_factory.mktemp("factors")), bad_files)
+    return run_ranks("support.factor_workers:factors", 2, str(tmp_path_factory.mktemp("factors")), bad_files)
 
 
 def assert_same_factors(expected: Any, got: Any) -> None:

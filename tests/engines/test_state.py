@@ -14,7 +14,8 @@ from sparselora_dist.engines.ranks import Ranks, discover_ranks, start_distribut
 from sparselora_dist.engines.single import SingleEngine
 from sparselora_dist.engines.zero3 import resolve_auto
 from support.compare import assert_close
-from support.engine_workers import VARIANTS, State, run_config
+from support.engine_parts import run_config
+from support.state_workers import VARIANTS, State
 
 # --- state ------------------------------------------------------------------------------------------------------------
 

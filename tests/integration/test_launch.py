@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,8 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sparselora_dist.engines.ranks import free_port
 from support.compare import assert_close
-from support.harness import ROOT, run_launch, run_ranks
+from support.harness import ROOT, run_launch, run_ranks, without_package
 from support.trainer_workers import branch_off, observe
 
 from .conftest import Tiny
@@ -27,20 +27,13 @@ from .conftest import Tiny
 LOSS_TOLERANCE = 1e-4
 LAUNCHERS = ("python", "torchrun", "mpirun", "deepspeed")
 ENGINES = ("single", "fsdp2", "zero3")
+TRACKERS = {"python": '["tensorboard", "mlflow"]', "torchrun": "mlflow", "mpirun": "mlflow"}
 IDS = torch.arange(3, 35).reshape(2, 16)
 DROPOUT = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
 
 # Loads adapters with nothing of this project importable; prints nothing, leaves logits.
-PLAIN_PEFT = """
-import sys
+PLAIN_PEFT = without_package("""
 import torch
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("sparselora_dist", "sparselora_kernels"):
-            raise ModuleNotFoundError(f"{name} is not installed here", name=name)
-
-sys.meta_path.insert(0, Blocked())
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -52,13 +45,7 @@ for folder in folders:
         logits[folder] = PeftModel.from_pretrained(base, folder).eval()(input_ids=torch.load(ids)).logits
 assert not any(name.startswith("sparselora") for name in sys.modules)
 torch.save(logits, out)
-"""
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return str(probe.getsockname()[1])
+""")
 
 
 def relative(left: float, right: float) -> float:
@@ -77,12 +64,15 @@ def launched(tiny: Tiny, work: Path) -> dict[str, Path]:
         "python": ("single", ["python"]),
         "torchrun": ("fsdp2", ["torchrun", "--standalone", "--nproc-per-node", "2"]),
         "mpirun": ("zero3", ["mpirun", "-n", "2", "python"]),
-        "deepspeed": ("zero3", ["deepspeed", "--num_gpus", "2", "--master_port", free_port()]),
+        "deepspeed": ("zero3", ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]),
     }
     for name, (engine, command) in commands.items():
         config = tiny.config_file(work / f"{name}.json", engine, work / name)
-        tracker = ["--train.report_to", "tensorboard"] if name == "python" else []
-        run_launch([*command, "launch/train.py", "--config", config, *tracker])
+        tracker = ["--train.report_to", TRACKERS[name], "--train.run_name", name] if name in TRACKERS else []
+        store = {"MLFLOW_TRACKING_URI": (work / "mlflow").as_uri(), "MLFLOW_ALLOW_FILE_STORE": "true"}
+        result = run_launch([*command, "launch/train.py", "--config", config, *tracker], **store)
+        (work / f"{name}.out").write_text(result.stdout, encoding="utf-8")
+        (work / f"{name}.err").write_text(result.stderr, encoding="utf-8")
     return {name: work / name for name in commands}
 
 
@@ -103,6 +93,9 @@ def engine_runs(tiny: Tiny, work: Path, launched: dict[str, Path]) -> dict[str, 
         bf16["train"] = {"max_steps": 12, "learning_rate": 3e-2, "save_steps": 10}
         add(f"{engine}-bf16", engine, **bf16)
         add(f"{engine}-bf16-resumed", engine, (work / f"{engine}-bf16", 10), **bf16)
+        coded: dict[str, Any] = {"lora": DROPOUT | {"r": 256}, "train": {"optim": "adamw_8bit"}}
+        add(f"{engine}-8bit", engine, **coded)
+        add(f"{engine}-8bit-resumed", engine, (work / f"{engine}-8bit", 2), **coded)
         add(f"{engine}-nf4", engine, quantization={"load_in_4bit": True})
         add(f"{engine}-nf4-resumed", engine, (work / f"{engine}-nf4", 2), quantization={"load_in_4bit": True})
     add("zero3-to-single", "single", (launched["mpirun"], 2))
@@ -172,6 +165,72 @@ def test_tensorboard_gets_the_rows_when_asked(launched: dict[str, Path], rows_of
     assert not (launched["torchrun"] / "tensorboard").exists()
 
 
+@pytest.mark.parametrize("launcher", TRACKERS)
+def test_a_second_tracker_gets_the_same_figures(
+    launcher: str, launched: dict[str, Path], work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow, read back from its own files: one run of each launcher, by rank 0, with settings and every row."""
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    client = MlflowClient((work / "mlflow").as_uri())
+    (experiment,) = client.search_experiments(filter_string="name = 'sparselora-dist'")
+    found = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert sorted(found) == sorted(TRACKERS)
+    run = found[launcher]
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.learning_rate"] == "0.005"
+    assert run.data.params["sparse_lora.layers.ffn.1-2"] == "0.7"
+    rows = [json.loads(line) for line in (launched[launcher] / "metrics.jsonl").read_text().splitlines()]
+    for name in ("loss", "num_tokens", "sparsity/context_share", "eval_loss", "eval_exact_match"):
+        history = client.get_metric_history(run.info.run_id, name)
+        assert [(point.step, point.value) for point in history] == [
+            (row["step"], row[name]) for row in rows if name in row
+        ], name
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_what_the_terminal_says(launcher: str, launched: dict[str, Path], work: Path) -> None:
+    folder, out = launched[launcher], (work / f"{launcher}.out").read_text()
+    err = (work / f"{launcher}.err").read_text() + out
+    summary = json.loads((folder / "summary.json").read_text())
+    assert out.count(f"loss {summary['eval_loss_start']:.4f} -> {summary['eval_loss']:.4f}") == 1
+    assert f"{summary['executed_flops_share']:.1%} of plain LoRA's FLOPs" in out
+    assert out.count(f"sparselora-dist inspect {folder}\n") == 1
+    merge = next(line for line in out.splitlines() if "sparselora-dist merge" in line)
+    assert f"--adapter {folder}/adapter --output {folder}/merged --dtype float32" in merge
+    assert err.count(f"step 0: eval_loss {summary['eval_loss_start']:.4f}, token accuracy") == 1
+    assert err.count(f"step 6: eval_loss {summary['eval_loss']:.4f}, token accuracy") == 1
+    assert "FutureWarning" not in err
+
+
+def test_the_adapter_can_be_pushed_as_it_is(tiny: Tiny, launched: dict[str, Path], work: Path) -> None:
+    """Tokenizer and model card, as PEFT's and TRL's users expect."""
+    from huggingface_hub import ModelCard
+    from transformers import AutoTokenizer
+
+    folder = launched["torchrun"] / "adapter"
+    text = "say abc: "
+    assert AutoTokenizer.from_pretrained(folder)(text) == AutoTokenizer.from_pretrained(tiny.model)(text)
+    card = ModelCard.load(folder / "README.md")
+    data = card.data.to_dict()
+    assert (data["base_model"], data["library_name"], data["pipeline_tag"]) == (tiny.model, "peft", "text-generation")
+    assert {"lora", "sparselora"} <= set(data["tags"])
+    assert "license" not in data
+    summary = json.loads((launched["torchrun"] / "summary.json").read_text())
+    for line in (
+        f"| evaluation loss, nats per label token | {summary['eval_loss_start']:.4f} | {summary['eval_loss']:.4f} |",
+        f"| tokens computed sparsely | {summary['context_share']:.1%} |",
+        f"| data | `{tiny.train}` |",
+        "| sparsity of ffn | layers 1-2: 0.7 |",
+        "| batch | 2 rows x 2 accumulated x 2 ranks |",
+        "| engine | fsdp2, 2 ranks |",
+    ):
+        assert line in card.text, line
+    assert "{{" not in card.text and "None" not in card.text
+    assert not list((launched["torchrun"]).glob("checkpoint-*/adapter/README.md"))
+
+
 def test_nf4_runs_agree_resume_and_keep_less(
     work: Path, engine_runs: dict[str, dict[str, Any]], launched: dict[str, Path], rows_of: Callable
 ) -> None:
@@ -197,6 +256,7 @@ def test_checkpoints_hold_the_adapter_and_no_code(launcher: str, launched: dict[
     folder = launched[launcher]
     assert sorted(path.name for path in folder.glob("*checkpoint-*")) == [f"checkpoint-{step}" for step in (2, 4, 6)]
     files = [path for path in folder.rglob("*") if path.is_file() and "tensorboard" not in path.parts]
+    files.remove(folder / "adapter" / "README.md")
     assert {path.suffix for path in files} == {".json", ".jsonl", ".safetensors"}
     adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
     elements = sum(tensor.numel() for tensor in adapter.values())
@@ -211,7 +271,7 @@ def test_checkpoints_hold_the_adapter_and_no_code(launcher: str, launched: dict[
 def test_the_deepspeed_launcher_needs_no_flags(tiny: Tiny, work: Path, rows_of: Callable) -> None:
     config = tiny.config_file(work / "bare.json", "zero3", work / "bare", train={"max_steps": 2, "save_steps": None})
     # The port is only there because other jobs of this machine may use the default one.
-    run_launch(["deepspeed", "--master_port", free_port(), "launch/train.py", "--config", config])
+    run_launch(["deepspeed", "--master_port", str(free_port()), "launch/train.py", "--config", config])
     assert len(rows_of(work / "bare")) == 2
     assert json.loads((work / "bare" / "summary.json").read_text())["world_size"] >= 1
 
@@ -250,7 +310,7 @@ def test_engines_choose_the_same_masks(engine_runs: dict[str, dict[str, Any]], l
             assert all(torch.equal(one[key], two[key]) for key in one), name
 
 
-@pytest.mark.parametrize("dtype", ["", "-bf16"])
+@pytest.mark.parametrize("dtype", ["", "-bf16", "-8bit"])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_resume_is_bit_identical(
     engine: str, dtype: str, work: Path, engine_runs: dict[str, dict[str, Any]], rows_of: Callable

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import logging
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from support.harness import ROOT, run_launch
+from support.harness import ROOT, run_launch, run_ranks
 from support.models import tiny_base
 
 from .conftest import LAYERS, VOCABULARY, Tiny, byte_tokenizer, task_rows, write_rows
@@ -159,6 +161,49 @@ def test_one_process_engine_on_two_ranks(refused: Callable, monkeypatch: pytest.
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     says(refused(), "engine.name", "'single'", "2 were started", "'zero3'", "'fsdp2'")
+
+
+def never_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("sparselora_dist.train.run")
+    monkeypatch.setattr(module, "build_model", lambda *_, **__: pytest.fail("the model was loaded"))
+
+
+@pytest.mark.parametrize("key", ["train.output_dir", "train.logging_dir"])
+def test_a_folder_that_cannot_be_written(
+    refused: Callable, tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before the model is loaded, where a file is in the way or above, or the system refuses."""
+    never_loads(monkeypatch)
+    (tmp_path / "file").write_text("mine")
+    for folder, why in ((tmp_path / "file", "it is a file"), (tmp_path / "file" / "out", "Not a directory")):
+        says(refused(f"--{key}", str(folder)), f"'{key}' is {folder}", "nothing can be written", why, "another folder")
+    assert (tmp_path / "file").read_text() == "mine"
+
+    make = tempfile.NamedTemporaryFile
+
+    def locked(*, dir: Path, **options: Any) -> Any:
+        if dir.name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return make(dir=dir, **options)
+
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", locked)
+    says(refused(f"--{key}", str(tmp_path / "locked")), f"'{key}'", str(tmp_path), "Permission denied")
+
+
+def test_every_rank_ends_when_the_first_cannot_write(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = tiny.config("fsdp2", tmp_path / "file")
+    first, second = run_ranks(
+        "support.trainer_workers:many_runs", 2, [(config, None)], None, timeout=120, expect_failure=True
+    )
+    says(first, "'train.output_dir'", "it is a file")
+    says(second, "OtherRankError", "rank 0 could not go on", "'train.output_dir'")
+
+
+def test_a_tracker_that_is_not_installed(refused: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    never_loads(monkeypatch)
+    monkeypatch.setattr("sparselora_dist.train.trackers.get_available_trackers", lambda: [])
+    says(refused("--train.report_to", "wandb"), "'train.report_to'", "wandb", "pip install wandb")
 
 
 def test_resume_without_a_checkpoint(refused: Callable, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from sparselora_dist.io.load import LoadedBase, load_base
 from sparselora_dist.io.memory import InsufficientMemoryError, check_fits
 from sparselora_dist.io.shard_files import TensorFiles
 from sparselora_dist.sharding.placement import Placement, RowShards
-from support.merging import BLOCKS, load, logits, save_base
+from support.merging import BLOCKS, edit_json, load, logits, save_base
 from support.models import ALL_LINEAR, ATTENTION, FAMILIES
 
 CPU = torch.device("cpu")
@@ -259,10 +259,6 @@ def test_more_ranks_than_rows(base: Path) -> None:
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
-
-
-def edit_json(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 @pytest.fixture

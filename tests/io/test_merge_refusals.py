@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparselora_dist.io import merge as module
 from sparselora_dist.io.merge import merge_adapter
-from support.merging import make_adapter, save_base, tensors
+from support.merging import edit_json, make_adapter, save_base, tensors
 
 Q = "base_model.model.model.layers.1.self_attn.q_proj"
 FILE = "adapter_model.safetensors"
@@ -42,10 +42,6 @@ def refused(folder: Path, match: str, error: type[Exception] = ValueError, **opt
     with pytest.raises(error, match=match):
         merge_adapter(folder / "base", folder / "adapter", folder / "out", **options)
     assert not {path.name for path in folder.iterdir()} - {"base", "adapter"}
-
-
-def edit_json(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 # --- the adapter's config --------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from sparselora_dist.io.manifest import CorruptFileError
 from sparselora_dist.io.prequantized import PrequantizedError, prequantized
 from sparselora_dist.io.shard_files import TensorFiles
 from sparselora_dist.sharding.placement import Placement
+from support.compare import sqnr
 from support.merging import BLOCKS, logits, save_base
 from support.models import ALL_LINEAR
 
@@ -119,10 +120,6 @@ def test_with_o_and_down_as_stored_the_logits_are_transformers_own(checkpoint: P
             linear.weight = torch.nn.Parameter(weight, requires_grad=False)
             setattr(parent, name, linear)
     torch.testing.assert_close(logits(model), logits(own(checkpoint)), rtol=1e-5, atol=1e-5)
-
-
-def sqnr(matrix: Tensor, stored: Tensor) -> float:
-    return float(10 * torch.log10(matrix.square().mean() / (stored - matrix).square().mean()))
 
 
 def test_what_the_second_quantisation_costs() -> None:

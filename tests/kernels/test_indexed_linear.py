@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparselora_kernels import EncodedWeight, reference
 from sparselora_kernels.indexed_linear import indexed_nn, indexed_nt, prefers_vendor
+from sparselora_kernels.operands import NNOperands, NTOperands
 from support.kernel_cases import compare, implementations, nf4, running, some, wide
 
 # (tokens, chosen tokens, channels, width, kept): odd sizes, one of everything, one kept, all kept, no tokens.
@@ -19,15 +20,10 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=s
 accumulates = pytest.mark.parametrize("accumulate", [False, True], ids=["write", "add"])
 
 
-def check(operation: Any, formula: Any, first: Tensor, weight: Any, *args: Any, values: Tensor, **options: Any) -> None:
+def check(operation: Any, formula: Any, operands: Any, weight: EncodedWeight, values: Tensor) -> None:
     """``out``, where there is one, is written in place by the operation and not by the formula."""
-    out = options.pop("out", None)
-    doubles = {name: wide(value) for name, value in options.items()}
-    if out is not None:
-        doubles["out"] = wide(out.clone())
-        options["out"] = out
-    expected = formula(wide(first), wide(values), *(wide(a) for a in args), **doubles)
-    compare({"y": expected}, {"y": operation(first, weight, *args, **options)}, first.dtype)
+    expected = formula(type(operands)(*map(wide, operands)), wide(values))
+    compare({"y": expected}, {"y": operation(operands, weight)}, operands[0].dtype)
 
 
 @cases
@@ -42,7 +38,8 @@ def test_nt_equals_reference(shape: tuple, dtype: torch.dtype, form: str, implem
     if form in ("write", "add"):
         options |= {"out": torch.randn(tokens, channels, dtype=dtype), "accumulate": form == "add"}
     with running(implementation):
-        check(indexed_nt, reference.indexed_nt, x, EncodedWeight((weight,)), *lists, values=weight, **options)
+        operands = NTOperands(x, *lists, **options)
+        check(indexed_nt, reference.indexed_nt, operands, EncodedWeight((weight,)), weight)
 
 
 @cases
@@ -62,27 +59,19 @@ def test_nn_equals_reference(
         options |= {"bias": torch.randn(width, dtype=dtype), "low": torch.randn(chosen, 3, dtype=dtype)}
         options["b"] = torch.randn(width, 3, dtype=dtype)
     with running(implementation):
-        check(
-            indexed_nn,
-            reference.indexed_nn,
-            h,
-            EncodedWeight((weight,)),
-            rows,
-            kept_channels,
-            values=weight,
-            indexed=indexed,
-            **options,
-        )
+        operands = NNOperands(h, rows, kept_channels, indexed=indexed, **options)
+        check(indexed_nn, reference.indexed_nn, operands, EncodedWeight((weight,)), weight)
 
 
 @implementations
 def test_nf4_rows_are_those_of_the_decoded_matrix(implementation: str) -> None:
     rows, channels = some(9, 6), some(20, 7)
     stored, values = nf4(torch.randn(20, 130))
-    out = torch.randn(9, 130)
+    nt = NTOperands(torch.randn(9, 130), rows, channels)
+    nn = NNOperands(torch.randn(6, 7), rows, channels, torch.randn(9, 130))
     with running(implementation):
-        check(indexed_nt, reference.indexed_nt, torch.randn(9, 130), stored, rows, channels, values=values)
-        check(indexed_nn, reference.indexed_nn, torch.randn(6, 7), stored, rows, channels, values=values, out=out)
+        check(indexed_nt, reference.indexed_nt, nt, stored, values)
+        check(indexed_nn, reference.indexed_nn, nn, stored, values)
 
 
 def test_the_vendor_is_preferred_for_many_channels_only() -> None:

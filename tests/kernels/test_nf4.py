@@ -5,11 +5,10 @@ from __future__ import annotations
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from torch import Tensor
 
-from sparselora_dist.codecs import NF4Codec
 from sparselora_kernels import nf4_rows, reference
 from sparselora_kernels.nf4 import absmax_map, blocks, nested_scales, nested_slots
+from support.kernel_cases import nf4_parts
 
 # (rows, length): one block, a length that 64 does not divide, several rows per nested block, nested blocks that end
 # within a row, more than one nested block in a row.
@@ -18,16 +17,11 @@ DTYPES = [torch.float32, torch.bfloat16]
 doubles = pytest.mark.parametrize("double_quant", [True, False], ids=["double", "single"])
 
 
-def stored(shape: tuple[int, int], double_quant: bool) -> tuple[Tensor, Tensor]:
-    encoded = NF4Codec(double_quant=double_quant).encode(torch.randn(shape) * 0.02, 0)
-    return encoded["codes"], encoded["scales"]
-
-
 @pytest.mark.parametrize("shape", [(1, 64), (5, 100), (9, 192), (3, 64 * 96)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @doubles
 def test_equals_reference(shape: tuple[int, int], dtype: torch.dtype, double_quant: bool) -> None:
-    codes, scales = stored(shape, double_quant)
+    codes, scales = nf4_parts(shape, double_quant)
     options = {"length": shape[1], "double_quant": double_quant}
     rows = torch.randperm(shape[0])[: shape[0] // 2 + 1].sort().values
     expected = reference.nf4_rows(codes, scales, rows, dtype, absmax_map=absmax_map(codes.device), **options)
@@ -38,7 +32,7 @@ def test_equals_reference(shape: tuple[int, int], dtype: torch.dtype, double_qua
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @doubles
 def test_chosen_rows_are_rows_of_the_whole(shape: tuple[int, int], double_quant: bool) -> None:
-    codes, scales = stored(shape, double_quant)
+    codes, scales = nf4_parts(shape, double_quant)
     options = {"length": shape[1], "double_quant": double_quant}
     whole = nf4_rows(codes, scales, None, torch.float32, **options)
     assert whole.shape == shape

@@ -63,6 +63,9 @@ ON_TWO: dict[str, Case] = {
         SHAPE | {"family": "qwen2"},
     ),
 }
+# A rank at which a shard of most adapters has 4096 elements.
+for engine in ("fsdp2", "zero3"):
+    ON_TWO[f"{engine} 8-bit"] = (run_data(engine, optim="adamw_8bit", rank=200), SHAPE)
 ON_FOUR: dict[str, Case] = {
     "fsdp2 bf16": (run_data("fsdp2", sparse=SPARSE), SHAPE),
     "fsdp2 fp32 odd": (run_data("fsdp2", dtype="float32", sparse=SPARSE | {"rank": 3}, rank=3), ODD),

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from sparselora_dist.config import ConfigError
-from sparselora_dist.plan.known import KNOWN
-from sparselora_dist.plan.shapes import find_shape, from_hf_config
+from sparselora_dist.plan.shapes import KNOWN, find_shape, from_hf_config
 from support.models import FAMILIES, tiny_base
 
 # Parameters as the models' cards give them (the sum over their safetensors files).

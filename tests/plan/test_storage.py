@@ -63,6 +63,23 @@ def test_zero3_holds_masters_moments_and_gradients() -> None:
     assert held["optimizer"] == lora * 12 // 8
 
 
+def test_8bit_moments_are_a_byte_and_a_scale_per_256() -> None:
+    """But for shards of fewer than 4096 elements: 4 bytes. ZeRO-3 steps all shards of a rank as one tensor."""
+
+    def optimizer(engine: str, ranks: int, optim: str | None = "adamw_8bit") -> int:
+        config = RunConfig.from_dict(run_data(engine, rank=16, optim=optim))
+        return resident_bytes(find_shape("llama-3-8b"), config, ranks)["optimizer"]
+
+    wide, narrow = 16 * 4096, 16 * 1024  # q's and o's A and B, k's and v's A; k's and v's B
+    lora = 32 * (6 * wide + 2 * narrow)
+    assert optimizer("fsdp2", 8, None) == optimizer("fsdp2", 8, "adamw_torch_fused") == lora * 8 // 8
+    assert optimizer("fsdp2", 4) == lora * 2 * (1 + 4 / 256) / 4
+    assert optimizer("fsdp2", 8) == 32 * (6 * wide * 2 * (1 + 4 / 256) + 2 * narrow * 8) / 8
+    # A's 16 rows go to 16 of 32 ranks, whole; the rows of B are cut on.
+    assert optimizer("fsdp2", 32) == 32 * (4 * 4096 * 2 * (1 + 4 / 256) + (2 * wide + 2 * narrow) * 8 / 32)
+    assert optimizer("zero3", 32) == lora / 32 * (4 + 2 * (1 + 4 / 256))
+
+
 def test_nf4_scales_are_counted_row_by_row() -> None:
     config = RunConfig.from_dict(run_data("fsdp2", four_bit=True))
     scheme = configured_scheme(config, TINY, 2)

@@ -17,6 +17,7 @@ from PIL import Image
 from sparselora_dist import SparseLoRAConfig
 from sparselora_dist.cli import main
 from sparselora_dist.engines.ranks import free_port
+from sparselora_dist.quality import heatmap
 from support.harness import ROOT, run_launch
 from support.models import tiny_base
 
@@ -101,6 +102,55 @@ def test_the_picture(single: Path) -> None:
         colours = {colour: count for count, colour in image.convert("RGB").getcolors(1 << 24)}
     assert colours[214, 39, 40] > 200, "the choice is outlined"
     assert len(colours) > 20
+
+
+def picture(**changes: Any) -> heatmap.HeatMap:
+    values = {(layer, "ffn"): {0.5: -0.1, 0.9: 0.2 * layer} for layer in range(3)}
+    plain: dict[str, Any] = {
+        "groups": ("ffn",), "levels": LEVELS, "layers": 3, "values": values, "chosen": {(1, "ffn"): 0.9},
+        "importance": [0.1, 0.3, 0.2], "unit": "nats", "caption": ("costs $5 and $6", "word " * 40),
+    }  # fmt: skip
+    return heatmap.HeatMap(**plain | changes)
+
+
+def test_what_the_picture_shows(tmp_path: Path) -> None:
+    """Values and importance in the cells, sparsity upwards, a box around the choice, the caption wrapped and as it is."""
+    panel, strip, bar = (figure := heatmap.figure_of(picture())).axes
+    assert panel.collections[0].get_array().tolist() == [[-0.1, -0.1, -0.1], [0, 0.2, 0.4]]
+    assert strip.collections[0].get_array().tolist() == [[0.1, 0.3, 0.2]]
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["0.5", "0.9"]
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["0", "1", "2"]
+    assert [box.get_xy() for box in panel.patches] == [(1, 1)], "layer 1, the upper row"
+    assert panel.get_ylabel() == "sparsity" and strip.get_xlabel() == "decoder layer"
+    shades = panel.collections[0].cmap(panel.collections[0].norm([0, 0.2, 0.4]))[:, :3].mean(1)
+    assert shades[0] > shades[1] + 0.1 > shades[2] + 0.2, "darker is more, in grey too"
+    texts = [text.get_text() for text in figure.texts]
+    assert any(text.strip().startswith("costs $5 and $6\nword") and text.count("word\n") >= 2 for text in texts)
+    assert "Sensitivity to sparsity by layer" in texts and bar.get_xlabel() == "nats (square-root scale)"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["chosen; a layer without a box stays dense"]
+    for name in ("one.png", "two.png"):
+        heatmap.draw(picture(), tmp_path / name)
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "two.png"]
+
+
+def test_a_picture_of_many_layers_and_of_nothing(tmp_path: Path) -> None:
+    many = picture(layers=80, values={(n, "ffn"): {0.5: 0.0, 0.9: 0.0} for n in range(80)}, importance=[0.0] * 80)
+    panel = heatmap.figure_of(many).axes[0]
+    assert [label.get_text() for label in panel.get_xticklabels()] == [str(n) for n in range(0, 80, 5)]
+    heatmap.draw(many, tmp_path / "many.png")
+    assert (tmp_path / "many.png").stat().st_size > 5000
+
+
+def test_matplotlib_is_asked_for_first(
+    tiny: Tiny, tmp_path: Path, alone: None, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heatmap, "find_spec", lambda name: None)
+    config = tiny.config_file(tmp_path / "run.json", "single", tmp_path / "run")
+    assert "needs matplotlib, which is not installed: pip install 'sparselora-dist[report]'" in refusal(
+        capsys, words(config, tmp_path / "out")
+    )
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])

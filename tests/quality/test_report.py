@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import subprocess
+from copy import deepcopy
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,11 +15,13 @@ import pytest
 
 from sparselora_dist.cli import main
 from sparselora_dist.config import RunConfig
-from sparselora_dist.quality import html
+from sparselora_dist.quality import report as report_module
+from sparselora_dist.quality.curves import Line, line_chart, thin
 from sparselora_dist.quality.report import render
 from sparselora_dist.quality.subject import find_subject, measure
+from support.browser import find_browser, words
+from support.harness import ROOT
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 _VOID = {"meta", "link", "br", "img", "input", "hr"}
 
 
@@ -81,16 +82,20 @@ def test_the_report_of_a_run(report: str, trained: Path, fidelity: dict[str, Any
     assert titles(report) == [
         "Loss", "Throughput", "Sparse work", "Sparsity", "Recall", "Energy kept", "Mask stability",
     ]  # fmt: skip
-    assert len(page.all("figure")) == len(page.captions) == len(page.all("svg")) == 7
+    curves, maps = page.all("svg"), [table for table in page.all("table") if table.get("class") == "heat"]
+    assert len(page.all("figure")) == len(page.captions) == len(curves) + len(maps) == 7 and len(curves) == 3
     for caption in page.captions:
         assert re.search(r"Units: \w.*\.$", caption), caption
-    for svg in page.all("svg"):
+    for svg in curves:
         assert svg["role"] == "img" and svg["aria-label"] and re.fullmatch(r"0 0 \d+ \d+", svg["viewbox"] or "")
+    assert all(table["aria-label"] for table in maps)
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(set(ids)) == len(ids), "a name occurs once in a page"
     # Self-contained: nothing is fetched, nothing runs.
     assert not re.search(r"https?:|//\w", report.replace("<!doctype", ""))
     assert [script["type"] for script in page.all("script")] == ["application/json"]
     assert not any("src" in attributes for _, attributes in page.tags)
-    assert not re.search(r"@import|url\(", report)
+    assert not re.search(r"@import|url\((?!#)", report)
     assert "@media (max-width:" in report and 'name="viewport"' in report
     kept = json.loads(page.data)
     assert kept["summary"]["steps"] == 6 and kept["fidelity"] == json.loads(json.dumps(fidelity))
@@ -109,8 +114,37 @@ def test_the_report_of_a_run(report: str, trained: Path, fidelity: dict[str, Any
 def test_the_heat_maps_show_the_figures(report: str, fidelity: dict[str, Any]) -> None:
     site = next(site for site in fidelity["sites"] if (site["layer"], site["group"]) == (3, "ffn"))
     for name, figure in (("ffn r8", site["recall"]["8"]), ("ffn ranks", site["between_ranks"])):
-        assert f"<title>layer 3, {name}: {100 * figure['mean']:.1f} %</title>" in report
-    assert "<title>layer 0, ffn: dense</title>" in report and "<title>layer 1, ffn: 90.0 %</title>" in report
+        share = 100 * figure["mean"]
+        cell = rf'<td[^>]* style="--share:{share:.1f}%" title="layer 3, {name}: {share:.1f} %">{share:.0f}</td>'
+        assert re.search(cell, report), (name, share)
+    assert 'title="layer 0, ffn: dense">dense</td>' in report and 'title="layer 1, ffn: 90.0 %">90</td>' in report
+
+
+def test_the_curves_are_the_runs(report: str, trained: Path) -> None:
+    """As many points as steps and evaluations, the last of the loss below the first, and units on both axes."""
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    svg = re.search(r'aria-label="Loss over steps">(.*?)</svg>', report, re.S)
+    assert svg is not None
+    colours = {name: re.search(rf'<path d="M ([^"]*)" [^>]*stroke: {name}', svg[1]) for name in ("#0b5fa5", "#b4460e")}
+    training, evaluation = (
+        [[float(part) for part in point.split()] for point in found[1].replace("L", "").strip().splitlines()]
+        for found in colours.values()
+        if found
+    )
+    assert len(training) == 6 and len(evaluation) == sum("eval_loss" in row for row in rows) == 3
+    losses = [row["loss"] for row in rows if "loss" in row]
+    # Down the picture is less loss: the same order, on one straight scale.
+    (_, first), (_, last) = training[0], training[-1]
+    for (_, y), loss in zip(training, losses):
+        assert (y - first) / (last - first) == pytest.approx((loss - losses[0]) / (losses[-1] - losses[0]), abs=1e-4)
+    assert ">nats per token</text>" in svg[1] and ">optimizer step</text>" in svg[1] and ">evaluation</text>" in svg[1]
+
+
+def test_without_matplotlib(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page is made, and says what would bring the curves."""
+    monkeypatch.setattr(report_module, "find_spec", lambda name: None)
+    text = render(RunConfig.from_file(trained / "run.json"), trained, None)
+    assert "pip install &#39;sparselora-dist[report]&#39;" in text and not Page(text).all("svg")
 
 
 def test_the_command_on_a_run(trained: Path, capsys: Any) -> None:
@@ -173,16 +207,35 @@ def test_names_are_text(trained: Path, fidelity: dict[str, Any]) -> None:
     assert len(page.all("script")) == 1 and json.loads(page.data)["fidelity"]["data"] == "</script><script>x"
 
 
-def test_ticks_and_thinning() -> None:
-    assert html.ticks(0.0, 1.0) == [0, 0.2, 0.4, 0.6, 0.8, 1.0] and html.ticks(0, 0)[0] == 0
-    for low, high in ((1.137, 6.008), (-3, 7e5), (5, 5), (0.99991, 0.99992)):
-        found = html.ticks(low, high)
-        assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 8, found
-    points = html.thin([(i, 2.0) for i in range(10_000)])
+def test_curves_and_thinning() -> None:
+    points = thin([(i, 2.0) for i in range(10_000)])
     assert len(points) <= 240 and {y for _, y in points} == {2.0}
-    assert [html.number(value) for value in (0, 0.25, 3000, 12_000, 3.4e6)] == ["0", "0.25", "3000", "12k", "3.4M"]
-    wide = html.heat_map("wide", ["a"] * 12, ["0"], [[0.5] * 12])
-    assert 'viewBox="0 0 744 ' in wide and "min-width:744px" in wide
+    assert thin([(1, float("nan")), (2, 3.0), (3, float("inf"))]) == [(2.0, 3.0)] and thin([]) == []
+    drawn = line_chart([Line("<a & b>", [(0, 0.0), (20_000, 12_000.0)])], "step", "unit", zero=True)
+    assert drawn == line_chart([Line("<a & b>", [(0, 0.0), (20_000, 12_000.0)])], "step", "unit", zero=True)
+    labels = re.findall(r"<text [^>]*>([^<]*)</text>", drawn)
+    assert {"0", "10,000", "20,000", "step", "unit"} <= set(labels) and "<metadata>" not in drawn
+    both = line_chart([Line("<a & b>", [(0, 1.0)]), Line("c", [])], "step", "unit")
+    assert "&lt;a &amp; b&gt;" in both and len(re.findall("<use [^>]*#0b5fa5", both)) == 2, "its dot, and the legend's"
+    # The same figure twice has other names for its markers than another figure of the page.
+    names = [set(re.findall(r'id="(\w+)"', svg)) for svg in (drawn, both)]
+    assert not names[0] & names[1]
+
+
+def test_the_template_is_packaged() -> None:
+    """Every file of the package that is no Python is named in pyproject.toml."""
+    tomllib = pytest.importorskip("tomllib")
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
+    root = ROOT / "sparselora_dist"
+    named = {
+        path
+        for package, patterns in data.items()
+        if package.split(".")[0] == "sparselora_dist"
+        for pattern in patterns
+        for path in root.joinpath(*package.split(".")[1:]).glob(pattern)
+    }
+    others = {path for path in root.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert others == named and root / "quality/templates/report.html.jinja" in named
 
 
 # --- in a browser -----------------------------------------------------------------------------------------------------
@@ -192,8 +245,15 @@ let errors = 0; addEventListener("error", () => errors++, true);
 addEventListener("load", () => {
   const texts = [...document.querySelectorAll("svg text")].map(text => {
     const svg = text.ownerSVGElement;
-    return parseFloat(text.getAttribute("font-size")) * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
+    return parseFloat(getComputedStyle(text).fontSize) * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
   });
+  const cells = [...document.querySelectorAll("td, th")].filter(cell => cell.checkVisibility());
+  texts.push(...cells.map(cell => parseFloat(getComputedStyle(cell).fontSize)));
+  const cut = [...document.querySelectorAll("svg text")].some(text => {
+    const [inner, outer] = [text, text.ownerSVGElement].map(node => node.getBoundingClientRect());
+    return inner.left < outer.left - 1 || inner.right > outer.right + 1 || inner.bottom > outer.bottom + 1;
+  }) || cells.some(cell => cell.closest(".heat") && cell.scrollWidth > cell.clientWidth + 1);
+  const shades = [...document.querySelectorAll(".heat td")].map(cell => getComputedStyle(cell).backgroundColor);
   const boxes = [...document.querySelectorAll("figure, .card, h1, h2, p")].map(node => node.getBoundingClientRect());
   const clash = [...document.querySelectorAll("svg")].some(svg => {
     const all = [...svg.querySelectorAll("text")].map(text => text.getBoundingClientRect());
@@ -201,7 +261,8 @@ addEventListener("load", () => {
       && a.top < b.bottom - 3 && b.top < a.bottom - 3));
   });
   parent.postMessage(JSON.stringify({width: innerWidth, scroll: document.documentElement.scrollWidth, errors,
-    smallest: Math.min(...texts), right: Math.max(...boxes.map(box => box.right)), clash,
+    smallest: Math.min(...texts), right: Math.max(...boxes.map(box => box.right)), clash, cut,
+    shades: new Set(shades).size,
     left: Math.min(...boxes.map(box => box.left)), requests: performance.getEntriesByType("resource").length}), "*");
 });
 </script>"""
@@ -211,28 +272,29 @@ FRAME = """<!doctype html><title>-</title><link rel="icon" href="data:,"><body s
 <iframe src="page.html" style="border:0;width:{width}px;height:2400px"></iframe>"""
 
 
-def browser() -> str:
-    """A Chromium; ``SPARSELORA_BROWSER`` names one that is not on the path."""
-    found = os.environ.get("SPARSELORA_BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed, and SPARSELORA_BROWSER names none")
-    return found
+def large(fidelity: dict[str, Any]) -> dict[str, Any]:
+    """As of a model of 80 layers, measured at four ranks: 12 columns."""
+    wide = deepcopy(fidelity) | {"ranks": [8, 16, 32, 128], "layers": 80}
+    sites = {site["group"]: site for site in wide["sites"]}
+    for of in (*sites.values(), *wide["groups"].values()):
+        for figure in ("recall", "energy"):
+            of[figure] |= dict.fromkeys(("16", "32", "128"), of[figure]["8"])
+    return wide | {"sites": [site | {"layer": layer} for layer in range(80) for site in sites.values()]}
 
 
+@pytest.mark.parametrize("size", ["a run", "80 layers"])
 @pytest.mark.parametrize("width", [1280, 400])
-def test_a_browser_shows_it(report: str, tmp_path: Path, width: int) -> None:
+def test_a_browser_shows_it(
+    report: str, trained: Path, fidelity: dict[str, Any], tmp_path: Path, width: int, size: str
+) -> None:
     """No error in the console, nothing fetched, nothing past the edge, text that can be read and does not overlap."""
-    program = browser()
-    (tmp_path / "page.html").write_text(report.replace("<head>", "<head>" + PROBE), encoding="utf-8")
+    program = find_browser()
+    text = report if size == "a run" else render(RunConfig.from_file(trained / "run.json"), trained, large(fidelity))
+    (tmp_path / "page.html").write_text(text.replace("<head>", "<head>" + PROBE), encoding="utf-8")
     (tmp_path / "frame.html").write_text(FRAME.format(width=width), encoding="utf-8")
-    words = [
-        program, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
-        "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}",
-        f"--window-size={width},2400",
-    ]  # fmt: skip
-    words.append("--virtual-time-budget=3000")
+    command = words(program, tmp_path / "profile", width, 2400)
     page = (tmp_path / "frame.html").as_uri()
-    shown = subprocess.run([*words, "--dump-dom", page], capture_output=True, text=True, timeout=120)
+    shown = subprocess.run([*command, "--dump-dom", page], capture_output=True, text=True, timeout=120)
     assert ":CONSOLE" not in shown.stderr, shown.stderr
     title = re.search(r"<title>(\{.*?\})</title>", shown.stdout)
     assert title, shown.stdout[:500] + shown.stderr[-2000:]
@@ -240,7 +302,8 @@ def test_a_browser_shows_it(report: str, tmp_path: Path, width: int) -> None:
     assert seen["errors"] == 0 and seen["requests"] == 0, seen
     assert seen["width"] == width and seen["scroll"] <= width, seen
     assert seen["left"] >= 0 and seen["right"] <= width, seen
-    assert seen["smallest"] >= 10 and not seen["clash"], seen
+    assert seen["smallest"] >= 10 and not seen["clash"] and not seen["cut"], seen
+    assert seen["shades"] >= 4, "cells are shaded"
     picture = tmp_path / "page.png"
-    subprocess.run([*words, f"--screenshot={picture}", page], capture_output=True, timeout=120, check=True)
+    subprocess.run([*command, f"--screenshot={picture}", page], capture_output=True, timeout=120, check=True)
     assert picture.stat().st_size > 20_000

@@ -52,3 +52,30 @@ def test_the_partition_is_handed_over(layers: Any, tmp_path: Path, monkeypatch: 
     assert summary["executed_flops_share"] < 1
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
+
+
+def test_another_optimizer_continues_a_checkpoint_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """8-bit codes go through the files: the same optimizer goes on bit for bit, another from the decoded moments."""
+    pytest.importorskip("bitsandbytes")
+
+    def trained(name: str, optim: str, resume: bool | str = False) -> list[float]:
+        data = settings(tmp_path / name, enabled=False)
+        data["lora"]["r"] = 64
+        data["train"] |= {"optim": optim, "resume": resume, "max_steps": 3, "save_steps": 2}
+        run(RunConfig.from_dict(data))
+        return [json.loads(row)["loss"] for row in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+    start = str(tmp_path / "whole" / "checkpoint-2")
+    whole = trained("whole", "adamw_8bit")
+    state = json.loads((Path(start) / "state.json").read_text())
+    assert state["optim"] == "adamw_8bit"
+    with caplog.at_level("WARNING"):
+        assert trained("same", "adamw_8bit", start)[-1] == whole[-1]
+        assert not [record for record in caplog.records if "bit for bit" in record.getMessage()]
+        files = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "same")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+        assert trained("decoded", "adamw_torch", start)[-1] == whole[-1]  # The loss ahead of the step.
+        assert "run of 'adamw_8bit' on 'adamw_torch': its moments are decoded from 8 bits" in caplog.text
+        trained("fp32", "adamw_torch")
+        trained("coded", "adamw_8bit", str(tmp_path / "fp32" / "checkpoint-2"))
+        assert "run of 'adamw_torch' on 'adamw_8bit': its moments are coded in 8 bits anew" in caplog.text

@@ -6,20 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparselora_dist.codecs import NF4Codec
 from sparselora_kernels import nf4_rows
 from sparselora_kernels.backend import forced_triton
+from support.kernel_cases import nf4_parts
 
 # (rows, length): one block, a length that 64 does not divide, several rows per nested block, nested blocks that end
 # within a row, a row of more absmax than a program decodes, more than one nested block in a row.
 SHAPES = [(1, 64), (5, 100), (9, 192), (7, 64 * 96), (5, 64 * 33), (3, 64 * 300)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 doubles = pytest.mark.parametrize("double_quant", [True, False], ids=["double", "single"])
-
-
-def stored(shape: tuple[int, int], double_quant: bool) -> tuple[Tensor, Tensor]:
-    encoded = NF4Codec(double_quant=double_quant).encode(torch.randn(shape) * 0.02, 0)
-    return encoded["codes"], encoded["scales"]
 
 
 def compare(codes: Tensor, scales: Tensor, channels: Tensor | None, dtype: torch.dtype, **options: int) -> None:
@@ -34,7 +29,7 @@ def compare(codes: Tensor, scales: Tensor, channels: Tensor | None, dtype: torch
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @doubles
 def test_equals_bitsandbytes(shape: tuple[int, int], dtype: torch.dtype, double_quant: bool) -> None:
-    codes, scales = stored(shape, double_quant)
+    codes, scales = nf4_parts(shape, double_quant)
     options = {"length": shape[1], "double_quant": double_quant}
     chosen = torch.randperm(shape[0])[: shape[0] // 2 + 1].sort().values
     for channels in (None, chosen, torch.arange(shape[0]), torch.tensor([shape[0] - 1]), chosen[:0]):
@@ -44,7 +39,7 @@ def test_equals_bitsandbytes(shape: tuple[int, int], dtype: torch.dtype, double_
 @doubles
 def test_rows_from_the_middle_of_a_matrix(double_quant: bool) -> None:
     """A shard that begins in the middle of a nested block."""
-    codes, scales = stored((9, 64 * 96), double_quant)
+    codes, scales = nf4_parts((9, 64 * 96), double_quant)
     options = {"length": 64 * 96, "double_quant": double_quant, "first": 4}
     compare(codes[4:], scales[4:], None, torch.bfloat16, **options)
     compare(codes[4:], scales[4:], torch.tensor([0, 3]), torch.bfloat16, **options)
@@ -53,7 +48,7 @@ def test_rows_from_the_middle_of_a_matrix(double_quant: bool) -> None:
 @doubles
 def test_parts_of_a_larger_buffer(double_quant: bool) -> None:
     """Gathered parameters may begin at any byte, and rows may be further apart than they are wide."""
-    codes, scales = stored((5, 192), double_quant)
+    codes, scales = nf4_parts((5, 192), double_quant)
     options = {"length": 192, "double_quant": double_quant}
     wide_codes, wide_scales = (torch.nn.functional.pad(part, (3, 2))[:, 3:-2] for part in (codes, scales))
     assert wide_codes.stride(0) > codes.stride(0)

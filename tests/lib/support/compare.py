@@ -17,6 +17,11 @@ def loss_logits(logits: Tensor, labels: Tensor) -> Tensor:
     return logits[following != -100]
 
 
+def sqnr(matrix: Tensor, stored: Tensor) -> float:
+    """Signal over quantisation noise in dB."""
+    return float(10 * torch.log10(matrix.square().mean() / (stored - matrix).square().mean()))
+
+
 def assert_close(
     name: str, reference: Tensor, got: Tensor, rtol: float | None = None, atol: float | None = None
 ) -> None:

@@ -16,6 +16,23 @@ ROOT = Path(__file__).resolve().parents[3]
 LIBRARY = Path(__file__).resolve().parents[1]
 
 
+_BLOCK = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("sparselora_dist", "sparselora_kernels"):
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def without_package(script: str) -> str:
+    """A Python script in which nothing of this project can be imported."""
+    return _BLOCK + script
+
+
 class RankError(AssertionError):
     """A rank failed or did not finish; carries the output of every rank."""
 

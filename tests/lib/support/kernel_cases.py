@@ -46,6 +46,12 @@ def nf4(weight: Tensor) -> tuple[EncodedWeight, Tensor]:
     return stored, stored.decode(None, torch.float32)
 
 
+def nf4_parts(shape: tuple[int, int], double_quant: bool) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a random matrix."""
+    encoded = NF4Codec(double_quant=double_quant).encode(torch.randn(shape) * 0.02, 0)
+    return encoded["codes"], encoded["scales"]
+
+
 def leaf(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.clone().requires_grad_()
 

@@ -22,7 +22,7 @@ from sparselora_dist.io.manifest import CorruptFileError
 from sparselora_dist.io.shard_files import TensorFiles
 from sparselora_dist.sharding.parameters import is_zero3
 
-from .engine_workers import close, make_engine, train_step
+from .engine_parts import close, make_engine, train_step
 from .models import batch
 from .nf4_workers import gathered, nf4_config, stream
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ def save_base(folder: Path, shard: str | None = None, **options: Any) -> Path:
     """A tiny base model's folder, in shards of at most ``shard`` ("40KB")."""
     tiny_base(**options).save_pretrained(folder, max_shard_size=shard or "1GB")
     return folder
+
+
+def edit_json(path: Path, **values: Any) -> None:
+    """Set keys of a JSON object in a file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:

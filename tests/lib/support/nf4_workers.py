@@ -19,8 +19,10 @@ from sparselora_dist.io.load import load_base
 from sparselora_dist.io.weights import ModelWeights
 from sparselora_dist.sharding.parameters import full_tensor
 
-from .engine_workers import SPARSE, close, follow, held, make_engine, run_config, train_step
+from .agreement_workers import follow
+from .engine_parts import SPARSE, close, make_engine, run_config, train_step
 from .models import ALL_LINEAR, ATTENTION, batch
+from .sharding_workers import held
 
 # Rows of whole blocks everywhere, so that bitsandbytes' layout and ours coincide.
 SHAPE = {

@@ -36,6 +36,7 @@ def run_data(
     accumulation: int = 1,
     four_bit: bool = False,
     hpz: int = 1,
+    optim: str | None = None,
     name: str = "tiny",
 ) -> dict[str, Any]:
     """A run file's content; ``reentrant`` None is without checkpointing."""
@@ -52,6 +53,7 @@ def run_data(
             "output_dir": "runs/tiny",
             "per_device_train_batch_size": 1,
             "gradient_accumulation_steps": accumulation,
+            "optim": optim,
         },
         "lora": {"r": rank, "target_modules": targets or ATTENTION},
         "engine": section,

@@ -18,7 +18,7 @@ from sparselora_dist.config import RunConfig
 from sparselora_dist.engines import Engine
 from sparselora_dist.sharding.parameters import is_zero3
 
-from .engine_workers import make_engine, train_step
+from .engine_parts import make_engine, train_step
 from .models import batch, tiny_base
 
 STEPS = 2
@@ -63,7 +63,7 @@ class Storages:
 
 
 def resident(engine: Engine, model: Any) -> dict[str, int]:
-    """What this rank holds between two steps. Adam's step counters (4 bytes a parameter) are left out."""
+    """What this rank holds between two steps, without step counters (4 bytes a parameter) and code tables (1 KB each)."""
     found = Storages()
     for name, p in model.named_parameters():
         kind = kind_of(name, p.requires_grad)
@@ -81,8 +81,10 @@ def resident(engine: Engine, model: Any) -> dict[str, int]:
         for flat in zero.fp32_partitioned_groups_flat:
             found.add("optimizer", flat)
     for state in engine.optimizer.state.values():
-        for moment in ("exp_avg", "exp_avg_sq"):
-            value = state[moment]
+        for part in ("exp_avg", "exp_avg_sq", "state1", "state2", "absmax1", "absmax2"):
+            if part not in state:
+                continue
+            value = state[part]
             found.add("optimizer", value.to_local() if hasattr(value, "to_local") else value)
     return found.bytes
 

@@ -1,0 +1,51 @@
+"""What an indexed product multiplies, adds and writes, but for the matrix: that alone differs between implementations.
+
+The vendor's form takes it as it is stored (:class:`~sparselora_kernels.stored.EncodedWeight`), the Triton kernels as they
+read it (``gpu.matrix.Matrix``), the reference as plain values. In all of them the channel is dim 0.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class NTOperands(NamedTuple):
+    """``x[rows] · weight[channels]ᵀ + bias[channels]``, with a weight (C, in)."""
+
+    x: Tensor
+    """(T, in)."""
+    rows: Tensor | None
+    """(n,) int64 tokens, each at most once; ``None`` for all T."""
+    channels: Tensor | None
+    """(k,) int64 rows of the weight, ascending; ``None`` for all C."""
+    bias: Tensor | None = None
+    """(C,)."""
+    out: Tensor | None = None
+    """(T, C) in ``x.dtype``: written at ``out[rows[:, None], channels]`` and nowhere else. The result is (n, k) without."""
+    accumulate: bool = False
+    """Add to what ``out`` holds there."""
+
+
+class NNOperands(NamedTuple):
+    """``out[rows] = H · weight[channels] + bias + low · bᵀ``, with a weight (C, out)."""
+
+    h: Tensor
+    """``H``, (n, k); or (T, C) where ``indexed``."""
+    rows: Tensor | None
+    """(n,) int64 tokens, each at most once; ``None`` for all T."""
+    channels: Tensor | None
+    """(k,) int64 rows of the weight, ascending; ``None`` for all C."""
+    out: Tensor
+    """(T, out) in ``h.dtype``, written at ``rows`` only."""
+    indexed: bool = False
+    """``H`` is ``h[rows][:, channels]``."""
+    bias: Tensor | None = None
+    """(out,)."""
+    low: Tensor | None = None
+    """(n, R), with ``b`` a low-rank update; both or neither."""
+    b: Tensor | None = None
+    """(out, R)."""
+    accumulate: bool = False
+    """Add to what ``out`` holds there."""

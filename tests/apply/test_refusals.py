@@ -1,0 +1,103 @@
+"""What is refused, by name, with the model as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from sparselora_dist import apply_sparselora
+from sparselora_dist.apply import find_state
+from sparselora_dist.families import UnsupportedModelError
+from support.applied import config, refuse, sparse_model
+from support.models import batch, tiny_base, tiny_lora
+
+
+def test_unknown_family() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=8, n_layer=1, n_head=2))
+    refuse(model, r"'gpt2'.*llama, mistral, qwen2, qwen3", UnsupportedModelError)
+
+
+def test_partial_rotary() -> None:
+    model = tiny_lora()
+    model.get_base_model().config.rope_parameters["partial_rotary_factor"] = 0.5
+    refuse(model, "partial_rotary_factor 0.5", UnsupportedModelError)
+
+
+def change_layout(model: PeftModel, how: str) -> None:
+    layer = model.get_base_model().model.layers[1]
+    if how == "fused":
+        layer.self_attn.qkv_proj = layer.self_attn.q_proj
+        del layer.self_attn.q_proj
+    elif how == "type":
+        layer.mlp.up_proj = nn.Sequential(layer.mlp.up_proj)
+    elif how == "shape":
+        layer.mlp.down_proj = nn.Linear(100, 48, bias=False)
+    elif how == "norm":
+        del layer.input_layernorm
+    else:
+        del layer.mlp
+
+
+@pytest.mark.parametrize(
+    ("how", "match"),
+    [
+        ("fused", "layers.1.self_attn.q_proj is missing"),
+        ("type", "layers.1.mlp.up_proj is a Sequential, expected torch.nn.Linear"),
+        ("shape", r"layers.1.mlp.down_proj is \(48, 100\), expected \(48, 104\)"),
+        ("norm", "layers.1.input_layernorm is missing"),
+        ("mlp", "layers.1.mlp is missing"),
+    ],
+)
+def test_changed_layout(how: str, match: str) -> None:
+    model = tiny_lora(targets=["v_proj"])
+    change_layout(model, how)
+    refuse(model, match, UnsupportedModelError)
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_trainable_base(part: str) -> None:
+    model = tiny_lora("qwen2")
+    linear = model.get_base_model().model.layers[2].self_attn.k_proj.base_layer
+    getattr(linear, part).requires_grad_()
+    refuse(model, "layers.2.k_proj is trainable")
+
+
+class Elsewhere(nn.Parameter):
+    """Says that it is on a GPU."""
+
+    device = torch.device("cuda:1")  # type: ignore[assignment]
+
+
+def test_weights_on_several_devices() -> None:
+    model = tiny_lora()
+    norm = model.get_base_model().model.layers[2].input_layernorm
+    norm.weight = Elsewhere(norm.weight.detach(), requires_grad=False)
+    refuse(model, r"several devices \(cpu, cuda:1\).*device_map.*FSDP2 or ZeRO-3")
+    norm.weight = nn.Parameter(norm.weight.detach().to("meta"), requires_grad=False)
+    apply_sparselora(model, config(layers={"ffn": {"0": 0.5}}))
+
+
+def test_a_replica_of_data_parallel() -> None:
+    model = sparse_model()
+    replica = model._replicate_for_data_parallel()
+    with pytest.raises(ValueError, match=r"DataParallel is not supported.*torchrun or accelerate launch"):
+        replica(**batch())
+    assert not find_state(model).context.in_forward
+
+
+def test_dora() -> None:
+    model = get_peft_model(tiny_base(), LoraConfig(target_modules=["v_proj"], use_dora=True, task_type="CAUSAL_LM"))
+    refuse(model, r"layers.1.v_proj uses a LoRA variant \(DoRA")
+
+
+def test_twice() -> None:
+    refuse(sparse_model(), "already called")
+    refuse(sparse_model().get_base_model(), "already called")
+
+
+@pytest.mark.parametrize("ranges", ["3", "1-5", "20-30"])
+def test_a_range_that_the_model_does_not_have(ranges: str) -> None:
+    refuse(tiny_lora(), rf"sparse_lora.layers.ffn.*{ranges}", layers={"ffn": {ranges: 0.5}})

@@ -84,7 +84,7 @@ def packed_attention(
         y = varlen(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=window, enable_gqa=True)
         return y.unsqueeze(0), None
     parts = (x.split(packed_rows.lengths, dim=2) for x in (query, key, value))
-    rows = [_row(*row, dropout, scaling, sliding_window) for row in zip(*parts)]
+    rows = [_row(q, k, v, dropout, scaling, sliding_window) for q, k, v in zip(*parts)]
     return torch.cat(rows, dim=2).transpose(1, 2), None
 
 

@@ -13,6 +13,7 @@ from peft import get_peft_model
 from ..config.run import RunConfig
 from ..io.adapter import is_adapted, load_adapter
 from ..io.load import LoadReport, check_model, load_base
+from ..layers.packed_attention import use_packed_attention
 from ..sharding.placement import Placement
 from .liger import use_liger
 from .model import apply_sparselora
@@ -46,6 +47,7 @@ def build_model(
         local_ranks=local_ranks,
         progress=progress and not config.train.disable_tqdm,
     )
+    use_packed_attention(base.model)
     with warnings.catch_warnings():
         # PEFT asks Transformers for a name that it is about to drop.
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)

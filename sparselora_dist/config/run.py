@@ -66,6 +66,9 @@ class DataSection(Section):
     max_length: Annotated[int, Ge(2), Says("integers from 2")] = 1024
     """Tokens per sequence; longer ones are cut."""
 
+    packing: bool | None = None
+    """Rows of a step one after another, without padding, each seen by itself alone; null: where the attention can."""
+
     train_limit: Positive | None = None
     """Use the first rows only."""
 
@@ -126,6 +129,31 @@ class RunConfig(Section):
                 "'engine.deepspeed.zero_optimization.zero_quantized_weights' with 'quantization.load_in_4bit': it would "
                 "quantise the 4-bit codes again, as if they were weights. Remove it"
             )
+
+        can_pack = self.model.attn_implementation != "eager"
+        if self.data.packing and not can_pack:
+            raise ConfigError(
+                "'data.packing' is true, but 'model.attn_implementation' is \"eager\", which computes all pairs of tokens "
+                'of a line: use "sdpa", "flex_attention" or "flash_attention_2", or set \'data.packing\' to false'
+            )
+        budget = self.train.max_tokens_per_micro_batch
+        if budget is not None and self.packing and budget < self.data.max_length:
+            raise ConfigError(
+                f"'train.max_tokens_per_micro_batch' is {budget}, but a row may have 'data.max_length' "
+                f"{self.data.max_length} tokens: allowed: integers from {self.data.max_length}, or null"
+            )
+
+    @property
+    def packing(self) -> bool:
+        """Whether micro-batches are packed: as ``data.packing`` says, by default where the attention can."""
+        chosen = self.data.packing
+        return self.model.attn_implementation != "eager" if chosen is None else chosen
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens a rank and packed micro-batch: as many as padding could take where nothing is said."""
+        most = self.train.per_device_train_batch_size * self.data.max_length
+        return self.train.max_tokens_per_micro_batch or most
 
     @classmethod
     def elsewhere(cls, key: str) -> str | None:

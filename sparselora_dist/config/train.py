@@ -72,7 +72,10 @@ class TrainSection(Section):
     """The same in evaluation; None is the training batch size."""
 
     gradient_accumulation_steps: Positive = 1
-    """Micro-batches per optimizer step."""
+    """Micro-batches per optimizer step; packed, as few as ``max_tokens_per_micro_batch`` allows for the same rows."""
+
+    max_tokens_per_micro_batch: Positive | None = None
+    """Tokens per rank and packed micro-batch; null is ``per_device_train_batch_size`` x ``data.max_length``."""
 
     lr_scheduler_type: Annotated[Scheduler, ALLOWED] = "linear"
     """Shape of the learning rate after warm-up."""

@@ -11,6 +11,7 @@ from .loader import (
     eval_batches,
     padding_id,
 )
+from .packing import PackedBatch, collate_packed, pack, packed_eval_batches
 
 __all__ = [
     "IGNORE",
@@ -20,12 +21,16 @@ __all__ = [
     "GlobalBatch",
     "GlobalBatchSampler",
     "Layout",
+    "PackedBatch",
     "RowFormatter",
     "TokenDataset",
     "alpaca_prompt",
     "collate",
+    "collate_packed",
     "encode_row",
     "eval_batches",
     "load_dataset_tokens",
+    "pack",
+    "packed_eval_batches",
     "padding_id",
 ]

@@ -213,10 +213,10 @@ class Zero3Engine(Engine):
         return self.model.module
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
+        # Packed steps have as many micro-batches as they need, whatever DeepSpeed's JSON counts.
+        self.model.set_gradient_accumulation_boundary(last)
         # The loss is already a share of the global batch's: DeepSpeed must not divide it again.
         self.model.backward(loss, scale_wrt_gas=False)
-        if not last:
-            self.model.step()
 
     def step(self) -> float:
         self.model.step()

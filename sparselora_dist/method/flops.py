@@ -96,6 +96,12 @@ class FlopModel:
         frozen = len(self.layers) * self.layer_elements(LayerShare())
         return tokens * (self._per_token(length) + _FROZEN * frozen)
 
+    @property
+    def quadratic(self) -> float:
+        """FLOPs per token squared of attention, over those per token of everything else, in a dense step."""
+        linear = self.dense(1, 0)
+        return (self.dense(1, 1) - linear) / linear
+
     def executed(self, dense_tokens: float, context_tokens: float, length: float, logits: float | None = None) -> float:
         """The same step with ``context_tokens`` of its tokens computed sparsely, estimator included.
 

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from ..data import TokenDataset, collate, eval_batches
 from ..engines import Engine
-from ..method.tokens import IGNORE_INDEX
+from .feed import Feed
 
 FIGURES = ("eval_loss", "eval_mean_token_accuracy", "eval_exact_match")
 
@@ -32,29 +31,30 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(
-    engine: Engine, dataset: TokenDataset, batch_size: int, pad_token_id: int, progress: bool = False
-) -> Evaluation:
-    """Every rank must call this; ranks without rows left run empty batches, so that no collective is missed.
+def evaluate(engine: Engine, feed: Feed, batch_size: int, progress: bool = False) -> Evaluation:
+    """Over all rows of ``feed``'s dataset, ``batch_size`` rows a rank where they are padded.
 
-    ``progress`` shows a bar, on a terminal.
+    Every rank must call this; one without rows left runs all the same, so that no collective is missed. ``progress`` shows
+    a bar, on a terminal.
     """
     engine.model.eval()
     loss = right = labels_seen = rows_right = rows = 0.0
-    batches = eval_batches(dataset, batch_size, engine.ranks.world_size, engine.ranks.rank)
+    batches = feed.eval_batches(batch_size)
     for indices in tqdm(batches, "evaluating", disable=None if progress else True, leave=False, unit="batch"):
-        batch = {name: t.to(engine.device) for name, t in collate(dataset, indices, pad_token_id).items()}
-        labels = batch.pop("labels")[:, 1:]
+        inputs = feed.inputs(indices)
         with engine.autocast():
-            logits = engine.model(**batch, use_cache=False).logits[:, :-1].float()
-        trained = labels != IGNORE_INDEX
-        correct = (logits.argmax(-1) == labels) | ~trained
-        loss += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
-        right += (correct & trained).sum().item()
-        labels_seen += trained.sum().item()
-        has_label = trained.any(1)
-        rows += has_label.sum().item()
-        rows_right += (correct.all(1) & has_label).sum().item()
+            logits = engine.model(**inputs.arguments, use_cache=False).logits
+        read, labels = inputs.partition.loss_rows, inputs.partition.loss_labels
+        logits = logits.flatten(0, 1).index_select(0, read).float()
+        correct = (logits.argmax(-1) == labels).cpu()
+        loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        right += correct.sum().item()
+        labels_seen += labels.numel()
+        # Of every row: how many labels it has, and how many of them are right.
+        row = inputs.rows.flatten().index_select(0, read.cpu())
+        has, fits = (row.bincount(weights) for weights in (None, correct.double()))
+        rows += (has > 0).sum().item()
+        rows_right += ((has > 0) & (fits == has)).sum().item()
     engine.model.train()
     loss, right, labels_seen, rows_right, rows = engine.all_sum(loss, right, labels_seen, rows_right, rows)
     labels_seen, rows = max(labels_seen, 1.0), max(rows, 1.0)

@@ -14,15 +14,15 @@ import torch
 from transformers import get_scheduler
 
 from ..config.run import RunConfig
-from ..data import GlobalBatch, GlobalBatchSampler, TokenDataset, collate
+from ..data import GlobalBatch, GlobalBatchSampler, PackedBatch, TokenDataset
 from ..engines import Engine
 from ..engines.optimizers import EIGHT_BIT, under
 from ..io.adapter import saved_names
 from ..io.checkpoint import Checkpoint, RunState, save_checkpoint
 from ..layers.context import SparseContext
 from ..method.flops import FlopModel
-from ..method.tokens import partition_tokens, send
 from .evaluate import FIGURES, evaluate
+from .feed import Feed
 from .metrics import MetricsWriter
 from .rank_state import gather_rank_state, own_rank_state, set_rank_state
 from .trackers import Trackers
@@ -77,6 +77,7 @@ class TrainingLoop:
         self.train_data, self.eval_data, self.sampler = train_data, eval_data, sampler
         self.pad_token_id, self.total_steps, self.flops = pad_token_id, total_steps, flops
         self.totals = Totals()
+        self.feed = self._feed(train_data)
         self.start_step = 0
         self.scheduler = self._scheduler()
         if resumed:
@@ -118,7 +119,7 @@ class TrainingLoop:
         self._stop_signal = True
 
     def _one_step(self, step: int) -> None:
-        batch = self.sampler.batch(step)
+        batch = self.feed.laid_out(self.sampler.batch(step))
         labels = int(self.train_data.label_counts[batch.indices].sum())
         lengths = self.train_data.lengths[batch.indices]
         learning_rate = self._learning_rate()
@@ -137,22 +138,20 @@ class TrainingLoop:
         logits = labels if self.context.skip_unused_logits else None
         self._record(step, result, lengths, logits, seconds, learning_rate)
 
-    def _optimize(self, step: int, batch: GlobalBatch, labels: int) -> StepResult:
+    def _optimize(self, step: int, batch: GlobalBatch | PackedBatch, labels: int) -> StepResult:
         """Forward and backward of every micro-batch, then the optimizer."""
         engine, world = self.engine, self.engine.ranks.world_size
         counts = self.context.counts
         counts.dense = counts.context = 0
         loss = torch.zeros((), device=engine.device)
         for number in range(batch.accumulation):
-            rows = batch.micro_batch(number, engine.ranks.rank)
-            host = collate(self.train_data, rows, self.pad_token_id)
-            # Made on the host, so that the model does not wait for the device to learn how many tokens are of which kind.
-            partition = partition_tokens(host["labels"], host["attention_mask"])
-            inputs = {name: send(tensor, engine.device) for name, tensor in host.items()}
-            self.context.hand_over(inputs["labels"], partition.to(engine.device))
+            inputs = self.feed.inputs(batch.micro_batch(number, engine.ranks.rank))
+            self.context.hand_over(inputs.labels, inputs.partition)
             with engine.autocast():
                 # Engines average gradients over ranks: labels / world makes it the mean over the global batch.
-                output = engine.model(**inputs, use_cache=False, num_items_in_batch=labels / world)
+                output = engine.model(
+                    **inputs.arguments, labels=inputs.labels, use_cache=False, num_items_in_batch=labels / world
+                )
             engine.backward(output.loss, last=number == batch.accumulation - 1)
             loss += output.loss.detach()
         self.context.sync.check()  # No step is taken on masks that the ranks did not agree on.
@@ -201,6 +200,9 @@ class TrainingLoop:
             )
         self.metrics.advance(result.loss, rate * self.engine.ranks.world_size, share)
 
+    def _feed(self, dataset: TokenDataset) -> Feed:
+        return Feed(self.config, self.engine, dataset, self.pad_token_id, self.flops.quadratic)
+
     # --- learning rate ------------------------------------------------------------------------------------------------
 
     def _scheduler(self) -> Any:
@@ -224,7 +226,7 @@ class TrainingLoop:
             return {}
         size = self.train.per_device_eval_batch_size or self.train.per_device_train_batch_size
         bar = self.engine.is_main and not self.train.disable_tqdm
-        values = evaluate(self.engine, self.eval_data, size, self.pad_token_id, bar).row()
+        values = evaluate(self.engine, self._feed(self.eval_data), size, bar).row()
         self.metrics.row({"step": step, **values})
         return values
 

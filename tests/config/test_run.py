@@ -148,6 +148,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "'train.report_to' is \"wandbb\": allowed: none, all, tensorboard.*mean 'wandb'",
     ),
     ({"train": {"report_to": ["tensorbord"]}}, "'train.report_to' .*did you mean 'tensorboard'"),
+    ({"train": {"max_tokens_per_micro_batch": 0}}, "'train.max_tokens_per_micro_batch' is 0: allowed: integers from 1"),
+    (
+        {"train": {"max_tokens_per_micro_batch": 100}, "data": {"max_length": 200}},
+        "'train.max_tokens_per_micro_batch' is 100, but .*'data.max_length' 200 .*from 200, or null",
+    ),
+    (
+        {"data": {"packing": True}, "model": {"attn_implementation": "eager"}},
+        "'data.packing' is true, but 'model.attn_implementation' is \"eager\".*use \"sdpa\"",
+    ),
     ({"train": {"resume": ""}}, "'train.resume' is \"\": allowed: true, false, or the path"),
     ({"train": {"output_dir": ""}}, "'train.output_dir' is \"\": allowed: the path"),
     (

@@ -176,24 +176,34 @@ def test_with_deepspeed_on_two_ranks(
         assert_close("logits", plain[0].model.eval()(input_ids=ids).logits, reloaded(input_ids=ids).logits, 1e-2, 1e-2)
 
 
-def test_trl_sft_trainer(tiny: Tiny, tmp_path: Path) -> None:
+def sft(tiny: Tiny, folder: Path, **settings: Any) -> tuple[list[dict[str, float]], list[dict], set[str]]:
+    """A sparse run of TRL's SFTTrainer: its history, the masks of its steps, and what the model was called with."""
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
+    torch.manual_seed(0)
     model = make_sparse(AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float32))
     model.enable_input_require_grads()  # TRL turns gradient checkpointing on by default.
+    given: set[str] = set()
+    model.get_base_model().register_forward_pre_hook(
+        lambda _, args, kwargs: given.update(name for name, value in kwargs.items() if value is not None),
+        with_kwargs=True,
+    )
     training = trl.SFTConfig(
-        output_dir=str(tmp_path),
-        max_steps=STEPS,
-        per_device_train_batch_size=8,
-        learning_rate=2e-2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        bf16=False,
-        max_length=64,
+        **{
+            "output_dir": str(folder),
+            "max_steps": STEPS,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 2e-2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "bf16": False,
+            "max_length": 64,
+        }
+        | settings
     )
     watcher = watch()
     trainer = trl.SFTTrainer(
@@ -204,6 +214,27 @@ def test_trl_sft_trainer(tiny: Tiny, tmp_path: Path) -> None:
         callbacks=[SparseLoRACallback(), watcher],
     )
     trainer.train()
-    check_schedule(trainer.state.log_history, watcher.masks)
-    values = losses(trainer.state.log_history)
+    return trainer.state.log_history, watcher.masks, given
+
+
+def test_trl_sft_trainer(tiny: Tiny, tmp_path: Path) -> None:
+    history, masks, _ = sft(tiny, tmp_path)
+    check_schedule(history, masks)
+    values = losses(history)
     assert sum(values[-2:]) < 0.9 * sum(values[:2])
+
+
+def test_trl_padding_free(tiny: Tiny, tmp_path: Path) -> None:
+    """The same batches as rows in a line, which TRL tells apart by their positions: the same run."""
+    padded, _, _ = sft(tiny, tmp_path / "padded")
+    history, masks, given = sft(tiny, tmp_path / "free", padding_free=True, max_length=None)
+    assert "position_ids" in given and "attention_mask" not in given
+    check_schedule(history, masks)
+    torch.testing.assert_close(torch.tensor(losses(history)), torch.tensor(losses(padded)), rtol=2e-4, atol=0)
+
+
+def test_trl_packing(tiny: Tiny, tmp_path: Path) -> None:
+    history, masks, given = sft(tiny, tmp_path, packing=True)
+    assert "position_ids" in given and "attention_mask" not in given
+    check_schedule(history, masks)
+    assert all(0 < row["sparsity/context_share"] < 1 for row in rows(history)[STEPS // 2 :])

@@ -81,8 +81,8 @@ def apply_sparselora(
         fuse_branches(layer, state)
         mark_unit(layer.module)
     last = layers[-1]
+    state.handles += pack_logits(causal_lm(model), context)
     if config.skip_unused_logits:
-        state.handles += pack_logits(causal_lm(model), context)
         state.handles += trim(last.index, (last.attention.q_proj, last.attention.o_proj, last.mlp), context)
     for layer in layers:
         if layer.index in sparse or (layer is last and config.skip_unused_logits):

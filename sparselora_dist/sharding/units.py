@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 _UNIT = "_is_shard_unit"
@@ -20,6 +22,16 @@ def unmark_unit(module: nn.Module) -> None:
 def shard_units(model: nn.Module) -> list[nn.Module]:
     """The marked modules in their order in the model."""
     return [module for module in model.modules() if _UNIT in module.__dict__]
+
+
+def read_in_backward(module: Any, read: bool) -> None:
+    """Say of a unit that its own backward reads its weights, or does not: FSDP2 then gathers none there.
+
+    It holds for every backward that comes, until it is said anew. Nothing happens where the module is no unit of FSDP2.
+    """
+    say = getattr(module, "set_unshard_in_backward", None)
+    if say is not None:
+        say(read)
 
 
 def gathered_together(model: nn.Module) -> list[nn.Module]:

@@ -87,8 +87,8 @@ class TrainingLoop:
     def run(self) -> dict[str, Any]:
         """All remaining steps; returns the summary."""
         previous = signal.signal(signal.SIGTERM, self._request_stop)
-        # One wait per optimizer step instead of one per forward: see _optimize.
-        self.context.check_masks = "caller"
+        # One wait per optimizer step instead of one per forward: see _optimize. Nobody reads logits.
+        self.context.check_masks, self.context.chunk_loss = "caller", True
         try:
             if self.eval_data is not None and not self.totals.eval_start:
                 self.totals.eval_start = self._evaluate(0)
@@ -109,7 +109,7 @@ class TrainingLoop:
             return self._summary(self._evaluate(self.total_steps))
         finally:
             self.metrics.close()
-            self.context.check_masks = "next"
+            self.context.check_masks, self.context.chunk_loss = "next", False
             signal.signal(signal.SIGTERM, previous)
 
     def _request_stop(self, *_: object) -> None:

@@ -1,15 +1,15 @@
-"""Held-out loss and accuracy, dense, over all ranks."""
+"""Held-out loss and accuracy, dense, over all ranks; logits are made at label positions only, chunk by chunk."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from ..data import TokenDataset, collate, eval_batches
 from ..engines import Engine
-from ..method.tokens import IGNORE_INDEX
+from ..layers.context import SparseContext
+from ..method.tokens import partition_tokens, send
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,24 +25,31 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, dataset: TokenDataset, batch_size: int, pad_token_id: int) -> Evaluation:
+def evaluate(
+    engine: Engine, context: SparseContext, dataset: TokenDataset, batch_size: int, pad_token_id: int
+) -> Evaluation:
     """Every rank must call this; ranks without rows left run empty batches, so that no collective is missed."""
     engine.model.eval()
+    context.evaluating = True
     loss = right = labels_seen = rows_right = rows = 0.0
-    for indices in eval_batches(dataset, batch_size, engine.ranks.world_size, engine.ranks.rank):
-        batch = {name: t.to(engine.device) for name, t in collate(dataset, indices, pad_token_id).items()}
-        labels = batch.pop("labels")[:, 1:]
-        with engine.autocast():
-            logits = engine.model(**batch, use_cache=False).logits[:, :-1].float()
-        trained = labels != IGNORE_INDEX
-        correct = (logits.argmax(-1) == labels) | ~trained
-        loss += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
-        right += (correct & trained).sum().item()
-        labels_seen += trained.sum().item()
-        has_label = trained.any(1)
-        rows += has_label.sum().item()
-        rows_right += (correct.all(1) & has_label).sum().item()
-    engine.model.train()
+    try:
+        for indices in eval_batches(dataset, batch_size, engine.ranks.world_size, engine.ranks.rank):
+            host = collate(dataset, indices, pad_token_id)
+            partition = partition_tokens(host["labels"], host["attention_mask"])
+            batch = {name: send(tensor, engine.device) for name, tensor in host.items()}
+            context.hand_over(batch["labels"], partition.to(engine.device))
+            with engine.autocast():
+                scores = engine.model(**batch, use_cache=False, num_items_in_batch=1).logits.double().cpu()
+            loss += scores[:, 0].sum().item()
+            right += scores[:, 1].sum().item()
+            # Of the batch's rows: those with a label, and those of them with a wrong prediction.
+            row = partition.loss_rows // host["labels"].shape[1]
+            labels_seen += row.numel()
+            rows += (seen := row.unique().numel())
+            rows_right += seen - row[scores[:, 1] == 0].unique().numel()
+    finally:
+        context.evaluating = False
+        engine.model.train()
     loss, right, labels_seen, rows_right, rows = engine.all_sum(loss, right, labels_seen, rows_right, rows)
     labels_seen, rows = max(labels_seen, 1.0), max(rows, 1.0)
     return Evaluation(loss / labels_seen, right / labels_seen, rows_right / rows)

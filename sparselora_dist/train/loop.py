@@ -221,7 +221,7 @@ class TrainingLoop:
         if self.eval_data is None:
             return {}
         size = self.train.per_device_eval_batch_size or self.train.per_device_train_batch_size
-        result: Evaluation = evaluate(self.engine, self.eval_data, size, self.pad_token_id)
+        result: Evaluation = evaluate(self.engine, self.context, self.eval_data, size, self.pad_token_id)
         values = {
             "eval_loss": result.loss,
             "eval_mean_token_accuracy": result.token_accuracy,

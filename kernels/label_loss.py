@@ -3,9 +3,10 @@
     z = h Wᵀ + b,    loss = Σ_i [ log Σ_v exp(z_iv) - z_i,label_i ],    dh = (softmax(z) - onehot(label)) W
 
 ``h`` (n, H), ``W`` (V, H), frozen; logits in the dtype of ``h`` and ``W``, everything from there to the gradient of the
-logits in fp32. The whole of them would be 12 bytes a label and word, 3.2 GB at 2048 labels and 128,256 words. Here the gradient of ``h`` is made in the forward, chunk by chunk, while the logits are there;
-backward multiplies it by the loss's own, and needs neither logits nor ``W``, which a sharding engine then has not to
-gather again. The products are those of the whole head: nothing is computed twice.
+logits in fp32. The whole of them would be 12 bytes a label and word, 3.2 GB at 2048 labels and 128,256 words. Here the
+gradient of ``h`` is made in the forward, chunk by chunk, while the logits are there; backward multiplies it by the loss's
+own, and needs neither logits nor ``W``, which a sharding engine then has not to gather again. The products are those of
+the whole head: nothing is computed twice.
 
 Plain PyTorch on every device: both products are the vendor's, and what is between them is elementwise or a row's sum.
 """

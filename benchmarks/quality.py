@@ -184,7 +184,7 @@ class Harness:
             )
             loop.run()
             totals = {"flops": loop.totals.flops_executed, "plain_flops": loop.totals.flops_dense}
-        result = evaluate(engine, self.eval, max(self.options.batch, 16), self.pad)
+        result = evaluate(engine, state.context, self.eval, max(self.options.batch, 16), self.pad)
         right = self.answers(engine.model)
         engine.close()
         return {

@@ -10,6 +10,7 @@ Face package.
 from .activations import activation_name
 from .ffn_down import ffn_down
 from .gated_ffn import gated_up
+from .label_loss import chunk_rows, label_loss, label_scores, row_bytes, scores_of
 from .lora_linear import lora_linear, lora_order
 from .nf4 import nf4_rows
 from .score import gated_ffn_score, projection_score, projection_scores
@@ -20,15 +21,20 @@ __all__ = [
     "EncodedWeight",
     "Weight",
     "activation_name",
+    "chunk_rows",
     "ffn_down",
     "gated_ffn_score",
     "gated_up",
     "kept_count",
+    "label_loss",
+    "label_scores",
     "lora_linear",
     "lora_order",
     "nf4_layout",
     "nf4_rows",
     "projection_score",
     "projection_scores",
+    "row_bytes",
+    "scores_of",
     "select_channels",
 ]

@@ -3,6 +3,7 @@
 from .ffn_down import ffn_down
 from .gated_ffn import gated_up
 from .indexed_linear import indexed_nn, indexed_nt
+from .label_loss import label_loss, label_scores
 from .lora_linear import lora_linear
 from .nf4 import nf4_rows
 from .score import gated_ffn_score, projection_score
@@ -14,6 +15,8 @@ __all__ = [
     "gated_up",
     "indexed_nn",
     "indexed_nt",
+    "label_loss",
+    "label_scores",
     "lora_linear",
     "nf4_rows",
     "projection_score",

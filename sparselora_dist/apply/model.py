@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -79,10 +81,11 @@ def apply_sparselora(
             replace_attention(layer, state, factors, heads)
     for layer in layers:
         fuse_branches(layer, state)
-        mark_unit(layer.module)
+    for module in _units(model, layers):
+        mark_unit(module)
     last = layers[-1]
+    state.handles += pack_logits(causal_lm(model), context)
     if config.skip_unused_logits:
-        state.handles += pack_logits(causal_lm(model), context)
         state.handles += trim(last.index, (last.attention.q_proj, last.attention.o_proj, last.mlp), context)
     for layer in layers:
         if layer.index in sparse or (layer is last and config.skip_unused_logits):
@@ -94,6 +97,12 @@ def apply_sparselora(
         state.handles.append(entry.register_forward_hook(FinishHook(context), always_call=True))
         setattr(entry, STATE, state)
     return model
+
+
+def _units(model: nn.Module, layers: list[DecoderLayer]) -> list[nn.Module]:
+    """What an engine gathers by itself."""
+    lm: Any = causal_lm(model)
+    return [lm.get_input_embeddings(), *(layer.module for layer in layers), lm.get_output_embeddings()]
 
 
 def _check_one_device(layers: list[DecoderLayer]) -> None:
@@ -125,8 +134,8 @@ def remove_sparselora(model: nn.Module) -> nn.Module:
     restore(state)
     for handle in state.handles:
         handle.remove()
-    for layer in decoder_layers(model):
-        unmark_unit(layer.module)
+    for module in _units(model, decoder_layers(model)):
+        unmark_unit(module)
     for entry in (model, causal_lm(model)):
         entry.__dict__.pop(STATE, None)
     return model

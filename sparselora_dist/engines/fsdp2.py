@@ -1,4 +1,11 @@
-"""PyTorch FSDP2: every marked module (a decoder layer) is a unit, with its frozen weights, factors and adapters."""
+"""PyTorch FSDP2: every marked module is a unit, with its frozen weights, factors and adapters.
+
+A decoder layer is gathered for its forward and again for its backward. So would be the embedding and the LM head, the
+largest matrices of a small model (2.1 GB at 8B in bf16), if they were the root's; as units of their own they are gathered
+once where backward does not read them: a frozen embedding passes no gradient on, and the loss in chunks has made the
+head's already (:mod:`sparselora_dist.layers.logits` says so, forward by forward). What is left to the root, the last
+norm, is resharded like everything else, so that nothing is whole between forward and backward.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +20,7 @@ from torch.torch_version import TorchVersion
 
 from ..config.run import RunConfig
 from ..sharding.placement import Placement, RowShards, take_rows, waiting_rows
-from ..sharding.units import shard_units
+from ..sharding.units import read_in_backward, shard_units
 from .optimizers import choose_optimizer
 from .ranks import Ranks, start_distributed
 from .torch_state import TorchStateEngine
@@ -53,10 +60,12 @@ class FSDP2Engine(TorchStateEngine):
             "offload_policy": CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if offload else OffloadPolicy(),
         }
         # Layer by layer: what is whole moves to the device and leaves as a shard before the next layer moves.
-        for unit in (*shard_units(model), model):
+        for unit in (*shard_units(model), [model]):
             waiting = _waiting(unit)
-            fully_shard(unit, **settings)
+            fully_shard(unit if len(unit) > 1 else unit[0], **settings)
             _fill(waiting)
+            if all(isinstance(module, nn.Embedding) for module in unit) and not _trains(unit):
+                read_in_backward(unit[0], False)
         self.model = model
         self.make_optimizer()
 
@@ -80,11 +89,16 @@ class FSDP2Engine(TorchStateEngine):
         loss.backward()
 
 
-def _waiting(unit: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+def _trains(unit: list[nn.Module]) -> bool:
+    return any(p.requires_grad for module in unit for p in module.parameters())
+
+
+def _waiting(unit: list[nn.Module]) -> list[tuple[nn.Module, str, Tensor]]:
     """(module, name, rows of this rank) of the parameters that have no values yet."""
     waiting = [
         (module, name, parameter)
-        for module in unit.modules()
+        for outer in unit
+        for module in outer.modules()
         for name, parameter in module.named_parameters(recurse=False)
         if waiting_rows(parameter) is not None
     ]

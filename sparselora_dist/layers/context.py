@@ -16,7 +16,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -55,8 +55,10 @@ class LossPositions:
     """(n,) int64 flat positions."""
     labels: Tensor
     """(n,) int64, the label of each position's next token."""
-    packed: bool = False
-    """Whether the LM head was run at these rows only."""
+    asked: Literal["rows", "sum", "scores"] = "rows"
+    """What is read of the LM head, see :mod:`.logits`: logits of these rows, their loss, or how well each was met."""
+    head: Literal["whole", "rows", "sum", "scores"] = "whole"
+    """What it gave."""
 
 
 @dataclass(slots=True)
@@ -87,6 +89,10 @@ class SparseContext:
         self.counts = TokenCounts()
         self.enabled = True
         self.skip_unused_logits = False
+        self.chunk_loss = False
+        """Training forwards give the loss alone, whose logits are made chunk by chunk, see :mod:`.logits`."""
+        self.evaluating = False
+        """Forwards with labels in evaluation mode give each label's loss and whether it was right, see :mod:`.logits`."""
         self.last_layer: int | None = None
         """The layer that may compute only what the loss reads, see :mod:`.last_layer`."""
         self.check_masks: Literal["next", "each", "caller"] = "next"
@@ -156,9 +162,10 @@ class SparseContext:
         loss: LossPositions | None = None
         # Reentrant checkpointing turns gradients off inside the layers only: here it is still on.
         training = training and torch.is_grad_enabled()
-        if labels is not None and (training or self.probe is not None):
-            sparse = self.probe is not None or self.is_sparse
-            packed = self.skip_unused_logits and not shifted
+        evaluating = self.evaluating and not training
+        if labels is not None and (training or evaluating or self.probe is not None):
+            sparse = self.probe is not None or (training and self.is_sparse)
+            packed = (self.skip_unused_logits or evaluating) and not shifted
             if sparse or packed:
                 if handed is not None and _same(handed[0], labels) and not shifted:
                     found = handed[1]
@@ -167,7 +174,9 @@ class SparseContext:
                 if device is not None and found.dense.device != device:
                     found = found.to(device)
                 partition = found if sparse else None
-                loss = LossPositions(labels.shape, found.loss_rows, found.loss_labels) if packed else None
+                if packed:
+                    asked: Any = "scores" if evaluating else "sum" if self.chunk_loss else "rows"
+                    loss = LossPositions(labels.shape, found.loss_rows, found.loss_labels, asked)
             if partition is not None and self.probe is None:
                 self.counts.dense += partition.dense.numel()
                 self.counts.context += partition.context.numel()
@@ -178,7 +187,7 @@ class SparseContext:
                 "function or label smoothing takes them out)",
                 stacklevel=2,
             )
-        last_layer = self.last_layer if loss is not None and training and logits_only else None
+        last_layer = self.last_layer if loss is not None and (training or evaluating) and logits_only else None
         self._current, self._opened_by = MicroBatch(partition, loss=loss, last_layer=last_layer), opened_by
         if training:
             self._training_forwards += 1

@@ -61,6 +61,8 @@ class Module:
     """Called with keyword arguments only, so that ZeRO-3's hook behind its backward never fires."""
     first_forward_only: bool = False
     """Does not run in recomputation, nor in backward (the estimator)."""
+    read_in_backward: bool = True
+    """Its backward reads its weights. FSDP2 gathers a unit that says no for the forward only."""
 
     def walk(self) -> Iterator[Parameter]:
         yield from self.parameters
@@ -76,6 +78,11 @@ class Tree:
     layers: list[Module]
     norm: Module
     head: Module
+
+    @property
+    def ends(self) -> list[Module]:
+        """FSDP2's units beside the layers: embedding and head; one where they are tied, for as long as the head's."""
+        return [self.head] if self.embedding.parameters == self.head.parameters else [self.embedding, self.head]
 
     def root_parameters(self) -> list[Parameter]:
         """What is in no decoder layer, a tied head once."""
@@ -101,6 +108,8 @@ def build_tree(shape: ModelShape, config: RunConfig, codec: Codec, adapter: torc
     head = builder.plain("lm_head", {"weight": (shape.vocabulary, shape.hidden)})
     if shape.tied:
         head.parameters = embedding.parameters
+    embedding.read_in_backward = False  # It is frozen.
+    head.read_in_backward = not config.sparse_lora.skip_unused_logits  # Else the loss in chunks has read it already.
     layers = [builder.layer(index) for index in range(shape.layers)]
     if not any(p.trainable for layer in layers for p in layer.walk()):
         targets = config.lora.values["target_modules"]

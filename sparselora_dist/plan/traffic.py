@@ -3,9 +3,10 @@
 A gather is counted as the bytes of its output, padding included: what the rank ends up with. On the wire a rank receives
 (N - 1) / N of it.
 
-- FSDP2 gathers every decoder layer, and the rest of the model as one more unit, ahead of its forward and ahead of its
-  backward; once only with ``fsdp_reshard_after_forward`` false. Recomputation of either kind adds nothing: it runs while
-  its layer is gathered for backward.
+- FSDP2 gathers every decoder layer, the embedding, the LM head (one unit where they are tied), and the rest of the model
+  as one more unit, ahead of its forward and ahead of its backward; once only with ``fsdp_reshard_after_forward`` false,
+  or where backward does not read it: the embedding, and the head whose loss is made in chunks. Recomputation of either
+  kind adds nothing: it runs while its layer is gathered for backward.
 - ZeRO-3 gathers by module, see :mod:`.zero_replay`, and what persists once behind every optimizer step.
 - hpZ gathers frozen weights inside the group of the secondary copy; what trains is gathered over all ranks first, and
   again once it was used.
@@ -62,19 +63,25 @@ def _received(size: float, ranks: int) -> float:
 
 
 def _units(tree: Tree, scheme: Scheme, micro_batches: int, size: Callable[[Parameter], int]) -> tuple[int, int]:
-    def sums(size: Callable[[Parameter], int]) -> tuple[int, list[int]]:
-        return sum(map(size, tree.root_parameters())), [sum(map(size, layer.walk())) for layer in tree.layers]
+    again = 2 if scheme.reshard else 1
+    gathered = again * sum(map(size, [*tree.norm.parameters, *(p for layer in tree.layers for p in layer.walk())]))
+    gathered += sum((again if end.read_in_backward else 1) * sum(map(size, end.parameters)) for end in tree.ends)
+    return micro_batches * gathered, _live(tree, scheme) if scheme.engine == "fsdp2" else 0
 
-    root, layers = sums(size)
-    if scheme.engine == "fsdp2":
-        # FSDP2 copies a unit also where nothing is cut up.
-        live_root, live = sums(scheme.unsharded_bytes)
-        # The root stays gathered while the layers run; one layer is in use and, where it is moved, the next one arrives.
-        live_root += (2 if scheme.shards > 1 else 1) * max(live) if scheme.reshard else sum(live)
-    else:
-        live_root = 0
-    times = (2 if scheme.reshard else 1) * micro_batches
-    return times * (root + sum(layers)), live_root
+
+def _live(tree: Tree, scheme: Scheme) -> int:
+    """Of FSDP2, which copies a unit also where nothing is cut up."""
+    size = scheme.unsharded_bytes
+    layers = [sum(map(size, layer.walk())) for layer in tree.layers]
+    ends = [sum(map(size, end.parameters)) for end in tree.ends]
+    rest = sum(map(size, tree.norm.parameters))
+    if not scheme.reshard:
+        return rest + sum(ends) + sum(layers)
+    # One unit is in use and, where it is moved, the next one arrives; tied ends stay from the first layer to the last.
+    following = max(layers) if scheme.shards > 1 else 0
+    if len(ends) == 1:
+        return rest + ends[0] + max(layers) + following
+    return rest + following + max(*layers, *ends)
 
 
 def _zero3(

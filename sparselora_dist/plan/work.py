@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sparselora_kernels import chunk_rows, row_bytes
+
 from ..config import RunConfig
 from ..method.channels import FFN
 from ..method.flops import TRIMMED, FlopModel, LayerShare, layer_shares
@@ -83,11 +85,18 @@ def work(shape: ModelShape, config: RunConfig, tree: Tree, batch: Batch) -> Work
         executed += _recomputed(model, shape, batch.tokens - context, context, batch.length, labels)
     steps = config.train.gradient_accumulation_steps
     size = 2 if config.model.dtype == "bfloat16" else 4
-    # The logits, their fp32 copy and its gradient, and the logits' gradient; in fp32 there is no copy.
-    read = batch.tokens if labels is None else labels
-    logits = read * shape.vocabulary * (2 * size + 8 if size == 2 else 3 * size)
     activations = _activations(shape, config, tree, batch, context, labels, size)
-    return Work(steps * dense, steps * executed, activations, int(logits))
+    return Work(steps * dense, steps * executed, activations, _logits(shape, config, batch, labels))
+
+
+def _logits(shape: ModelShape, config: RunConfig, batch: Batch, labels: float | None) -> int:
+    """At label positions, one chunk of them and the gradient of their hidden states; else all logits, their fp32 copy,
+    its gradient, and the logits' gradient (in fp32 there is no copy)."""
+    dtype: torch.dtype = getattr(torch, config.model.dtype)
+    if labels is not None:
+        rows = min(labels, chunk_rows(shape.vocabulary, dtype))
+        return int(rows * shape.vocabulary * row_bytes(dtype) + labels * shape.hidden * dtype.itemsize)
+    return batch.tokens * shape.vocabulary * (2 * dtype.itemsize + 8 if dtype.itemsize == 2 else 3 * dtype.itemsize)
 
 
 def _recomputed(

@@ -1,14 +1,14 @@
-"""Held-out loss and accuracy, dense, over all ranks."""
+"""Held-out loss and accuracy, dense, over all ranks; logits are made at label positions only, chunk by chunk."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from ..engines import Engine
+from ..layers.context import SparseContext
 from .feed import Feed
 
 FIGURES = ("eval_loss", "eval_mean_token_accuracy", "eval_exact_match")
@@ -31,31 +31,37 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, feed: Feed, batch_size: int, progress: bool = False) -> Evaluation:
+def evaluate(
+    engine: Engine, context: SparseContext, feed: Feed, batch_size: int, progress: bool = False
+) -> Evaluation:
     """Over all rows of ``feed``'s dataset, ``batch_size`` rows a rank where they are padded.
 
     Every rank must call this; one without rows left runs all the same, so that no collective is missed. ``progress`` shows
     a bar, on a terminal.
     """
     engine.model.eval()
+    context.evaluating = True
     loss = right = labels_seen = rows_right = rows = 0.0
     batches = feed.eval_batches(batch_size)
-    for indices in tqdm(batches, "evaluating", disable=None if progress else True, leave=False, unit="batch"):
-        inputs = feed.inputs(indices)
-        with engine.autocast():
-            logits = engine.model(**inputs.arguments, use_cache=False).logits
-        read, labels = inputs.partition.loss_rows, inputs.partition.loss_labels
-        logits = logits.flatten(0, 1).index_select(0, read).float()
-        correct = (logits.argmax(-1) == labels).cpu()
-        loss += F.cross_entropy(logits, labels, reduction="sum").item()
-        right += correct.sum().item()
-        labels_seen += labels.numel()
-        # Of every row: how many labels it has, and how many of them are right.
-        row = inputs.rows.flatten().index_select(0, read.cpu())
-        has, fits = (row.bincount(weights) for weights in (None, correct.double()))
-        rows += (has > 0).sum().item()
-        rows_right += ((has > 0) & (fits == has)).sum().item()
-    engine.model.train()
+    try:
+        for indices in tqdm(batches, "evaluating", disable=None if progress else True, leave=False, unit="batch"):
+            inputs = feed.inputs(indices)
+            context.hand_over(inputs.labels, inputs.partition)
+            with engine.autocast():
+                scores = engine.model(
+                    **inputs.arguments, labels=inputs.labels, use_cache=False, num_items_in_batch=1
+                ).logits
+            losses, fits = scores.double().cpu().unbind(1)
+            loss += losses.sum().item()
+            right += fits.sum().item()
+            labels_seen += losses.numel()
+            # Of the batch's rows: those with a label, and those of them with a wrong prediction.
+            row = inputs.rows.flatten().index_select(0, inputs.partition.loss_rows.cpu())
+            rows += (seen := row.unique().numel())
+            rows_right += seen - row[fits == 0].unique().numel()
+    finally:
+        context.evaluating = False
+        engine.model.train()
     loss, right, labels_seen, rows_right, rows = engine.all_sum(loss, right, labels_seen, rows_right, rows)
     labels_seen, rows = max(labels_seen, 1.0), max(rows, 1.0)
     return Evaluation(loss / labels_seen, right / labels_seen, rows_right / rows)

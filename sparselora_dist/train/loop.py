@@ -90,8 +90,8 @@ class TrainingLoop:
     def run(self) -> dict[str, Any]:
         """All remaining steps; returns the summary."""
         previous = signal.signal(signal.SIGTERM, self._request_stop)
-        # One wait per optimizer step instead of one per forward: see _optimize.
-        self.context.check_masks = "caller"
+        # One wait per optimizer step instead of one per forward: see _optimize. Nobody reads logits.
+        self.context.check_masks, self.context.chunk_loss = "caller", True
         try:
             if self.eval_data is not None and not self.totals.eval_start:
                 self.totals.eval_start = self._evaluate(0)
@@ -112,7 +112,7 @@ class TrainingLoop:
             return self._summary(self._evaluate(self.total_steps))
         finally:
             self.metrics.close()
-            self.context.check_masks = "next"
+            self.context.check_masks, self.context.chunk_loss = "next", False
             signal.signal(signal.SIGTERM, previous)
 
     def _request_stop(self, *_: object) -> None:
@@ -226,7 +226,7 @@ class TrainingLoop:
             return {}
         size = self.train.per_device_eval_batch_size or self.train.per_device_train_batch_size
         bar = self.engine.is_main and not self.train.disable_tqdm
-        values = evaluate(self.engine, self._feed(self.eval_data), size, bar).row()
+        values = evaluate(self.engine, self.context, self._feed(self.eval_data), size, bar).row()
         self.metrics.row({"step": step, **values})
         return values
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from support.agreement_workers import CASES, STEPS
+from support.agreement_workers import CASES, IN_CHUNKS, STEPS
 from support.compare import assert_close
 
 # fp32 sums in another order, STEPS steps of up to 1e-2 each.
@@ -45,6 +45,19 @@ def assert_same_masks(reference: Any, got: Any, step: int) -> None:
 def test_two_ranks_are_one_process(single: Any, sharded: Any, case: str) -> None:
     for rank in sharded:
         assert_same_run(single[0]["agreement"][case], rank["agreement"][case])
+
+
+@pytest.mark.parametrize("case", IN_CHUNKS)
+def test_two_ranks_evaluate_as_one_process(single: Any, sharded: Any, case: str) -> None:
+    loss, right, labels = single[0]["agreement"][case]["evaluated"]
+    assert loss > 0 and labels > 20
+    for rank in sharded:
+        assert rank["agreement"][case]["evaluated"] == [pytest.approx(loss, rel=1e-5), right, labels]
+
+
+def test_the_loss_in_chunks_trains_alike(single: Any) -> None:
+    runs = single[0]["agreement"]
+    assert_same_run(runs["llama"], runs["loss in chunks"])
 
 
 @pytest.mark.parametrize("case", ["llama", "all linear"])

@@ -17,6 +17,7 @@ from support.plan_runs import ALL_LINEAR, NOTHING_KEPT, SOME_KEPT, SPARSE, run_d
 SHAPE = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 104}
 ODD = SHAPE | {"vocab_size": 97}
 TIED = SHAPE | {"family": "qwen3", "tie_word_embeddings": True}
+WHOLE_LOGITS = SPARSE | {"skip_unused_logits": False}
 Case = tuple[dict[str, Any], dict[str, Any]]
 
 WHOLE_BLOCKS = SHAPE | {
@@ -37,6 +38,9 @@ ON_TWO: dict[str, Case] = {
         run_data("fsdp2", reentrant=False, targets=ALL_LINEAR, fsdp={"fsdp_reshard_after_forward": False}),
         TIED,
     ),
+    "fsdp2 tied": (run_data("fsdp2", sparse=SPARSE, reentrant=True, accumulation=2), TIED),
+    "fsdp2 tied, logits whole": (run_data("fsdp2", sparse=WHOLE_LOGITS), TIED),
+    "fsdp2 logits whole": (run_data("fsdp2", sparse=WHOLE_LOGITS, reentrant=False), SHAPE),
     "zero3 bf16": (run_data("zero3", sparse=SPARSE, zero=NOTHING_KEPT), SHAPE),
     "zero3 bf16 dense": (run_data("zero3", zero=NOTHING_KEPT), SHAPE),
     "zero3 fp32 odd": (

@@ -15,6 +15,7 @@ from support.plan_runs import NOTHING_KEPT, SPARSE, run_data
 
 SHAPE = find_shape("llama-3-8b")
 BF16 = 2 * SHAPE.elements
+ENDS = 2 * 2 * 128256 * 4096
 
 
 def moved(scheme: Scheme | None = None, world: int = 8, **run: Any) -> Traffic:
@@ -30,7 +31,27 @@ def lora_bytes() -> int:
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_fsdp2_gathers_twice(reentrant: bool | None) -> None:
-    assert moved(engine="fsdp2", reentrant=reentrant).gathered == 2 * (BF16 + lora_bytes())
+    """But for the embedding and the LM head, which backward does not read."""
+    assert moved(engine="fsdp2", reentrant=reentrant).gathered == 2 * (BF16 + lora_bytes()) - ENDS
+
+
+def test_fsdp2_gathers_a_head_that_gives_logits_twice() -> None:
+    whole = {"enabled": False, "skip_unused_logits": False}
+    assert moved(engine="fsdp2", sparse=whole).gathered == 2 * (BF16 + lora_bytes()) - ENDS // 2
+
+
+def test_fsdp2_gathers_tied_ends_once() -> None:
+    tied = find_shape("llama-3.2-1b")
+    assert tied.tied
+    config = RunConfig.from_dict(run_data("fsdp2", rank=8))
+    scheme = configured_scheme(config, tied, 8)
+    tree = tree_of(tied, config, scheme)
+    found = traffic(tree, scheme, "none", 1)
+    ends = 2 * 128256 * 2048
+    assert found.gathered == 2 * sum(map(scheme.gathered_bytes, tree.parameters())) - ends
+    # They stay while the layers run.
+    layers = [sum(map(scheme.unsharded_bytes, layer.walk())) for layer in tree.layers]
+    assert found.live == ends + 2 * max(layers) + 2 * 2048
 
 
 def test_fsdp2_without_resharding_gathers_once_per_micro_batch() -> None:
@@ -106,4 +127,5 @@ def test_hpz_moves_frozen_weights_inside_the_node() -> None:
 def test_live_bytes_of_a_layer_and_the_next() -> None:
     found = moved(engine="fsdp2")
     layer = 2 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096) + lora_bytes() // 32
-    assert found.live == 2 * layer + 2 * (2 * 128256 * 4096 + 4096)
+    # The LM head arrives while the last layer runs.
+    assert found.live == layer + ENDS // 2 + 2 * 4096

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 
 from sparselora_dist import SparseLoRAConfig, apply_sparselora, selection
+from sparselora_dist.apply import find_state
 from sparselora_dist.engines import Engine
 from sparselora_dist.io.load import load_base
 from sparselora_dist.sharding.parameters import is_zero3
@@ -28,7 +30,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], bool | None]] = {
     "all linear, lora_branch dense": ({"targets": ALL_LINEAR}, {"lora_branch": "dense"}, None),
     "a rank without labels": ({"targets": ALL_LINEAR}, {}, None),
     "a rank without labels, non-reentrant": ({"targets": ALL_LINEAR}, {}, False),
+    "loss in chunks": ({}, {}, None),
+    "loss in chunks, tied, reentrant": ({"family": "qwen3", "tie_word_embeddings": True}, {}, True),
+    "loss in chunks, a rank without labels": ({"targets": ALL_LINEAR}, {}, False),
 }
+IN_CHUNKS = [case for case in CASES if "in chunks" in case]
 
 
 def follow(engine: Engine, model: Any, labelled: int = 1) -> dict[str, Any]:
@@ -59,9 +65,25 @@ def agreement_case(name: str, case: str, **train: Any) -> dict[str, Any]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         model.enable_input_require_grads()
     engine.prepare(model)
-    seen = follow(engine, model, labelled=2 if "without labels" in case else 1)
+    find_state(model).context.chunk_loss = case in IN_CHUNKS
+    labelled = 2 if "without labels" in case else 1
+    seen = follow(engine, model, labelled)
+    if case in IN_CHUNKS:
+        seen["evaluated"] = evaluated(engine, model, labelled)
     close(engine)
     return seen
+
+
+def evaluated(engine: Engine, model: Any, labelled: int) -> list[float]:
+    """Loss, right predictions and labels of a batch whose rows are dealt to the ranks."""
+    inputs = batch(4, 24, seed=9)
+    inputs["labels"][[row for row in range(4) if row % labelled]] = -100
+    mine = {name: t[engine.ranks.rank :: engine.ranks.world_size] for name, t in inputs.items()}
+    find_state(model).context.evaluating = True
+    engine.model.eval()
+    with torch.no_grad():
+        scores = engine.model(**mine, use_cache=False).logits
+    return engine.all_sum(*scores.sum(0).tolist(), len(scores))
 
 
 def loaded_partitioned(folder: str) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def case(name: str, label: str) -> dict[str, Any]:
         if step == 0:
             seen["gradients"] = {k: 10 * v for k, v in engine.full_moments()[0].items() if k.endswith(".exp_avg")}
     seen["parameters"] = engine.full_parameters()
-    seen["evaluation"] = evaluate(engine, feed, batch_size=2)
+    seen["evaluation"] = evaluate(engine, state.context, feed, batch_size=2)
     close(engine)
     return seen
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from sparselora_dist.apply import find_state
 from sparselora_dist.apply.build import build_model
 from sparselora_dist.config import RunConfig
 from sparselora_dist.engines import Engine
@@ -140,6 +141,7 @@ def case(data: dict[str, Any], shape: dict[str, Any]) -> dict[str, Any]:
     engine = make_engine(config)
     model = build(engine, data, shape)
     engine.prepare(model)
+    find_state(model).context.chunk_loss = True  # As the training loop does.
     accumulation = config.train.gradient_accumulation_steps
     rows = config.train.per_device_train_batch_size * engine.ranks.world_size * accumulation
     for step in range(STEPS):

@@ -14,7 +14,7 @@ from torch.optim import AdamW, Optimizer
 
 from ..config.run import RunConfig
 from ..sharding.placement import Placement
-from .ranks import Ranks
+from .ranks import Ranks, local_device
 
 # Suffixes of AdamW's state in a checkpoint: ``<parameter>.exp_avg`` and so on.
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -35,14 +35,10 @@ class Engine(ABC):
         """The engine's own learning rate schedule, where its configuration asks for one."""
         self.total_steps = 1
         """Length of the run; set before :meth:`prepare`. Only a DeepSpeed scheduler reads it."""
-        if torch.cuda.is_available():
-            torch.cuda.set_device(ranks.local_rank)
-            self.device = torch.device("cuda", ranks.local_rank)
-        else:
-            self.device = torch.device("cpu")
-            if "OMP_NUM_THREADS" not in os.environ:
-                cores = len(os.sched_getaffinity(0))
-                torch.set_num_threads(max(1, cores // ranks.local_world_size))
+        self.device = local_device(ranks)
+        if self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, cores // ranks.local_world_size))
         self.model: nn.Module
         self.optimizer: Optimizer
 

@@ -2,16 +2,19 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
 # The repository root stays off sys.path, so that the folder kernels/ is never importable as "kernels".
 export PYTHONSAFEPATH := 1
 # One mount point under which mypy sees both packages by their import names.
 TYPES := build/types
 
-.PHONY: help venv quickstart test check schema kernels-aot pictures clean
+.PHONY: help venv quickstart test test-gpu test-oldest check schema kernels-aot pictures clean
 help:
 	@echo "make venv        create $(VENV) with the project and everything it needs"
 	@echo "make quickstart  fine-tune the embedded model on 2 CPU ranks under ZeRO-3, dense and sparse, and compare"
 	@echo "make test        run the test suite (installs Chromium where there is no browser, as root with apt)"
+	@echo "make test-gpu    run the tests that need a GPU"
+	@echo "make test-oldest run the suite, or TESTS=..., with the oldest versions that pyproject.toml promises"
 	@echo "make check       lint (ruff) and type-check (mypy)"
 	@echo "make schema      write configs/schema.json, by which editors complete and check run files"
 	@echo "make kernels-aot compile every Triton kernel for sm_80, sm_90 and sm_100 (no GPU needed)"
@@ -31,6 +34,19 @@ test: venv
 	@.ci/browser
 	@$(BIN)/pytest
 
+# The tests that need a GPU, and no others.
+test-gpu: venv
+	@SPARSELORA_TEST_GPU=1 $(BIN)/pytest -m gpu
+
+# The versions that pyproject.toml promises at least, in an environment of their own (6 GB: this torch comes with CUDA).
+test-oldest: $(OLDEST)/.ready
+	@$(OLDEST)/bin/pytest $(TESTS)
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	@echo "Installing the oldest supported versions into $(OLDEST)..."
+	@$(OLDEST)/bin/python -m pip install -q -c constraints-oldest.txt -e ".[dev]"
+	@touch $@
+
 check: venv
 	@$(BIN)/ruff check .
 	@mkdir -p $(TYPES) && ln -sfn $(CURDIR)/kernels $(TYPES)/sparselora_kernels && ln -sfn $(CURDIR)/sparselora_dist $(TYPES)/sparselora_dist
@@ -46,4 +62,4 @@ pictures: venv
 	@$(BIN)/python benchmarks/pictures.py
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info
+	rm -rf $(VENV) $(OLDEST) build dist runs *.egg-info

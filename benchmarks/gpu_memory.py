@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from gpu_models import LORA, RANK, SETTINGS, build, credit, forget_parts, make_sparse
-from gpu_steps import Side, free, make_batch, timed
+from gpu_sides import Side, make_batch
+from gpu_timing import free, timed
 from shapes import SHAPES, stack
 
 from sparselora_dist import remove_sparselora

@@ -15,8 +15,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_kernels import Data, Size
-from gpu_steps import free, timed
+from gpu_kernel_cases import Data, Size
+from gpu_timing import free, timed
 from torch import Tensor
 
 from sparselora_kernels import EncodedWeight
@@ -79,25 +79,26 @@ def find_peak(device: torch.device, tiny: bool) -> Peak:
     return Peak(flops, bandwidth, "measured", flops, bandwidth)
 
 
-def time_ops(device: torch.device, *, tiny: bool, seconds: float) -> list[dict[str, Any]]:
-    """A row for each operation; after ``seconds`` the rest is left out and said so."""
+def time_ops(device: torch.device, *, tiny: bool, seconds: float) -> Iterator[dict[str, Any]]:
+    """A row for each operation as it is measured; after ``seconds`` the rest is left out and said so."""
     end = time.monotonic() + seconds
     peak = find_peak(device, tiny)
-    rows: list[dict[str, Any]] = [
-        {
-            "op": "peak",
-            "what": f"{peak.source}: {peak.flops / 1e12:.4g} TFLOP/s, {peak.bandwidth / 1e12:.4g} TB/s; measured: "
-            f"{peak.measured_flops / 1e12:.4g}, {peak.measured_bandwidth / 1e12:.4g}",
-        }
-    ]
+    yield {
+        "op": "peak",
+        "what": f"{peak.source}: {peak.flops / 1e12:.4g} TFLOP/s, {peak.bandwidth / 1e12:.4g} TB/s; measured: "
+        f"{peak.measured_flops / 1e12:.4g}, {peak.measured_bandwidth / 1e12:.4g}",
+    }
     flush = torch.empty(1024 if tiny else _FLUSH_BYTES, dtype=torch.uint8, device=device)
     for op in all_ops(device, tiny):
         if time.monotonic() > end:
-            rows.append({"op": op.name, "what": f"{op.what}: no time left, and so for the rest"})
+            yield {"op": op.name, "what": f"{op.what}: no time left, and so for the rest"}
             break
-        rows.append(_row(op, peak, device, flush, 1 if tiny else REPEATS))
+        try:
+            yield _row(op, peak, device, flush, 1 if tiny else REPEATS)
+        except torch.OutOfMemoryError:
+            free()
+            yield {"op": op.name, "what": f"{op.what}: out of memory"}
     free()
-    return rows
 
 
 def _row(op: Op, peak: Peak, device: torch.device, flush: Tensor, repeats: int) -> dict[str, Any]:
@@ -132,15 +133,15 @@ def _median(run: Callable[[], Any], device: torch.device, flush: Tensor, repeats
         run()
     times = []
     for _ in range(repeats):
-        flush.zero_()  # Also hides the launch: the device is busy while the host prepares the next one.
-        times.append(timed(run, device))
+        flush.zero_()
+        times.append(timed(run, device, hide=True))
     return statistics.median(times)
 
 
 def _best(run: Callable[[], Any], device: torch.device) -> float:
     for _ in range(2):
         run()
-    return min(timed(run, device) for _ in range(5))
+    return min(timed(run, device, hide=True) for _ in range(5))
 
 
 # --- operations -------------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from sparselora_dist.data import GlobalBatchSampler, collate, load_dataset_token
 from sparselora_dist.engines import make_engine
 from sparselora_dist.io.load import load_tokenizer
 from sparselora_dist.train.evaluate import evaluate
+from sparselora_dist.train.feed import Feed
 from sparselora_dist.train.loop import TrainingLoop
 from sparselora_dist.train.metrics import flop_model
 
@@ -184,7 +185,8 @@ class Harness:
             )
             loop.run()
             totals = {"flops": loop.totals.flops_executed, "plain_flops": loop.totals.flops_dense}
-        result = evaluate(engine, state.context, self.eval, max(self.options.batch, 16), self.pad)
+        feed = Feed(config, engine, self.eval, self.pad, flops.quadratic)
+        result = evaluate(engine, state.context, feed, max(self.options.batch, 16))
         right = self.answers(engine.model)
         engine.close()
         return {

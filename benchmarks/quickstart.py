@@ -37,6 +37,7 @@ def train(name: str, overrides: list[str]) -> dict[str, Any]:
         *("--train.disable_tqdm", "true", *overrides),
     ]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    # On the CPU also where there is a GPU (sparselora_dist.process.keep_to_cpu).
     env = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     with open(log, "wb") as file:
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)

@@ -12,7 +12,7 @@ import argparse
 import os
 import sys
 
-from sparselora_dist.process import messages, quiet_bitsandbytes, run_and_leave
+from sparselora_dist.process import keep_to_cpu, messages, quiet_bitsandbytes, run_and_leave
 
 
 def main() -> int:
@@ -22,6 +22,7 @@ def main() -> int:
     parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
     arguments, overrides = parser.parse_known_args()
 
+    keep_to_cpu()
     messages()
     quiet_bitsandbytes()
 

@@ -16,6 +16,15 @@ def messages() -> None:
     logging.getLogger("sparselora_dist").setLevel(logging.INFO)
 
 
+def keep_to_cpu() -> None:
+    """``DS_ACCELERATOR=cpu`` means the whole run, not DeepSpeed alone: hide the GPUs before CUDA starts.
+
+    Here, because DeepSpeed's launcher sets ``CUDA_VISIBLE_DEVICES`` of its ranks anew.
+    """
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def quiet_bitsandbytes() -> None:
     """PEFT imports bitsandbytes, which complains of an optional CPU kernel that nothing here uses."""
     logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import os
 
-# Before anything imports Triton, which reads it once: its kernels run in the interpreter here.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+# Before anything imports Triton, which reads it once: its kernels run in the interpreter here. And no GPU, here and in
+# every process that the tests start, also on a machine that has one: only `make test-gpu` runs on it.
+os.environ.update(
+    {}
+    if os.environ.get("SPARSELORA_TEST_GPU") == "1"
+    else {
+        "TRITON_INTERPRET": os.environ.get("TRITON_INTERPRET", "1"),
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+    }
+)
 
 import warnings
 from pathlib import Path
@@ -15,12 +24,21 @@ import torch
 
 from support import models  # noqa: F401  (sets the factor cache to a folder of this session)
 
+GPU = os.environ.get("SPARSELORA_TEST_GPU") == "1"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Models here are tiny: with more threads the tests spend their time waiting for each other.
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test runs where it belongs: on the CPU, or, marked ``gpu``, on the GPU."""
+    for item in items:
+        if (item.get_closest_marker("gpu") is not None) != GPU:
+            reason = "runs on the CPU: make test" if GPU else "needs a GPU: make test-gpu"
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from ..process import quiet_bitsandbytes
+from ..process import keep_to_cpu, quiet_bitsandbytes
 
 COMMANDS = {
     "plan": "what fits on which GPUs, what a step moves and computes, and which layout to choose",
@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words[:1] == [name]:
             import_module(f".{name}", __package__).add_arguments(command)
     arguments = parser.parse_args(words)
+    keep_to_cpu()
     quiet_bitsandbytes()
     try:
         return import_module(f".{arguments.command}", __package__).run(arguments)

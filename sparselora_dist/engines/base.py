@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ..config.run import RunConfig
 from ..sharding.placement import Placement
-from .ranks import Ranks
+from .ranks import Ranks, local_device
 
 
 class Engine(ABC):
@@ -32,14 +32,10 @@ class Engine(ABC):
         """The engine's own learning rate schedule, where its configuration asks for one."""
         self.total_steps = 1
         """Length of the run; set before :meth:`prepare`. Only a DeepSpeed scheduler reads it."""
-        if torch.cuda.is_available():
-            torch.cuda.set_device(ranks.local_rank)
-            self.device = torch.device("cuda", ranks.local_rank)
-        else:
-            self.device = torch.device("cpu")
-            if "OMP_NUM_THREADS" not in os.environ:
-                cores = len(os.sched_getaffinity(0))
-                torch.set_num_threads(max(1, cores // ranks.local_world_size))
+        self.device = local_device(ranks)
+        if self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, cores // ranks.local_world_size))
         self.model: nn.Module
         self.optimizer: Optimizer
         self.optim: str

@@ -55,6 +55,39 @@ def discover_ranks() -> Ranks:
     )
 
 
+def local_device(ranks: Ranks) -> torch.device:
+    """This process's GPU, made the current one; the CPU where no GPU is visible.
+
+    With several visible GPUs each local rank takes its own. With exactly one it takes that, since Slurm and MPI can show
+    each process a GPU of its own: whether two ranks got the same is seen in :func:`start_distributed`.
+
+    Raises:
+        ValueError: more ranks on this host than visible GPUs.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    started = max(ranks.local_world_size, ranks.local_rank + 1)
+    if started > visible > 1:
+        raise ValueError(
+            _too_many(f"{started} ranks were started on this host, which has {visible} visible GPUs", visible)
+        )
+    index = ranks.local_rank % visible
+    torch.cuda.set_device(index)
+    # DeepSpeed takes its device from this. Open MPI's variable, where it is set, must say the same.
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):
+        if name in os.environ:
+            os.environ[name] = str(index)
+    return torch.device("cuda", index)
+
+
+def _too_many(what: str, most: int) -> str:
+    return (
+        f"{what}: start at most {most} a host (torchrun --nproc-per-node {most}, deepspeed --num_gpus {most}), let each "
+        "rank see a GPU of its own (CUDA_VISIBLE_DEVICES), or set DS_ACCELERATOR=cpu to run on the CPU"
+    )
+
+
 def free_port() -> int:
     """A TCP port that nothing listens on now."""
     with socket.socket() as probe:
@@ -63,7 +96,11 @@ def free_port() -> int:
 
 
 def start_distributed(ranks: Ranks, timeout: float) -> None:
-    """Start the default process group from the launcher's variables; alone, a group of one."""
+    """Start the default process group from the launcher's variables; alone, a group of one.
+
+    Raises:
+        ValueError: two ranks have the same GPU.
+    """
     if dist.is_initialized():
         return
     env = os.environ
@@ -76,3 +113,29 @@ def start_distributed(ranks: Ranks, timeout: float) -> None:
         env["MASTER_PORT"] = str(free_port())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+    if torch.cuda.is_available():
+        refuse_shared_gpus()
+
+
+def refuse_shared_gpus() -> None:
+    """A collective, before NCCL has any: it would fail with a message that names no rank, or wait.
+
+    Raises:
+        ValueError: two ranks have the same GPU; all ranks raise it.
+    """
+    mine = (socket.gethostname(), str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid))
+    places: list[tuple[str, str]] = [mine] * dist.get_world_size()
+    dist.all_gather_object(places, mine)
+    holders: dict[tuple[str, str], list[int]] = {}
+    for rank, place in enumerate(places):
+        holders.setdefault(place, []).append(rank)
+    for (host, _), ranks in holders.items():
+        if len(ranks) > 1:
+            there = [place for place in places if place[0] == host]
+            raise ValueError(
+                _too_many(
+                    f"{len(there)} ranks were started on {host} for {len(set(there))} GPU(s), and ranks "
+                    f"{', '.join(map(str, ranks))} have the same one",
+                    len(set(there)),
+                )
+            )

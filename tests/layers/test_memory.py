@@ -25,7 +25,8 @@ def kept_by_autograd(forward: Callable[[], Tensor]) -> list[Tensor]:
     """Every tensor that the graph of ``forward()`` holds: saved for backward, or an attribute of a node."""
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        nodes, seen = [forward().grad_fn], set()
+        result = forward()  # Held: up to torch 2.11 a node of Python's goes with it.
+        nodes, seen = [result.grad_fn], set()
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:

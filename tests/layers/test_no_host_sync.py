@@ -156,7 +156,7 @@ def test_the_check_sees_a_wait_in_backward(how: str, reentrant: bool | None, mon
     assert step(make(reentrant)).all - step(make(reentrant, sparse=False)).all
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_cuda_agrees() -> None:
     model = make().cuda()
     host = batch()
@@ -177,7 +177,7 @@ def test_cuda_agrees() -> None:
     assert waits == []
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_labels_on_the_host_and_the_model_on_a_gpu() -> None:
     model, expected, inputs = make().cuda(), make().cuda(), batch()
     moved = {name: tensor.cuda() for name, tensor in inputs.items()}

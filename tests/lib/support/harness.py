@@ -55,7 +55,6 @@ def run_ranks(
                 "WORLD_SIZE": str(world_size),
                 "LOCAL_WORLD_SIZE": str(world_size),
                 "OMP_NUM_THREADS": "1",
-                "DS_ACCELERATOR": "cpu",
                 "PYTHONSAFEPATH": "1",
                 # What this process imports from, the ranks import from.
                 "PYTHONPATH": os.pathsep.join(filter(None, [str(LIBRARY), os.environ.get("PYTHONPATH")])),
@@ -102,7 +101,7 @@ def run_launch(
     result = subprocess.run(
         full,
         cwd=ROOT,
-        env={**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": path, **env},
+        env={**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "PATH": path, **env},
         capture_output=True,
         text=True,
         timeout=timeout,

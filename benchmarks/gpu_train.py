@@ -1,0 +1,184 @@
+"""Whole runs of launch/train.py on one GPU, for benchmarks/gpu.py: do all engines learn what the CPU learns, and how fast?
+
+Every run is a process: ``single``, and ``zero3`` (where deepspeed is installed) and ``fsdp2`` at one rank under NCCL. The
+reference is the same run on this machine's CPU under ``single``, with the same rows, in the same call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpu_models import has
+from gpu_report import Budget, Report
+
+from sparselora_dist.config.run import DataSection
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 12
+# Of the loss, at the worst step. fp32: another order of summation, over STEPS updates, and a channel that changes at a tie.
+TOLERANCE = {"float32": 1e-2, "bfloat16": 5e-2, "nf4": 5e-2}
+ENGINES = ("single", "fsdp2", "zero3")
+ROW_TOKENS = 128
+"""About the tokens of a demo row, from which batches of so many thousand tokens are made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """What differs between runs beside the engine."""
+
+    dtype: str = "float32"
+    nf4: bool = False
+    checkpointing: bool = False
+    packing: bool | None = None
+    rows: int = 16
+
+    @property
+    def name(self) -> str:
+        parts = ["nf4" if self.nf4 else self.dtype, f"{self.rows} rows"]
+        if self.checkpointing:
+            parts.append("checkpointing")
+        if self.packing is not None:
+            parts.append("packed" if self.packing else "padded")
+        return ", ".join(parts)
+
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCE["nf4" if self.nf4 else self.dtype]
+
+    def overrides(self) -> list[str]:
+        words = ["--model.dtype", self.dtype, "--train.per_device_train_batch_size", str(self.rows)]
+        words += ["--train.gradient_checkpointing", str(self.checkpointing).lower()]
+        if self.nf4:
+            words += ["--quantization.load_in_4bit", "true", "--quantization.bnb_4bit_quant_type", "nf4"]
+        if self.packing is not None:
+            words += ["--data.packing", str(self.packing).lower()]
+        return words
+
+
+def variants(tiny: bool) -> Iterator[Variant]:
+    """The most important first. Packing is set only where a run knows the key."""
+    knows = "packing" in {field.name for field in dataclasses.fields(DataSection)}
+    yield Variant(rows=2 if tiny else 16)
+    if tiny:
+        return
+    yield Variant(dtype="bfloat16")
+    for packing in (True, False) if knows else ():
+        yield Variant(dtype="bfloat16", packing=packing)
+    yield Variant(dtype="bfloat16", checkpointing=True)
+    yield Variant(dtype="bfloat16", nf4=True)
+    yield Variant(dtype="bfloat16", nf4=True, checkpointing=True)
+    for thousand in (1, 2, 8, 16):
+        yield Variant(dtype="bfloat16", rows=max(1, thousand * 1024 // ROW_TOKENS))
+
+
+def model_overrides(folder: str | None, data: str | None) -> list[str]:
+    """The demo's model and rows, or those of a folder: 8 layers, such as base-9m."""
+    if folder is None:
+        return []
+    layers = {"ffn": {"1-6": 0.9}, "qk": {"2-6": 0.5}, "vo": {"2-6": 0.5}}
+    words = ["--model.name_or_path", folder, "--sparse_lora.layers", json.dumps(layers)]
+    return words + (["--data.train", data] if data else [])
+
+
+def run(engine: str, words: list[str], cpu: bool, seconds: float) -> tuple[dict[str, Any], list[float]]:
+    """One run: a row of what it took or why it failed, and its losses by step."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            *(sys.executable, str(ROOT / "launch" / "train.py"), "--config", f"configs/{engine}_sparse.json"),
+            *("--train.output_dir", folder, "--train.max_steps", str(STEPS), "--train.disable_tqdm", "true"),
+            *("--data.eval", "null", "--train.save_steps", str(STEPS), *words),
+        ]
+        env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        if cpu:
+            env |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        started = time.monotonic()
+        log = Path(folder) / "log"
+        with open(log, "wb") as file:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            try:
+                status: int | str = process.wait(max(1.0, seconds))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                status = f"no time left after {seconds:.0f} s"
+        rows = _metrics(Path(folder) / "metrics.jsonl")
+        speeds = [row["tokens_per_second_per_gpu"] for row in rows[STEPS // 3 :] if "tokens_per_second_per_gpu" in row]
+        row = {
+            "seconds": time.monotonic() - started,
+            "tokens/s": statistics.median(speeds) if speeds else None,
+            "problem": "" if status == 0 else _reason(status, log),
+        }
+        return row, [row["loss"] for row in rows]
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [row for row in map(json.loads, lines) if "loss" in row]
+
+
+def _reason(status: int | str, log: Path) -> str:
+    """The error of a run that failed: its last line that says one, or its end."""
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if "rror" in line and "Traceback" not in line]
+    return f"{status}: {(errors or lines or ['nothing was said'])[-1][:300]}"
+
+
+def apart(reference: list[float], losses: list[float]) -> float:
+    """The largest relative difference of two runs' losses; infinite where they have not the same steps."""
+    if not reference or len(reference) != len(losses):
+        return float("inf")
+    return max(abs(a - b) / max(abs(a), 1e-6) for a, b in zip(reference, losses))
+
+
+def time_runs(
+    report: Report, budget: Budget, *, tiny: bool, folder: str | None = None, data: str | None = None
+) -> None:
+    """Rows of ``runs``: the CPU's first, then every engine's, of every variant, until the time is up."""
+    for model in dict.fromkeys((None, folder)):
+        for variant in variants(tiny):
+            _time_variant(report, budget, variant, model, data, tiny)
+
+
+def _time_variant(
+    report: Report, budget: Budget, variant: Variant, folder: str | None, data: str | None, tiny: bool
+) -> None:
+    model = Path(folder).name if folder else "demo"
+    name = f"{model}, {variant.name}"
+    if variant.nf4 and not has("bitsandbytes"):
+        report.leave_out("train", name, "bitsandbytes is not installed")
+        return
+    words = [*model_overrides(folder, data), *variant.overrides()]
+    reference: list[float] = []
+    for engine, cpu in (("single", True), *((engine, tiny) for engine in ENGINES)):
+        if engine == "zero3" and not has("deepspeed"):
+            report.leave_out("train", f"{name}, {engine}", "deepspeed is not installed")
+            continue
+        if not budget.allows(1.0):
+            report.leave_out("train", f"{name}, {engine}", "no time left")
+            continue
+        row, losses = run(engine, words, cpu, budget.left)
+        budget.took(1.0, row["seconds"])
+        told = {"what": name, "engine": engine, "on": "CPU" if cpu else "GPU", **row}
+        told["last loss"] = losses[-1] if losses else None
+        if not reference:
+            reference = losses
+            report.judge("runs", told, f"{name} on the CPU: {row['problem']}", not row["problem"])
+            continue
+        difference = apart(reference, losses)
+        told |= {"loss apart": difference, "allowed": variant.tolerance}
+        right = not row["problem"] and difference <= variant.tolerance
+        report.judge("runs", told, f"{name}, {engine}: {row['problem'] or f'loss apart {difference:.2g}'}", right)

@@ -10,10 +10,12 @@ Face package.
 from .activations import activation_name
 from .ffn_down import ffn_down
 from .gated_ffn import gated_up
+from .gated_product import gated_product
+from .lora_joined import lora_joined
 from .lora_linear import lora_linear, lora_order
 from .nf4 import nf4_rows
 from .score import gated_ffn_score, projection_score, projection_scores
-from .select import kept_count, select_channels
+from .select import kept_count, select_channels, select_checked
 from .stored import EncodedWeight, Weight, nf4_layout
 
 __all__ = [
@@ -22,8 +24,10 @@ __all__ = [
     "activation_name",
     "ffn_down",
     "gated_ffn_score",
+    "gated_product",
     "gated_up",
     "kept_count",
+    "lora_joined",
     "lora_linear",
     "lora_order",
     "nf4_layout",
@@ -31,4 +35,5 @@ __all__ = [
     "projection_score",
     "projection_scores",
     "select_channels",
+    "select_checked",
 ]

@@ -2,7 +2,9 @@
 
 from .ffn_down import ffn_down
 from .gated_ffn import gated_up
+from .gated_product import gated_product
 from .indexed_linear import indexed_nn, indexed_nt
+from .lora_joined import lora_joined
 from .lora_linear import lora_linear
 from .nf4 import nf4_rows
 from .score import gated_ffn_score, projection_score
@@ -11,9 +13,11 @@ from .select import select_channels
 __all__ = [
     "ffn_down",
     "gated_ffn_score",
+    "gated_product",
     "gated_up",
     "indexed_nn",
     "indexed_nt",
+    "lora_joined",
     "lora_linear",
     "nf4_rows",
     "projection_score",

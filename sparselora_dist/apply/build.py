@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from ..config.run import RunConfig
 from ..io.adapter import is_adapted, load_adapter
@@ -55,9 +57,19 @@ def build_model(
         load_adapter(model, adapter)
     apply_sparselora(model, config.sparse_lora, weights=base.weights, timeout=config.train.ddp_timeout)
     if config.train.gradient_checkpointing or config.engine.fsdp_options().get("fsdp_activation_checkpointing"):
-        options = {"use_reentrant": False, **(config.train.gradient_checkpointing_kwargs or {})}
+        # Keeping the state of the random numbers for recomputation costs host time in every layer.
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": drops(model)}
+        options |= config.train.gradient_checkpointing_kwargs or {}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         if options["use_reentrant"]:
             model.enable_input_require_grads()
     model.train()
     return model, base.report
+
+
+def drops(model: nn.Module) -> bool:
+    """Whether some dropout of the model, its attention or its adapters can draw random numbers in training."""
+    return any(
+        (isinstance(module, _DropoutNd) and module.p > 0) or getattr(module, "attention_dropout", 0.0) > 0
+        for module in model.modules()
+    )

@@ -29,6 +29,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], bool | None]] = {
     "a rank without labels": ({"targets": ALL_LINEAR}, {}, None),
     "a rank without labels, non-reentrant": ({"targets": ALL_LINEAR}, {}, False),
 }
+ON_FOUR = ("llama", "all linear", "non-reentrant")
 
 
 def follow(engine: Engine, model: Any, labelled: int = 1) -> dict[str, Any]:

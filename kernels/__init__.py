@@ -10,11 +10,13 @@ Face package.
 from .activations import activation_name
 from .ffn_down import ffn_down
 from .gated_ffn import gated_up
+from .gated_product import gated_product
 from .label_loss import chunk_rows, label_loss, label_scores, row_bytes, scores_of
+from .lora_joined import lora_joined
 from .lora_linear import lora_linear, lora_order
 from .nf4 import nf4_rows
 from .score import gated_ffn_score, projection_score, projection_scores
-from .select import kept_count, select_channels
+from .select import kept_count, select_channels, select_checked
 from .stored import EncodedWeight, Weight, nf4_layout
 
 __all__ = [
@@ -24,10 +26,12 @@ __all__ = [
     "chunk_rows",
     "ffn_down",
     "gated_ffn_score",
+    "gated_product",
     "gated_up",
     "kept_count",
     "label_loss",
     "label_scores",
+    "lora_joined",
     "lora_linear",
     "lora_order",
     "nf4_layout",
@@ -37,4 +41,5 @@ __all__ = [
     "row_bytes",
     "scores_of",
     "select_channels",
+    "select_checked",
 ]

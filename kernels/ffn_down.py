@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .indexed_linear import add_update, indexed_nn, indexed_nt, linear, matmul
 from .operands import NNOperands, NTOperands
-from .operator import register, register_with_gradient
+from .operator import held, hold, register, register_with_gradient
 from .stored import EncodedWeight, Weight, refuse_trainable, unpack
 
 
@@ -81,15 +81,16 @@ _run_backward = register("ffn_down_backward", _backward, _backward_fake)
 
 
 def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    parts, layout, lows, rows = inputs[2], inputs[3], inputs[5:8], inputs[8:11]
-    ctx.save_for_backward(*lows, *rows, *parts)
-    ctx.layout = layout
+    # Without an update nothing is saved, so that checkpointing does not run this product again.
+    ctx.save_for_backward(*inputs[5:8])
+    hold(ctx, "parts", inputs[2])
+    hold(ctx, "rows", inputs[8:11])
+    ctx.layout = inputs[3]
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple:
-    saved = ctx.saved_tensors
-    lows, rows, parts = saved[:3], saved[3:6], list(saved[6:])
-    grads = _run_backward(grad.contiguous(), parts, ctx.layout, *lows, *rows)
+    lows, parts = ctx.saved_tensors, held(ctx, "parts")
+    grads = _run_backward(grad.contiguous(), parts, ctx.layout, *lows, *held(ctx, "rows"))
     updates = [None if low is None else g for low, g in zip(lows, grads[2:])]
     return *grads[:2], [None] * len(parts), None, None, *updates, None, None, None, None
 

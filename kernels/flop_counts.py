@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from . import ffn_down, gated_ffn  # noqa: F401  (registered when imported)
+from . import ffn_down, gated_ffn, lora_joined  # noqa: F401  (registered when imported)
 from .lora_linear import lora_order
 from .stored import PLAIN
 
@@ -44,8 +44,7 @@ def _lora_linear(
         return base
     rank, inputs, outputs = a[0], a[1], b[0]
     merged, _order = lora_order(x[0], inputs, outputs, rank, merge=merge and dense is None)
-    again = 0 if dense is None else dense[0] * outputs  # Dense tokens' branch is added to their own product.
-    return base + 2 * rank * (inputs * outputs if merged else x[0] * (inputs + outputs) + again)
+    return base + 2 * rank * (inputs * outputs if merged else x[0] * (inputs + outputs))
 
 
 @register_flop_formula(_OPS.lora_linear_backward)
@@ -68,9 +67,41 @@ def _lora_linear_backward(
     elif trained:
         products += tokens * inputs * outputs + 2 * inputs * outputs * rank
     if needs_input:
-        again = 0 if dense is None else dense[0]
-        products += inputs * outputs * rank if merged else (tokens + again) * rank * inputs
+        products += inputs * outputs * rank if merged else tokens * rank * inputs
     return base + 2 * products
+
+
+def _joined_base(
+    tokens: int, parts: Any, layouts: list[int], dense: Shape, context: Shape, channels: list[Shape]
+) -> int:
+    """One product with each of three frozen matrices, whose parts and layouts stand one after another."""
+    total = 0
+    for kept in channels:
+        plain = layouts[0] == PLAIN[0]
+        base = parts[:1], layouts[: len(PLAIN)] if plain else layouts[: len(PLAIN) + 1]
+        parts, layouts = parts[1 if plain else 2 :], layouts[len(base[1]) :]
+        total += _base(tokens, _matrix(*base), None if kept is None else dense, context, kept)
+    return total
+
+
+@register_flop_formula(_OPS.lora_joined)
+def _lora_joined(
+    x: Shape, a_q: Shape, a_k: Shape, a_v: Shape, b_q: Shape, b_k: Shape, b_v: Shape, parts: Any, layouts: Any,
+    biases: Any, scalings: Any, dense: Shape, context: Shape, channels: Any, **_: Any,
+) -> int:  # fmt: skip
+    branches = sum(a[0] * (a[1] + b[0]) for a, b in ((a_q, b_q), (a_k, b_k), (a_v, b_v)))
+    return _joined_base(x[0], parts, layouts, dense, context, channels) + 2 * x[0] * branches
+
+
+@register_flop_formula(_OPS.lora_joined_backward)
+def _lora_joined_backward(
+    grad_q: Shape, grad_k: Shape, grad_v: Shape, x: Shape, low: Shape, a_q: Shape, a_k: Shape, a_v: Shape, b_q: Shape,
+    b_k: Shape, b_v: Shape, parts: Any, layouts: Any, scalings: Any, dense: Shape, context: Shape, channels: Any,
+    needs_input: bool, **_: Any,
+) -> int:  # fmt: skip
+    base = _joined_base(x[0], parts, layouts, dense, context, channels) if needs_input else 0
+    outputs = sum(b[0] * b[1] for b in (b_q, b_k, b_v))
+    return base + 2 * x[0] * (2 * outputs + low[1] * x[1] * (2 if needs_input else 1))
 
 
 def _update(low: Shape, b: Shape, dense: Shape, context: Shape, kept: Shape) -> int:

@@ -10,16 +10,16 @@ pre-activations; neither the input nor any copy of a weight.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .activations import activate, activate_backward
-from .backend import use_triton
+from .gated_product import product, product_gradient
 from .indexed_linear import add_update, indexed_nt, linear, matmul, triton_matrix
 from .operands import NTOperands
-from .operator import register, register_with_gradient
+from .operator import held, hold, is_traced, register, register_with_gradient
 from .stored import EncodedWeight, Weight, refuse_trainable, unpack
 
 if TYPE_CHECKING:
@@ -43,7 +43,10 @@ def _up(
     channels: Tensor,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``h`` of dense and of context tokens, then gate and up before the activation: ``g_d, u_d, g_c, u_c``."""
+    """``h`` of dense and of context tokens, then gate and up before the activation: ``g_d, u_d, g_c, u_c``.
+
+    Called directly, ``channels`` may be a function that gives them, once the dense tokens are under way.
+    """
     some_dense = dense_rows.numel() > 0
     gate = EncodedWeight(gate_parts, gate_layout).once(some_dense, x.dtype)
     up = EncodedWeight(up_parts, up_layout).once(some_dense, x.dtype)
@@ -51,9 +54,10 @@ def _up(
         dense = x.index_select(0, dense_rows)
         g_d = add_update(linear(dense, gate.parts[0], gate_bias), _at(gate_low, dense_rows), gate_b)
         u_d = add_update(linear(dense, up.parts[0], up_bias), _at(up_low, dense_rows), up_b)
-        h_d = activate(activation, g_d).mul_(u_d)
+        h_d = product(g_d, u_d, activation)
     else:
         g_d, u_d, h_d = (x.new_empty(0, gate.channels) for _ in range(3))
+    channels = _known(channels)
     matrices = _triton_pair(gate, up, channels, x)
     if matrices is not None:
         from .gpu.gated_ffn import gated_forward
@@ -77,7 +81,7 @@ def _up(
         u_c = indexed_nt(NTOperands(context, None, channels, bias=up_bias), up)
         add_update(g_c, _at(gate_low, context_rows), _at(gate_b, channels))
         add_update(u_c, _at(up_low, context_rows), _at(up_b, channels))
-        h_c = activate(activation, g_c).mul_(u_c)
+        h_c = product(g_c, u_c, activation)
     return h_d, h_c, g_d, u_d, g_c, u_c
 
 
@@ -96,17 +100,12 @@ def _triton_pair(gate: EncodedWeight, up: EncodedWeight, channels: Tensor, x: Te
     return None if pair[0] is None or pair[1] is None else (pair[0], pair[1])
 
 
+def _known(channels: Tensor | Callable[[], Tensor]) -> Tensor:
+    return channels if isinstance(channels, Tensor) else channels()
+
+
 def _at(x: Tensor | None, rows: Tensor) -> Tensor | None:
     return None if x is None else x.index_select(0, rows)
-
-
-def _gate_gradients(activation: str, grad: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up before the activation, from that of their product."""
-    if use_triton(grad) and grad.dtype != torch.float64:  # The kernel computes in fp32.
-        from .gpu.gated_gradient import gated_backward
-
-        return gated_backward(grad, g, u, activation)
-    return activate_backward(activation, g, grad * u), activate(activation, g).mul_(grad)
 
 
 def _up_backward(
@@ -146,7 +145,7 @@ def _up_backward(
     ]
     if some_dense:
         assert grad_dense is not None
-        pair = _gate_gradients(activation, grad_dense.contiguous(), g_d, u_d)
+        pair = product_gradient(grad_dense.contiguous(), g_d, u_d, activation)
         if needs_input:
             dense = matmul(pair[0], gate.parts[0]).addmm_(pair[1], up.parts[0])
             grad_x.index_copy_(0, dense_rows, dense)
@@ -155,7 +154,7 @@ def _up_backward(
                 grad_low.index_copy_(0, dense_rows, grad @ b)
                 grad_b.addmm_(grad.t(), low.index_select(0, dense_rows))
     if grad_context is not None and grad_context.shape[0]:
-        pair = _gate_gradients(activation, grad_context.contiguous(), g_c, u_c)
+        pair = product_gradient(grad_context.contiguous(), g_c, u_c, activation)
         if needs_input:
             _context_input_gradient(pair, gate, up, context_rows, channels, grad_x)
         for grad, (low, b, grad_low, grad_b) in zip(pair, branches):
@@ -199,28 +198,32 @@ def _keep_up(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     lows, rows, activation = rest[:4], rest[4:7], rest[7]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(*output[2:], *lows, *rows, *gate_parts, *up_parts)
-    ctx.layouts, ctx.gate_count = (gate_layout, up_layout), len(gate_parts)
+    ctx.save_for_backward(*output[2:], *lows)
+    hold(ctx, "gate", gate_parts)
+    hold(ctx, "up", up_parts)
+    hold(ctx, "rows", (*rows[:2], _known(rows[2])))
+    ctx.layouts = gate_layout, up_layout
     ctx.activation, ctx.tokens = activation, x.shape[0]
 
 
 def _up_gradients(ctx: Any, grad_dense: Tensor | None, grad_context: Tensor | None, *_: Any) -> tuple:
-    saved = ctx.saved_tensors
-    lows, rows, parts = saved[4:8], saved[8:11], saved[11:]
     none: list[Any] = [None] * 15
-    none[1], none[3] = [None] * ctx.gate_count, [None] * (len(parts) - ctx.gate_count)
+    gate, up = held(ctx, "gate"), held(ctx, "up")
+    none[1], none[3] = [None] * len(gate), [None] * len(up)
     if grad_dense is None and grad_context is None:
         return tuple(none)
+    saved = ctx.saved_tensors
+    lows = saved[4:]
     grads = _run_backward(
         grad_dense,
         grad_context,
         *saved[:4],
-        list(parts[: ctx.gate_count]),
+        gate,
         ctx.layouts[0],
-        list(parts[ctx.gate_count :]),
+        up,
         ctx.layouts[1],
         *lows,
-        *rows,
+        *held(ctx, "rows"),
         ctx.activation,
         ctx.tokens,
         ctx.needs_input_grad[0],
@@ -239,7 +242,7 @@ def gated_up(
     up: Weight,
     dense_rows: Tensor,
     context_rows: Tensor,
-    channels: Tensor,
+    channels: Tensor | Callable[[], Tensor],
     *,
     gate_bias: Tensor | None = None,
     up_bias: Tensor | None = None,
@@ -255,7 +258,8 @@ def gated_up(
         x: (T, H); any T, zero included.
         gate, up: (I, H), frozen; decoded to ``x.dtype``.
         dense_rows, context_rows: disjoint int64 rows of ``x``.
-        channels: (k,) int64 ascending, the neurons that context tokens take.
+        channels: (k,) int64 ascending, the neurons that context tokens take; or a function that gives them, always the
+            same. It is called after the dense tokens' products were issued, so that it may wait for something.
         gate_bias, up_bias: (I,), frozen.
         gate_low, up_low: (T, R) first products of the LoRA branches, scaled; with ``gate_b``, ``up_b`` (I, R).
             In ``x.dtype``.
@@ -272,6 +276,8 @@ def gated_up(
         refuse_trainable("gated_up", weight, bias)
     if (gate_low is None) != (gate_b is None) or (up_low is None) != (up_b is None):
         raise ValueError("gated_up takes both of low and b or neither")
+    if is_traced(x):
+        channels = _known(channels)
     return _run(
         x,
         list(stored[0].parts),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .indexed_linear import indexed_nn, indexed_nt, linear, matmul
 from .operands import NNOperands, NTOperands
-from .operator import register, register_with_gradient
+from .operator import held, hold, register, register_with_gradient
 from .stored import EncodedWeight, Weight, refuse_trainable, unpack
 
 Backward = Literal["through_rank", "through_weight"]
@@ -49,6 +49,11 @@ def _merged(weight: EncodedWeight, a: Tensor, b: Tensor, scaling: float, transpo
     """``W + s·B·A`` in the dtype of ``a``, laid out as ``W`` is."""
     first, second = (a.t(), b.t()) if transposed else (b, a)
     return torch.addmm(weight.decode(None, a.dtype), first, second, alpha=scaling)
+
+
+def scaled_product(x: Tensor, y: Tensor, scaling: float) -> Tensor:
+    """``s · x · y`` in one launch."""
+    return x.new_empty(x.shape[0], y.shape[1]).addmm_(x, y, beta=0, alpha=scaling)
 
 
 def _order(x: Tensor, weight: EncodedWeight, a: Tensor, b: Tensor, sparse: bool, merge: bool) -> tuple[bool, Backward]:
@@ -95,10 +100,8 @@ def _forward(
         some_dense = dense_rows.numel() > 0
         weight = weight.once(some_dense, x.dtype)
         if some_dense:
-            whole = product(x.index_select(0, dense_rows), weight.parts[0], bias)
-            if b is not None:
-                whole.addmm_(low.index_select(0, dense_rows), b.t(), alpha=scaling)
-            y.index_copy_(0, dense_rows, whole)
+            # Added to the branch, which is there for all tokens.
+            y.index_add_(0, dense_rows, product(x.index_select(0, dense_rows), weight.parts[0], bias))
         adds = b is not None
         if transposed:
             indexed_nn(NNOperands(x, context_rows, channels, y, indexed=True, bias=bias, accumulate=adds), weight)
@@ -146,13 +149,13 @@ def _backward(
     if a is not None and b is not None:
         merged, order = _order(grad, weight, a, b, sparse, merge)
         if not merged or (trained and order == "through_rank"):
-            z = torch.mm(grad, b).mul_(scaling)
+            z = scaled_product(grad, b, scaling)
     if a is not None and b is not None and x is not None:
         if order == "through_rank":
             grad_a = torch.mm(z.t(), x)
-            grad_b = torch.mm(grad.t(), linear(x, a) if merged else low).mul_(scaling)
+            grad_b = scaled_product(grad.t(), linear(x, a) if merged else low, scaling)
         else:
-            update = torch.mm(grad.t(), x).mul_(scaling)
+            update = scaled_product(grad.t(), x, scaling)
             grad_a, grad_b = torch.mm(b.t(), update), torch.mm(update, a.t())
     if not needs_input:
         return none, grad_a, grad_b
@@ -171,10 +174,7 @@ def _backward(
     some_dense = dense_rows.numel() > 0
     weight = weight.once(some_dense, grad.dtype)
     if some_dense:
-        whole = product(grad.index_select(0, dense_rows), weight.parts[0])
-        if a is not None:
-            whole.addmm_(z.index_select(0, dense_rows), a)
-        grad_x.index_copy_(0, dense_rows, whole)
+        grad_x.index_add_(0, dense_rows, product(grad.index_select(0, dense_rows), weight.parts[0]))
     if transposed:
         indexed_nt(NTOperands(grad, context_rows, channels, out=grad_x, accumulate=a is not None), weight)
     else:
@@ -203,16 +203,19 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     # The input is read by the branch's gradient only: without a trained branch no activation is kept.
     trained = a is not None and any(ctx.needs_input_grad[4:6])
-    ctx.save_for_backward(x if trained else None, output[1], a, b, *rest[1:4], *parts)
+    ctx.save_for_backward(x if trained else None, output[1], a, b)
+    hold(ctx, "parts", parts)
+    hold(ctx, "rows", rest[1:4])
     ctx.layout, ctx.scaling, ctx.transposed, ctx.merge = layout, rest[0], rest[4], rest[5]
 
 
 def _gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple:
-    x, low, a, b, dense_rows, context_rows, channels, *parts = ctx.saved_tensors
     none: list[Any] = [None] * 12
+    parts = held(ctx, "parts")
     none[1] = [None] * len(parts)  # The structure of the inputs is asked for.
     if grad is None:
         return tuple(none)
+    x, low, a, b = ctx.saved_tensors
     grad_x, grad_a, grad_b = _run_backward(
         grad.contiguous(),
         x,
@@ -222,9 +225,7 @@ def _gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple:
         a,
         b,
         ctx.scaling,
-        dense_rows,
-        context_rows,
-        channels,
+        *held(ctx, "rows"),
         ctx.transposed,
         ctx.merge,
         ctx.needs_input_grad[0],

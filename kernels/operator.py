@@ -6,7 +6,7 @@ with a few hundred of them in a step that would be the step at short sequences.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,25 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def _traced(x: Tensor) -> bool:
+def is_traced(x: Tensor) -> bool:
     """Whether a tracer is at work: tensors that stand for others are of another type."""
     return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
+
+
+def hold(ctx: Any, name: str, tensors: Sequence[Tensor | None]) -> None:
+    """Keep for backward what needs no gradient and no copy: frozen parts, index lists.
+
+    Not as saved tensors: those are what checkpointing computes again, up to the last one of a layer. As attributes one by
+    one, where whoever looks through a graph finds them.
+    """
+    setattr(ctx, name, len(tensors))
+    for number, tensor in enumerate(tensors):
+        setattr(ctx, f"{name}_{number}", tensor)
+
+
+def held(ctx: Any, name: str) -> list[Any]:
+    """What :func:`hold` kept."""
+    return [getattr(ctx, f"{name}_{number}") for number in range(getattr(ctx, name))]
 
 
 def register(name: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -25,7 +41,7 @@ def register(name: str, implementation: Callable[..., Any], fake: Callable[..., 
     operator.register_fake(fake)
 
     def call(x: Tensor, *inputs: Any) -> Any:
-        return operator(x, *inputs) if _traced(x) else implementation(x, *inputs)
+        return operator(x, *inputs) if is_traced(x) else implementation(x, *inputs)
 
     return call
 
@@ -65,6 +81,6 @@ def register_with_gradient(
     Direct.__name__ = name
 
     def call(x: Tensor, *inputs: Any) -> Any:
-        return operator(x, *inputs) if _traced(x) else Direct.apply(x, *inputs)
+        return operator(x, *inputs) if is_traced(x) else Direct.apply(x, *inputs)
 
     return call

@@ -6,8 +6,8 @@
 ``torch.topk`` promises nothing about ties and ranks NaN first, so that two ranks with equal scores could choose
 differently. A stable sort does not, nor does the kernel that a GPU uses for up to 32768 channels.
 
-NaN counts as -inf: the result is valid and the same everywhere, and whoever needs to know looks at the scores (mask
-synchronisation carries a flag for non-finite ones, which stops the step).
+NaN counts as -inf: the result is valid and the same everywhere. Whoever needs to know asks for the flag beside it, which
+the same launch writes (mask synchronisation reads it before the step is taken).
 """
 
 from __future__ import annotations
@@ -38,23 +38,32 @@ def select_channels(scores: Tensor, keep: int) -> Tensor:
 
     All of them where ``keep`` is larger than n.
     """
+    return select_checked(scores, keep)[0]
+
+
+def select_checked(scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """:func:`select_channels`, and a flag (1,) fp32 that is zero only if every score is finite."""
     return _run(scores.detach(), keep)
 
 
-def _select_channels(scores: Tensor, keep: int) -> Tensor:
-    if use_triton(scores) and scores.dtype == torch.float32:
+def _select(scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    if use_triton(scores) and scores.dtype == torch.float32 and min(keep, scores.shape[0]) > 0:
         from .gpu import select
 
         if scores.shape[0] <= select.LARGEST:
             with torch.cuda.device_of(scores):
-                return select.select_channels(scores, min(keep, scores.shape[0]))
+                flag = torch.empty_like(scores[:1])
+                return select.select_channels(scores, min(keep, scores.shape[0]), flag), flag
+    # In fp64 a sum of fp32 values cannot overflow; what is not finite gives NaN.
+    flag = scores.sum(0, keepdim=True, dtype=torch.float64).mul_(0.0).float()
     scores = scores.masked_fill(scores.isnan(), -math.inf)
     order = torch.sort(scores, descending=True, stable=True).indices
-    return order[:keep].sort().values
+    return order[:keep].sort().values, flag
 
 
-def _select_channels_fake(scores: Tensor, keep: int) -> Tensor:
-    return scores.new_empty(min(keep, scores.shape[0]), dtype=torch.int64)
+def _select_fake(scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    kept = scores.new_empty(min(keep, scores.shape[0]), dtype=torch.int64)
+    return kept, scores.new_empty(1, dtype=torch.float32)
 
 
-_run = register("select_channels", _select_channels, _select_channels_fake)
+_run = register("select_channels", _select, _select_fake)

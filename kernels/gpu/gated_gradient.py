@@ -1,5 +1,6 @@
-"""The gradients of :mod:`.gated_ffn`: of gate and up, element by element, and of the input.
+"""Gate times up element by element, and the gradients of :mod:`.gated_ffn`: of gate and up, and of the input.
 
+gated_product           h = act(g) · u
 gated_backward          dg = dh · u · act'(g),  du = dh · act(g)
 gated_input_gradient    out[rows] (+)= dg · Wg[channels] + du · Wu[channels]
 """
@@ -34,6 +35,15 @@ BLOCK = 1024
 """Elements per program of gated_backward."""
 
 _GRADIENT_FREE = ("n", "has_rows", "has_channels", "accumulate")
+
+
+@triton.jit(do_not_specialize=["size"])
+def gated_product_kernel(g, u, out, size, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
+    gate = tl.load(g + i, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(u + i, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + i, rounded(activate(gate, ACTIVATION) * up, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -86,6 +96,21 @@ def gated_input_gradient_kernel(
     zero = (accumulate >> 1) * 16
     place, inside = places(out, rows, channels, m + zero, j + zero, n, length, out_stride, has_rows, False)
     tl.store(place, rounded(sums, out.dtype.element_ty), mask=inside)
+
+
+def gated_product(g: Tensor, u: Tensor, activation: str = "silu") -> Tensor:
+    """``act(g) · u`` of two tensors of one shape and dtype, in fp32 and rounded once.
+
+    Raises:
+        ValueError: an unknown activation.
+    """
+    check_activation(activation)
+    g, u = g.contiguous(), u.contiguous()
+    h = torch.empty_like(g)
+    if size := g.numel():
+        with torch.cuda.device_of(g):
+            gated_product_kernel[(triton.cdiv(size, BLOCK),)](g, u, h, size, activation, BLOCK, num_warps=4)
+    return h
 
 
 def gated_backward(dh: Tensor, g: Tensor, u: Tensor, activation: str = "silu") -> tuple[Tensor, Tensor]:
@@ -165,4 +190,11 @@ def variants() -> Iterator[Variant]:
                 signature=dict.fromkeys(("dh", "g", "u", "dg", "out"), f"*{name}") | {"size": "i32"},
                 constants={"ACTIVATION": activation, "BLOCK": BLOCK},
                 aligned=("dh", "g", "u", "dg", "out"),
+            )
+            yield Variant(
+                kernel=gated_product_kernel,
+                label=f"gated_product {activation} {name}",
+                signature=dict.fromkeys(("g", "u", "out"), f"*{name}") | {"size": "i32"},
+                constants={"ACTIVATION": activation, "BLOCK": BLOCK},
+                aligned=("g", "u", "out"),
             )

@@ -22,9 +22,8 @@ LARGEST = SIZES[-1][0]
 
 
 @triton.jit
-def _keys(scores, i, n):
+def _keys(x, i, n):
     """uint32 in the order of the scores; NaN is -inf, and -0 is 0; 0, below all of them, where there is no score."""
-    x = tl.load(scores + i, mask=i < n, other=0.0)
     x = tl.where(x != x, float("-inf"), tl.where(x == 0.0, 0.0, x))
     bits = x.to(tl.uint32, bitcast=True)
     keys = tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
@@ -35,12 +34,17 @@ def _keys(scores, i, n):
 def select_kernel(
     scores,  # (n,) fp32
     out,  # (keep,) int64
+    flag,  # (1,) fp32: 0, or 1 where a score is not finite
     n,
     keep,  # 1 ... n
     SIZE: tl.constexpr,  # At least n.
     BLOCK: tl.constexpr,
 ):
-    keys = _keys(scores, tl.arange(0, SIZE), n)
+    place = tl.arange(0, SIZE)
+    x = tl.load(scores + place, mask=place < n, other=0.0)
+    exponent = x.to(tl.uint32, bitcast=True) & 0x7F800000
+    tl.store(flag, tl.max((exponent == 0x7F800000).to(tl.int32), 0).to(tl.float32))
+    keys = _keys(x, place, n)
     least = tl.zeros((), dtype=tl.uint32)  # The largest integer that at least `keep` keys reach.
     bit = tl.full((), 0x80000000, dtype=tl.uint32)
     for _ in range(32):
@@ -53,7 +57,7 @@ def select_kernel(
     equal_before = 0
     for start in range(0, n, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        block = _keys(scores, i, n)
+        block = _keys(tl.load(scores + i, mask=i < n, other=0.0), i, n)
         equal = ((block == least) & (i < n)).to(tl.int32)
         take = (block > least) | ((equal != 0) & (equal_before + tl.cumsum(equal, 0) <= free))
         taken = take.to(tl.int32)
@@ -69,17 +73,20 @@ def variants() -> Iterator[Variant]:
         yield Variant(
             kernel=select_kernel,
             label=f"select {size}",
-            signature={"scores": "*fp32", "out": "*i64", "n": "i32", "keep": "i32"},
+            signature={"scores": "*fp32", "out": "*i64", "flag": "*fp32", "n": "i32", "keep": "i32"},
             constants={"SIZE": size, "BLOCK": block},
             num_warps=warps,
         )
 
 
-def select_channels(scores: Tensor, keep: int) -> Tensor:
-    """See :func:`sparselora_kernels.select_channels`; at most :data:`LARGEST` scores, ``keep`` of them at most."""
+def select_channels(scores: Tensor, keep: int, flag: Tensor | None = None) -> Tensor:
+    """See :func:`sparselora_kernels.select_channels`; at most :data:`LARGEST` scores, ``keep`` of them at most. Where
+    some are kept, ``flag`` (1,) fp32 becomes 0, or 1 if a score is not finite."""
     n = scores.shape[0]
+    flag = scores.new_empty(1, dtype=torch.float32) if flag is None else flag
     out = torch.empty(keep, dtype=torch.int64, device=scores.device)
     if keep:
         size, block, warps = next(sizes for sizes in SIZES if n <= sizes[0])
-        select_kernel[(1,)](scores.float().contiguous(), out, n, keep, SIZE=size, BLOCK=block, num_warps=warps)
+        scores = scores.float().contiguous()
+        select_kernel[(1,)](scores, out, flag, n, keep, SIZE=size, BLOCK=block, num_warps=warps)
     return out

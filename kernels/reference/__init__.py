@@ -2,8 +2,10 @@
 
 from .ffn_down import ffn_down
 from .gated_ffn import gated_up
+from .gated_product import gated_product
 from .indexed_linear import indexed_nn, indexed_nt
 from .label_loss import label_loss, label_scores
+from .lora_joined import lora_joined
 from .lora_linear import lora_linear
 from .nf4 import nf4_rows
 from .score import gated_ffn_score, projection_score
@@ -12,11 +14,13 @@ from .select import select_channels
 __all__ = [
     "ffn_down",
     "gated_ffn_score",
+    "gated_product",
     "gated_up",
     "indexed_nn",
     "indexed_nt",
     "label_loss",
     "label_scores",
+    "lora_joined",
     "lora_linear",
     "nf4_rows",
     "projection_score",

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from ..config.run import RunConfig
 from ..io.adapter import is_adapted, load_adapter
@@ -61,7 +63,9 @@ def build_model(
         load_adapter(model, adapter)
     apply_sparselora(model, config.sparse_lora, weights=base.weights, timeout=config.train.ddp_timeout)
     if config.train.gradient_checkpointing or config.engine.fsdp_options().get("fsdp_activation_checkpointing"):
-        options = {"use_reentrant": False, **(config.train.gradient_checkpointing_kwargs or {})}
+        # Keeping the state of the random numbers for recomputation costs host time in every layer.
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": drops(model)}
+        options |= config.train.gradient_checkpointing_kwargs or {}
         # Transformers' new name of it, where it has one: the old one warns.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable(options)
@@ -69,3 +73,11 @@ def build_model(
             model.enable_input_require_grads()
     model.train()
     return model, base.report
+
+
+def drops(model: nn.Module) -> bool:
+    """Whether some dropout of the model, its attention or its adapters can draw random numbers in training."""
+    return any(
+        (isinstance(module, _DropoutNd) and module.p > 0) or getattr(module, "attention_dropout", 0.0) > 0
+        for module in model.modules()
+    )

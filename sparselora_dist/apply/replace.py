@@ -15,6 +15,7 @@ from ..families import DecoderLayer, base_linear
 from ..io.factors import FactorSet
 from ..layers.estimator import AttentionEstimator, FFNEstimator
 from ..layers.ffn import SparseFFN
+from ..layers.joined import JoinedLoRA
 from ..layers.linear import AttentionChannels, SparseProjection
 from ..layers.lora import PLAIN_ONLY, fuse_lora, set_base_linear, unfuse_lora
 from ..method.channels import ATTENTION, FFN, SCORED, TRANSPOSED, HeadGeometry
@@ -128,7 +129,10 @@ def fuse_branches(layer: DecoderLayer, state: SparseState) -> None:
     """Compute base and LoRA branch of the layer's matrices together."""
     for parent, names in ((layer.attention, ATTENTION), (layer.module.mlp, FFN)):
         linears = [getattr(parent, name) for name in names]
-        state.fused += [linear for linear in linears if fuse_lora(linear, merge=state.config.merge_lora)]
+        fused = [linear for linear in linears if fuse_lora(linear, merge=state.config.merge_lora)]
+        state.fused += fused
+        if names is ATTENTION and all(linear in fused for linear in linears[:3]):
+            JoinedLoRA(linears[:3], state.context, layer.index)
 
 
 def restore(state: SparseState) -> None:

@@ -97,10 +97,16 @@ class FrozenLinear(nn.Linear):
         """``x`` (..., in) -> (..., out), all channels."""
         return self.product(x)
 
+    def lists(self, x: Tensor) -> dict[str, Tensor]:
+        """``dense_rows``, ``context_rows`` and ``channels`` of :func:`lora_linear` for an input (..., in) in the dtype of
+        the computation; empty where all tokens are computed whole."""
+        return {}
+
     def product(self, x: Tensor, branch: Branch | None = None, **options: Any) -> Tensor:
         """``forward``, with a LoRA branch where one is given; ``options`` are :func:`lora_linear`'s."""
         x = compute_input(x)
         flat = x.reshape(-1, x.shape[-1])
+        options |= self.lists(flat)
         y = lora_linear(flat, self.stored, self.bias, *(branch or ()), transposed=self.transposed, **options)
         return y.view(*x.shape[:-1], y.shape[-1])
 

@@ -37,6 +37,8 @@ class MicroBatch:
     """``None``: everything is computed densely."""
     masks: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     """Kept channels, (k,) int64 ascending, by (layer, group)."""
+    rows: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    """What the kept channels own of a projection, int64 ascending, by (layer, role)."""
     inputs: dict[int, int] = field(default_factory=dict)
     """Address of each layer's input."""
     loss: LossPositions | None = None
@@ -267,24 +269,41 @@ class SparseContext:
         batch: MicroBatch,
         site: Site,
         groups: tuple[str, ...],
-        select: Callable[[], dict[str, Tensor]],
-    ) -> None:
-        """Fill the masks of ``groups`` at ``site`` unless they are there: kept from before, or selected anew."""
+        select: Callable[[], Callable[[], dict[str, Tensor]]],
+    ) -> Callable[[], None] | None:
+        """Fill the masks of ``groups`` at ``site`` unless they are there: kept from before, or selected anew.
+
+        ``select`` starts to; what it returns waits for the other ranks and gives the masks. So does what is returned
+        here: ``None`` where the masks are there now.
+        """
         if all((site.layer, group) in batch.masks for group in groups):
-            return
+            return None
         if self._current is not batch:
             raise RuntimeError(f"{site} has no mask of its first forward; a mask is never chosen in recomputation")
         hold = self.interval > 1 and self.probe is None
         now = self._training_forwards if self.step is None else self.step
         held = [self._held.get((site.layer, group)) for group in groups]
         if hold and all(entry is not None and 0 <= now - entry[0] < self.interval for entry in held):
-            chosen = {group: entry[1] for group, entry in zip(groups, held) if entry is not None}
-        else:
+            batch.masks.update(
+                {(site.layer, group): entry[1] for group, entry in zip(groups, held) if entry is not None}
+            )
+            return None
+        with torch.no_grad():
+            selected = select()
+
+        def finish() -> None:
+            if all((site.layer, group) in batch.masks for group in groups):
+                return  # Asked again.
             with torch.no_grad():
-                chosen = select()
+                chosen = {(site.layer, group): mask for group, mask in selected().items()}
             if hold:
-                self._held.update({(site.layer, group): (now, mask) for group, mask in chosen.items()})
-        batch.masks.update({(site.layer, group): mask for group, mask in chosen.items()})
+                self._held.update({key: (now, mask) for key, mask in chosen.items()})
+            batch.masks.update(chosen)
+
+        if self.sync.alone:  # There is nothing to wait for.
+            finish()
+            return None
+        return finish
 
     # --- state of a run ---------------------------------------------------------------------------------------------
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Callable
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from sparselora_kernels import ffn_down, gated_up, lora_linear, select_channels
+from sparselora_kernels import ffn_down, gated_product, gated_up, lora_linear, select_checked
 from sparselora_kernels.activations import ACTIVATIONS, activation_name
 
 from ..codecs.linear import FrozenLinear, compute_input
@@ -17,6 +18,13 @@ from ..sync.masks import Site
 from .context import MicroBatch, SparseContext
 from .estimator import FFNEstimator
 from .lora import active_branches, kept_update, low_rank_update
+
+Chosen: TypeAlias = "Tensor | Callable[[], Tensor]"
+"""Kept channels; or what waits for the other ranks' scores and gives them, always the same."""
+
+
+def _known(chosen: Chosen) -> Tensor:
+    return chosen if isinstance(chosen, Tensor) else chosen()
 
 
 class SparseFFN(nn.Module):
@@ -60,36 +68,51 @@ class SparseFFN(nn.Module):
         """``x`` (..., H) -> (..., H)."""
         batch = self.context.active(self.site.layer, "ffn")
         if batch is None:
-            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+            return self.down_proj(gated_product(self.gate_proj(x), self.up_proj(x), self.activation))
         assert batch.partition is not None
         flat = compute_input(x).reshape(-1, x.shape[-1])
-        self.context.choose(batch, self.site, ("ffn",), lambda: self._select(flat, batch))
-        channels = batch.masks[self.site.layer, "ffn"]
+        finish = self.context.choose(batch, self.site, ("ffn",), lambda: self._select(flat, batch))
+
+        def later() -> Tensor:
+            assert finish is not None
+            finish()
+            return batch.masks[self.site.layer, "ffn"]
+
+        channels = later if finish else batch.masks[self.site.layer, "ffn"]
         compute = self._whole_branch if self._branch_is_whole else self._kept
         return compute(flat, batch.partition, channels).view(*x.shape[:-1], -1)
 
-    def _select(self, x: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
+    def _select(self, x: Tensor, batch: MicroBatch) -> Callable[[], dict[str, Tensor]]:
         assert batch.partition is not None
-        sums = self.estimator(x, batch.partition.context)
-        keep = self.context.keep(self.site.layer, "ffn", self.keep)
-        return {"ffn": select_channels(self.context.sync.reduce(self.site, sums), keep)}
+        sync = self.context.sync
+        reduction = sync.start(self.site, self.estimator(x, batch.partition.context))
+
+        def masks() -> dict[str, Tensor]:
+            keep = self.context.keep(self.site.layer, "ffn", self.keep)
+            channels, flag = select_checked(reduction.wait(), keep)
+            sync.watch(self.site, flag)
+            return {"ffn": channels}
+
+        return masks
 
     @property
     def _branch_is_whole(self) -> bool:
         modules = (self.gate_proj, self.up_proj, self.down_proj)
         return self.lora_branch == "dense" and any(next(active_branches(module), None) for module in modules)
 
-    def _kept(self, x: Tensor, tokens: TokenPartition, channels: Tensor) -> Tensor:
-        """``x`` (T, H) -> (T, H), the intermediate of context tokens as wide as ``channels``."""
+    def _kept(self, x: Tensor, tokens: TokenPartition, chosen: Chosen) -> Tensor:
+        """``x`` (T, H) -> (T, H), the intermediate of context tokens as wide as what is ``chosen``; dense tokens are
+        computed while the ranks' scores are on their way."""
         gate, up, down = (base_linear(m) for m in (self.gate_proj, self.up_proj, self.down_proj))
-        rows = tokens.dense, tokens.context, channels
         gate_low, gate_b = low_rank_update(self.gate_proj, x)
         up_low, up_b = low_rank_update(self.up_proj, x)
         hidden = gated_up(
             x,
             gate.stored,
             up.stored,
-            *rows,
+            tokens.dense,
+            tokens.context,
+            chosen,
             gate_bias=gate.bias,
             up_bias=up.bias,
             gate_low=gate_low,
@@ -98,11 +121,14 @@ class SparseFFN(nn.Module):
             up_b=up_b,
             activation=self.activation,
         )
+        channels = _known(chosen)
         low_dense, low_context, b = kept_update(self.down_proj, *hidden, channels)
         return ffn_down(
             *hidden,
             down.stored,
-            *rows,
+            tokens.dense,
+            tokens.context,
+            channels,
             x.shape[0],
             bias=down.bias,
             low_dense=low_dense,
@@ -110,9 +136,9 @@ class SparseFFN(nn.Module):
             b=b,
         )
 
-    def _whole_branch(self, x: Tensor, tokens: TokenPartition, channels: Tensor) -> Tensor:
+    def _whole_branch(self, x: Tensor, tokens: TokenPartition, chosen: Chosen) -> Tensor:
         """``x`` (T, H) -> (T, H), sparse in the frozen branch alone."""
-        lists = {"dense_rows": tokens.dense, "context_rows": tokens.context, "channels": channels}
+        lists = {"dense_rows": tokens.dense, "context_rows": tokens.context, "channels": _known(chosen)}
         gate, up = (_project(module, x, lists) for module in (self.gate_proj, self.up_proj))
         return _project(self.down_proj, self.act_fn(gate) * up, lists)
 

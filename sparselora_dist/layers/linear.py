@@ -6,19 +6,22 @@ attention code runs unchanged on full-width tensors. The LoRA branch is whole.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 from torch import Tensor
 
-from sparselora_kernels import select_channels
+from sparselora_kernels import select_checked
 
-from ..codecs.linear import Branch, FrozenLinear, compute_input
+from ..codecs.linear import FrozenLinear
 from ..sync.masks import Site
 from .context import MicroBatch, SparseContext
 from .estimator import AttentionEstimator
 
 Role = Literal["q", "k", "v", "o"]
 _GROUP = {"q": "qk", "k": "qk", "v": "vo", "o": "vo"}
+_OWNED = {"q": "q_rows", "k": "k_rows", "v": "v_rows", "o": "o_columns"}
+"""Methods of :class:`~..method.channels.HeadGeometry`."""
 
 
 class AttentionChannels:
@@ -34,26 +37,31 @@ class AttentionChannels:
         self.keep = keep
         self.groups = tuple(keep)
 
-    def _select(self, x: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
+    def _select(self, x: Tensor, batch: MicroBatch) -> Callable[[], dict[str, Tensor]]:
         assert batch.partition is not None
-        sums = self.estimator(x, batch.partition.context)
-        scores = self.estimator.scores(self.context.sync.reduce(self.site, sums))
-        return {
-            group: select_channels(scores[group], self.context.keep(self.site.layer, group, keep))
-            for group, keep in self.keep.items()
-        }
+        sync = self.context.sync
+        reduction = sync.start(self.site, self.estimator(x, batch.partition.context))
+
+        def masks() -> dict[str, Tensor]:
+            scores = self.estimator.scores(reduction.wait())
+            chosen = {}
+            for group, usual in self.keep.items():
+                keep = self.context.keep(self.site.layer, group, usual)
+                chosen[group], flag = select_checked(scores[group], keep)
+                sync.watch(self.site, flag)
+            return chosen
+
+        return masks
 
     def rows(self, role: Role, x: Tensor, batch: MicroBatch) -> Tensor:
         """Kept rows of the projection ``role`` (columns for o). ``x`` (T, H) is read where the mask is new."""
-        self.context.choose(batch, self.site, self.groups, lambda: self._select(x, batch))
-        geometry, masks = self.estimator.geometry, batch.masks
-        if role == "q":
-            return geometry.q_rows(masks[self.site.layer, "qk"])
-        if role == "k":
-            return geometry.k_rows(masks[self.site.layer, "qk"])
-        if role == "v":
-            return geometry.v_rows(masks[self.site.layer, "vo"])
-        return geometry.o_columns(masks[self.site.layer, "vo"])
+        if finish := self.context.choose(batch, self.site, self.groups, lambda: self._select(x, batch)):
+            finish()
+        key = self.site.layer, role
+        if (found := batch.rows.get(key)) is None:
+            owned = getattr(self.estimator.geometry, _OWNED[role])
+            found = batch.rows[key] = owned(batch.masks[self.site.layer, _GROUP[role]])
+        return found
 
 
 class SparseProjection(FrozenLinear):
@@ -72,20 +80,16 @@ class SparseProjection(FrozenLinear):
         self.role = role
         self.channels = channels
 
-    def product(self, x: Tensor, branch: Branch | None = None, **options: Any) -> Tensor:
-        """``x`` (..., in) -> (..., out); the LoRA branch, where one is given, is whole for all tokens."""
+    def lists(self, x: Tensor) -> dict[str, Tensor]:
         batch = self.channels.context.active(self.channels.site.layer, _GROUP[self.role], self.role)
         if batch is None:
-            return super().product(x, branch, **options)
+            return {}
         assert batch.partition is not None
-        return super().product(
-            x,
-            branch,
-            dense_rows=batch.partition.dense,
-            context_rows=batch.partition.context,
-            channels=self.channels.rows(self.role, compute_input(x).reshape(-1, x.shape[-1]), batch),
-            **options,
-        )
+        return {
+            "dense_rows": batch.partition.dense,
+            "context_rows": batch.partition.context,
+            "channels": self.channels.rows(self.role, x, batch),
+        }
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, role={self.role!r}, layer={self.channels.site.layer}"

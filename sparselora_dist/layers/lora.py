@@ -14,6 +14,7 @@ from sparselora_kernels import lora_linear
 
 from ..codecs.linear import FrozenLinear, compute_input
 from ..sharding.parameters import is_dtensor
+from .casts import CastOnce
 
 PLAIN_ONLY = "plain LoRA is supported in sparse layers"
 
@@ -131,20 +132,29 @@ class FusedLoRA:
 
     def __init__(self, layer: LoraLayer, *, merge: bool) -> None:
         self.layer, self.merge = layer, merge
+        self._casts = CastOnce(), CastOnce()
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.layer.base_layer
-        branches = [] if args or kwargs or _has_variant(self.layer) else list(active_branches(self.layer))
         compute = compute_input(x)
-        if len(branches) != 1 or not _together(base, branches[0], compute):
+        branch = None if args or kwargs else self.branch(compute)
+        if branch is None:
             return type(self.layer).forward(self.layer, x, *args, **kwargs)
-        (branch,) = branches
-        factors = compute_input(branch.a.weight), compute_input(branch.b.weight), branch.scaling
+        factors = *self.factors(branch), branch.scaling
         if isinstance(base, FrozenLinear):
             # Not as a module: ZeRO-3 would hand the module copies of the factors that live until backward.
             return base.product(x, factors, merge=self.merge)
         y = lora_linear(compute.reshape(-1, x.shape[-1]), base.weight, base.bias, *factors, merge=self.merge)
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def factors(self, branch: LoRABranch) -> tuple[Tensor, Tensor]:
+        """``A`` and ``B`` in the dtype of the computation."""
+        return self._casts[0](branch.a.weight), self._casts[1](branch.b.weight)
+
+    def branch(self, x: Tensor) -> LoRABranch | None:
+        """The one branch that can be computed with the base, for an input in the dtype of the computation."""
+        branches = [] if _has_variant(self.layer) else list(active_branches(self.layer))
+        return branches[0] if len(branches) == 1 and _together(self.layer.base_layer, branches[0], x) else None
 
 
 def _together(base: nn.Module, branch: LoRABranch, compute: Tensor) -> bool:

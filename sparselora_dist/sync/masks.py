@@ -8,6 +8,9 @@ or another purpose. So the mask collectives
 - carry one slot per rank with its site, call number and a non-finite flag. The sum over ranks therefore shows every
   rank where every other rank is, and an error names both.
 
+They are started, and waited for when the sums are needed, so that products may run meanwhile. One rank alone starts
+nothing; that its scores are finite is seen by the selection itself, which hands over a flag.
+
 On CPU the slots are compared at once. On a GPU that would wait for the device in every layer, so they are kept and
 compared by :meth:`MaskSync.check`: once per optimizer step where the training loop calls it before the step, else once
 per forward by the model.
@@ -20,6 +23,7 @@ import os
 import socket
 import time
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -33,6 +37,8 @@ SyncMode = Literal["global", "node", "local"]
 _SLOT = 3
 # Integers up to here are exact in fp32.
 _CALL_MODULUS = 1 << 20
+# In the place of the call number: not a reduction's slots, but a selection's flag.
+_FLAG = -1
 # Reductions that may wait to be compared: more than the micro-batches of any step, should nobody call check.
 _MOST_PENDING = 1 << 14
 # How long a failing rank waits for the others to say where they are.
@@ -62,6 +68,30 @@ class Site:
         return Site.name_of(self.number)
 
 
+@dataclass(slots=True)
+class Reduction:
+    """Sums on their way to the other ranks and back."""
+
+    sync: MaskSync
+    site: Site
+    call: int
+    sums: Tensor
+    payload: Tensor | None = None
+    """``None`` where there is one rank."""
+    work: dist.Work | None = None
+
+    def wait(self) -> Tensor:
+        """Σ over the ranks, (n,) fp32; on a GPU the stream waits and not the host. Once.
+
+        Raises:
+            MaskSyncError: a rank did not arrive in time.
+        """
+        if self.payload is None:
+            return self.sums
+        self.sync.arrived(self)
+        return self.payload[: self.sums.numel()]
+
+
 class MaskSync:
     """Adds score sums over the ranks whose tokens choose the channels together.
 
@@ -88,6 +118,7 @@ class MaskSync:
         self._group: dist.ProcessGroup | None = None
         self._ranks: list[int] | None = None
         self._calls = 0
+        # Slots of a reduction with its call, and flags of selections.
         self._pending: list[tuple[Tensor, Site, int]] = []
 
     def __deepcopy__(self, memo: dict) -> MaskSync:
@@ -123,13 +154,14 @@ class MaskSync:
         dist.all_gather_object(names, mine, group=self._data_parallel)
         return [rank for rank, name in zip(everyone, names) if name == mine]
 
-    def reduce(self, site: Site, sums: Tensor) -> Tensor:
-        """Σ over the ranks of ``sums`` (n,) fp32, n at most ``capacity``. Every rank must take part, in order.
+    def start(self, site: Site, sums: Tensor) -> Reduction:
+        """Begin to add ``sums`` (n,) fp32, n at most ``capacity``, over the ranks. Every rank must take part, in order.
+
+        With one rank there is nothing to do. Whoever selects by the result gives the flag of the selection to
+        :meth:`watch`.
 
         Raises:
-            MaskSyncError: another rank is at another site, did not arrive in time, or has non-finite sums (on a GPU
-                the first and the last are raised by :meth:`check`, and under NCCL it is the backend's own watchdog that
-                ends a rank which waits in vain).
+            MaskSyncError: the group cannot be made because a rank stays away, or the backend refuses.
         """
         self._calls += 1
         call = self._calls % _CALL_MODULUS
@@ -137,28 +169,62 @@ class MaskSync:
             ranks = self.ranks
         except RuntimeError as error:  # A rank that stays away from the first mask is missed when the group is made.
             raise MaskSyncError(self._post_mortem(site)) from error
-        slot = ranks.index(dist.get_rank()) if len(ranks) > 1 else 0
+        if self._group is None:
+            return Reduction(self, site, call, sums)
+        slot = ranks.index(dist.get_rank())
         payload = sums.new_zeros(self.capacity + _SLOT * len(ranks))
-        payload[: sums.numel()] = sums
-        header = payload[self.capacity :]
-        # Filled on the device: no copy from the host, no wait.
+        own, header = payload[: sums.numel()], payload[self.capacity :]
+        # Filled on the device: no copy from the host, no wait. Zero times what is not finite is NaN.
         header[_SLOT * slot].fill_(site.number + 1)
         header[_SLOT * slot + 1].fill_(call)
-        header[_SLOT * slot + 2].copy_(~torch.isfinite(sums).all())
-        if self._group is not None:
-            try:
-                dist.all_reduce(payload, group=self._group)
-            except RuntimeError as error:
-                raise MaskSyncError(self._post_mortem(site)) from error
-            self.collectives += 1
+        torch.dot(sums, own, out=header[_SLOT * slot + 2])
+        own.copy_(sums)
+        try:
+            work = dist.all_reduce(payload, group=self._group, async_op=True)
+        except RuntimeError as error:
+            raise MaskSyncError(self._post_mortem(site)) from error
+        self.collectives += 1
+        return Reduction(self, site, call, sums, payload, work)
+
+    def arrived(self, reduction: Reduction) -> None:
+        """Wait for the collective of ``reduction``, and remember its slots."""
+        assert reduction.payload is not None and reduction.work is not None
+        try:
+            reduction.work.wait()
+        except RuntimeError as error:
+            raise MaskSyncError(self._post_mortem(reduction.site)) from error
         # A copy: a view would keep every payload of an optimizer step alive.
-        self._pending.append((header.clone(), site, call))
-        if sums.device.type == "cpu" or len(self._pending) >= _MOST_PENDING:
+        self._pending.append((reduction.payload[self.capacity :].clone(), reduction.site, reduction.call))
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other rank is asked. Known once the first mask was chosen."""
+        return self._group is None
+
+    def reduce(self, site: Site, sums: Tensor) -> Tensor:
+        """Σ over the ranks of ``sums`` (n,) fp32, waited for and watched.
+
+        Raises:
+            MaskSyncError: another rank is at another site, did not arrive in time, or has non-finite sums (on a GPU
+                the first and the last are raised by :meth:`check`, and under NCCL it is the backend's own watchdog that
+                ends a rank which waits in vain).
+        """
+        total = self.start(site, sums).wait()
+        self.watch(site, total.mul(0.0).sum(0, keepdim=True))
+        return total
+
+    def watch(self, site: Site, flag: Tensor) -> None:
+        """Remember ``flag`` (1,), which is zero if the scores that were selected by at ``site`` are finite.
+
+        Raises:
+            MaskSyncError: see :meth:`reduce`; on a CPU all of it is compared here.
+        """
+        self._pending.append((flag, site, _FLAG))
+        if flag.device.type == "cpu" or len(self._pending) >= _MOST_PENDING:
             self.check()
-        return payload[: sums.numel()]
 
     def check(self) -> None:
-        """Compare the slots of all reductions since the last check. Waits for the device.
+        """Compare the slots of all reductions, and look at all flags, since the last check. Waits for the device.
 
         Raises:
             MaskSyncError: see :meth:`reduce`.
@@ -167,24 +233,33 @@ class MaskSync:
         if not pending:
             return
         # One copy from the device for all of them.
-        headers = torch.stack([header for header, _, _ in pending]).tolist()
-        for header, (_, site, call) in zip(headers, pending):
-            slots = [header[start : start + _SLOT] for start in range(0, len(header), _SLOT)]
-            for rank, (number, its_call, _) in zip(self.ranks, slots):
-                if (number, its_call) != (site.number + 1, call):
-                    me = dist.get_rank()
-                    theirs = Site.name_of(int(number) - 1) if number else "no site"
-                    raise MaskSyncError(
-                        f"mask synchronisation mismatch: rank {me} is at {site} (call {call}), rank {rank} is at "
-                        f"{theirs} (call {int(its_call)}). A rank skipped or repeated a forward of that layer: every "
-                        "rank must run the same layers in the same order, also with an empty micro-batch"
-                    )
-            bad = [rank for rank, (_, _, flag) in zip(self.ranks, slots) if flag]
-            if bad:
+        values = iter(torch.cat([header for header, _, _ in pending]).tolist())
+        for header, site, call in pending:
+            found = list(islice(values, header.numel()))
+            if call != _FLAG:
+                self._compare(found, site, call)
+            elif found[0] != 0.0:
+                self._refuse(site, self.ranks)
+
+    def _compare(self, header: list[float], site: Site, call: int) -> None:
+        slots = [header[start : start + _SLOT] for start in range(0, len(header), _SLOT)]
+        for rank, (number, its_call, _) in zip(self.ranks, slots):
+            if (number, its_call) != (site.number + 1, call):
+                me = dist.get_rank()
+                theirs = Site.name_of(int(number) - 1) if number else "no site"
                 raise MaskSyncError(
-                    f"non-finite channel scores at {site} on rank {', '.join(map(str, bad))}: the hidden states "
-                    "overflowed or are NaN. No step was taken; lower the learning rate or use bfloat16"
+                    f"mask synchronisation mismatch: rank {me} is at {site} (call {call}), rank {rank} is at "
+                    f"{theirs} (call {int(its_call)}). A rank skipped or repeated a forward of that layer: every "
+                    "rank must run the same layers in the same order, also with an empty micro-batch"
                 )
+        if bad := [rank for rank, (_, _, flag) in zip(self.ranks, slots) if flag]:
+            self._refuse(site, bad)
+
+    def _refuse(self, site: Site, ranks: list[int]) -> None:
+        raise MaskSyncError(
+            f"non-finite channel scores at {site} on rank {', '.join(map(str, ranks))}: the hidden states "
+            "overflowed or are NaN. No step was taken; lower the learning rate or use bfloat16"
+        )
 
     def _post_mortem(self, site: Site) -> str:
         """Say where this rank is, and ask the others, through the store of the default group."""

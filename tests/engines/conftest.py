@@ -28,6 +28,17 @@ def fsdp2_on_four() -> Results:
 
 
 @pytest.fixture(scope="session")
+def zero3_on_four() -> Results:
+    return run_ranks("support.engine_workers:zero3_on_four", 4)
+
+
+@pytest.fixture(params=["zero3", "fsdp2"])
+def on_four(request: pytest.FixtureRequest) -> Results:
+    """Either sharding engine on 4 ranks."""
+    return request.getfixturevalue(f"{request.param}_on_four")
+
+
+@pytest.fixture(scope="session")
 def single(zero3: Results, fsdp2: Results) -> Results:
     """The reference of all others; also continues from the states that ZeRO-3 and FSDP2 left."""
     return run_ranks("support.engine_workers:single", 1, zero3[0]["state"]["kept"], fsdp2[0]["moved"]["state"])

@@ -46,6 +46,17 @@ def down_arguments(rank: int) -> tuple:
     return *h, [torch.randn(7, 5)], [0], torch.randn(5), *updates, *split(3, 4, 2), some(7, 2), 9
 
 
+def joined_arguments(sparse: bool, quantised: bool) -> tuple:
+    x, outputs, ranks = torch.randn(9, 70, requires_grad=True), (12, 6, 6), (3, 2, 4)
+    a = [torch.randn(rank, 70, requires_grad=True) for rank in ranks]
+    b = [torch.randn(out, rank, requires_grad=True) for out, rank in zip(outputs, ranks)]
+    weights = [kernels.EncodedWeight((torch.randn(out, 70),)) for out in outputs]
+    weights[0] = nf4(weights[0].parts[0])[0] if quantised else weights[0]
+    parts, layouts = [p for w in weights for p in w.parts], [n for w in weights for n in w.layout]
+    lists = (*split(3, 4, 2), [some(12, 5), some(6, 2), None]) if sparse else (None, None, [None] * 3)
+    return x, *a, *b, parts, layouts, [torch.randn(12), None, None], [0.5, 1.0, 2.0], *lists
+
+
 def frozen_branch(arguments: tuple) -> tuple:
     return *arguments[:4], arguments[4].detach(), arguments[5].detach(), *arguments[6:]
 
@@ -56,6 +67,8 @@ CASES: dict[str, tuple[str, Callable[[], tuple]]] = {
     "o, NF4": ("lora_linear", lambda: lora_arguments(True, 3, True, True)),
     "frozen branch": ("lora_linear", lambda: frozen_branch(lora_arguments(False, 3, True, False))),
     "no branch": ("lora_linear", lambda: lora_arguments(True, 0, True, False)),
+    "q, k and v": ("lora_joined", lambda: joined_arguments(False, False)),
+    "q, k and v, some sparse": ("lora_joined", lambda: joined_arguments(True, True)),
     "through the weight": ("lora_linear", lambda: lora_arguments(False, 64, False, False)),
     "gate and up": ("gated_up", lambda: gated_arguments(0, 3)),
     "gate and up with LoRA": ("gated_up", lambda: gated_arguments(2, 3)),

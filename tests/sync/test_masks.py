@@ -133,6 +133,12 @@ def test_interval(two: Any) -> None:
             assert all(rank["collectives"][f"interval {interval} held"])
 
 
+def test_dense_tokens_are_computed_while_the_scores_are_on_their_way(two: Any) -> None:
+    for rank in two:
+        gate_and_up = ["started", "dense", "dense", "waited", "selected", "context", "context"]
+        assert rank["order"] == gate_and_up
+
+
 # --- faults -----------------------------------------------------------------------------------------------------------
 
 

@@ -64,3 +64,24 @@ def test_nan_is_never_preferred(count: int) -> None:
 def test_scores_may_be_strided() -> None:
     scores = torch.rand(50, 2)
     assert torch.equal(select(scores[:, 1], 7), select(scores[:, 1].contiguous(), 7))
+
+
+@pytest.mark.parametrize("count", [9, LARGEST, LARGEST + 9])
+@pytest.mark.parametrize("bad", [INF, -INF, NAN])
+def test_the_flag_sees_what_is_not_finite(count: int, bad: float) -> None:
+    """Wherever it is, and whether it is kept or not; on either path."""
+    scores = torch.full((count,), 3.4e38)
+    for checked in (kernels.select_checked, _forced):
+        assert checked(scores, 4)[1].tolist() == [0.0]
+    for place in (0, count // 2, count - 1):
+        spoilt = scores.clone()
+        spoilt[place] = bad
+        for checked in (kernels.select_checked, _forced):
+            kept, flag = checked(spoilt, 4)
+            assert flag.shape == (1,) and flag.dtype == torch.float32 and flag.item() != 0.0
+            assert torch.equal(kept, reference.select_channels(spoilt.nan_to_num(nan=-INF, posinf=INF, neginf=-INF), 4))
+
+
+def _forced(scores: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
+    with forced_triton():
+        return kernels.select_checked(scores, keep)

@@ -35,6 +35,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], bool | None]] = {
     "loss in chunks, a rank without labels": ({"targets": ALL_LINEAR}, {}, False),
 }
 IN_CHUNKS = [case for case in CASES if "in chunks" in case]
+ON_FOUR = ("llama", "all linear", "non-reentrant")
 
 
 def follow(engine: Engine, model: Any, labelled: int = 1) -> dict[str, Any]:

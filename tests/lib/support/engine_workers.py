@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .agreement_workers import CASES, agreement_case, loaded_partitioned
+from .agreement_workers import CASES, ON_FOUR, agreement_case, loaded_partitioned
 from .sharding_workers import apply_after_fully_shard, sharding
 from .state_workers import State, continue_from, variants
 
@@ -33,7 +33,11 @@ def fsdp2(from_zero3: State) -> dict[str, Any]:
 
 
 def fsdp2_on_four() -> dict[str, Any]:
-    return {case: agreement_case("fsdp2", case) for case in ("llama", "all linear")}
+    return {case: agreement_case("fsdp2", case) for case in ON_FOUR}
+
+
+def zero3_on_four() -> dict[str, Any]:
+    return {case: agreement_case("zero3", case) for case in ON_FOUR}
 
 
 def single(from_zero3: State, from_fsdp2: State) -> dict[str, Any]:

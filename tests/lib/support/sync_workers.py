@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import sparselora_dist.layers.ffn as ffn_room
+import sparselora_dist.sync.masks as masks_room
+import sparselora_kernels.gated_ffn as gated_ffn
 from sparselora_dist import SparseLoRAConfig, apply_sparselora, selection, set_step
 from sparselora_dist.apply import find_state
 from sparselora_dist.sync.masks import MaskSync, MaskSyncError, Site
@@ -169,6 +173,43 @@ def _equal(left: Masks, right: Masks) -> bool:
     return all(torch.equal(left[layer][group], right[layer][group]) for layer in left for group in left[layer])
 
 
+def _order() -> list[str]:
+    """What a sparse FFN does, in order: all-reduces, dense and context products, waits and selections."""
+    model, events = sparse_model(), []
+    ffn = model.get_base_model().model.layers[0].mlp
+    inside = False
+
+    def noting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            if inside:
+                events.append(name)
+            return original(*args, **options)
+
+        return call
+
+    def enter(*_: Any) -> None:
+        nonlocal inside
+        inside = True
+
+    def leave(*_: Any) -> None:
+        nonlocal inside
+        inside = False
+
+    ffn.register_forward_pre_hook(enter)
+    ffn.register_forward_hook(leave)
+    with ExitStack() as stack:
+        for owner, name, event in (
+            (dist, "all_reduce", "started"),
+            (gated_ffn, "linear", "dense"),
+            (masks_room.Reduction, "wait", "waited"),
+            (ffn_room, "select_checked", "selected"),
+            (gated_ffn, "indexed_nt", "context"),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, noting(event, getattr(owner, name))))
+        forward(model, my_rows(batch(4, 24))).backward()
+    return events
+
+
 def two_ranks() -> dict[str, Any]:
     seen: dict[str, Any] = {}
     model = sparse_model()
@@ -190,6 +231,7 @@ def two_ranks() -> dict[str, Any]:
         seen["local"] = masks(local, my_rows(batch(4, 24)))
     seen["local collectives"] = len(groups), sync_of(local).collectives
     seen["collectives"] = _collectives()
+    seen["order"] = _order()
 
     # Rank 1 stays away from the very first sync, where the group would be made.
     sync = MaskSync("global", 8, timeout=2.0)

@@ -1,0 +1,218 @@
+"""Three frozen linears of one input with a LoRA branch each (q, k, v of a layer), in one operation.
+
+    Y_i = X · W_iᵀ + b_i + s_i · (X · A_iᵀ) · B_iᵀ        i = q, k, v
+
+As :mod:`sparselora_kernels.lora_linear` computes each of them, by the order ``through_rank``; but ``X · [A_q A_k A_v]ᵀ`` is
+one product, and so are its gradient and that of ``X``, which is summed in one buffer; the rows of dense tokens are copied
+once for all three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backend import use_triton
+from .indexed_linear import indexed_nn, indexed_nt, linear, matmul
+from .lora_linear import scaled_product
+from .operands import NNOperands, NTOperands
+from .operator import held, hold, register, register_with_gradient
+from .stored import PLAIN, EncodedWeight, Weight, refuse_trainable, unpack
+
+COUNT = 3
+
+
+def _matrices(parts: Sequence[Tensor], layouts: Sequence[int]) -> list[EncodedWeight]:
+    """The matrices whose parts and layouts stand one after another; a plain one's layout is :data:`PLAIN`."""
+    found, part, number = [], 0, 0
+    while number < len(layouts):
+        size = len(PLAIN) if layouts[number] == PLAIN[0] else len(PLAIN) + 1
+        found.append(EncodedWeight(list(parts[part : part + size]), list(layouts[number : number + size])))
+        part, number = part + size, number + size
+    return found
+
+
+def _low(x: Tensor, a: list[Tensor]) -> Tensor:
+    """``x·[A]ᵀ``. On a CPU one by one: narrow products are summed in another order there, and are more exact in fp32."""
+    if use_triton(x):
+        return linear(x, torch.cat(a))
+    return torch.cat([linear(x, factor) for factor in a], 1)
+
+
+def _forward(
+    x: Tensor,
+    a_q: Tensor,
+    a_k: Tensor,
+    a_v: Tensor,
+    b_q: Tensor,
+    b_k: Tensor,
+    b_v: Tensor,
+    parts: list[Tensor],
+    layouts: list[int],
+    biases: list[Tensor | None],
+    scalings: list[float],
+    dense_rows: Tensor | None,
+    context_rows: Tensor | None,
+    channels: list[Tensor | None],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The three outputs (T, out_i), and ``x·[A]ᵀ`` (T, Σ r_i)."""
+    low = _low(x, [a_q, a_k, a_v])
+    lows = low.split([a.shape[0] for a in (a_q, a_k, a_v)], 1)
+    some_dense = dense_rows is not None and dense_rows.numel() > 0
+    dense = x.index_select(0, dense_rows) if some_dense and dense_rows is not None else None
+    outputs = []
+    for i, (weight, b) in enumerate(zip(_matrices(parts, layouts), (b_q, b_k, b_v))):
+        kept, scaling, bias = channels[i], scalings[i], biases[i]
+        if kept is None:
+            y = linear(x, weight.decode(None, x.dtype), bias).addmm_(lows[i], b.t(), alpha=scaling)
+        else:
+            y = scaled_product(lows[i], b.t(), scaling)
+            weight = weight.once(some_dense, x.dtype)
+            if dense is not None and dense_rows is not None:
+                y.index_add_(0, dense_rows, linear(dense, weight.parts[0], bias))
+            indexed_nt(NTOperands(x, context_rows, kept, bias=bias, out=y, accumulate=True), weight)
+        outputs.append(y)
+    return outputs[0], outputs[1], outputs[2], low
+
+
+def _forward_fake(x: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    tokens, rank = x.shape[0], sum(a.shape[0] for a in inputs[:COUNT])
+    return *(x.new_empty(tokens, b.shape[0]) for b in inputs[COUNT : 2 * COUNT]), x.new_empty(tokens, rank)
+
+
+def _backward(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    x: Tensor,
+    low: Tensor,
+    a_q: Tensor,
+    a_k: Tensor,
+    a_v: Tensor,
+    b_q: Tensor,
+    b_k: Tensor,
+    b_v: Tensor,
+    parts: list[Tensor],
+    layouts: list[int],
+    scalings: list[float],
+    dense_rows: Tensor | None,
+    context_rows: Tensor | None,
+    channels: list[Tensor | None],
+    needs_input: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of ``x`` (empty where it needs none), of ``[A]`` (Σ r_i, in) and of the three ``B``."""
+    grads, weights = (grad_q, grad_k, grad_v), _matrices(parts, layouts)
+    z = torch.empty_like(low)
+    ranks = [a.shape[0] for a in (a_q, a_k, a_v)]
+    columns, lows, grad_bs = z.split(ranks, 1), low.split(ranks, 1), []
+    for i, b in enumerate((b_q, b_k, b_v)):
+        columns[i].addmm_(grads[i], b, beta=0, alpha=scalings[i])
+        grad_bs.append(scaled_product(grads[i].t(), lows[i], scalings[i]))
+    grad_a = torch.mm(z.t(), x)
+    if not needs_input:
+        return grad_q.new_empty(0), grad_a, *grad_bs
+    some_dense = dense_rows is not None and dense_rows.numel() > 0
+    weights = [weight.once(kept is None or some_dense, low.dtype) for weight, kept in zip(weights, channels)]
+    grad_x = torch.mm(z, torch.cat([a_q, a_k, a_v]))
+    dense: Tensor | None = None
+    for grad, weight, kept in zip(grads, weights, channels):
+        if kept is None:
+            grad_x.addmm_(grad, weight.parts[0])
+            continue
+        if some_dense and dense_rows is not None:
+            rows = grad.index_select(0, dense_rows)
+            dense = matmul(rows, weight.parts[0]) if dense is None else dense.addmm_(rows, weight.parts[0])
+        indexed_nn(NNOperands(grad, context_rows, kept, grad_x, indexed=True, accumulate=True), weight)
+    if dense is not None and dense_rows is not None:
+        grad_x.index_add_(0, dense_rows, dense)
+    return grad_x, grad_a, *grad_bs
+
+
+def _backward_fake(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    x, low, bs, needs_input = inputs[2], inputs[3], inputs[7:10], inputs[-1]
+    grad_x = torch.empty_like(x) if needs_input else grad.new_empty(0)
+    return grad_x, x.new_empty(low.shape[1], x.shape[1]), *(torch.empty_like(b) for b in bs)
+
+
+_run_backward = register("lora_joined_backward", _backward, _backward_fake)
+
+
+def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[COUNT])
+    ctx.save_for_backward(inputs[0], output[COUNT], *inputs[1 : 2 * COUNT + 1])
+    parts, ctx.layouts, _, ctx.scalings, *rows, channels = inputs[2 * COUNT + 1 :]
+    hold(ctx, "parts", parts)
+    hold(ctx, "rows", rows)
+    hold(ctx, "channels", channels)
+
+
+def _gradients(ctx: Any, *output_grads: Tensor | None) -> tuple:
+    parts, channels = held(ctx, "parts"), held(ctx, "channels")
+    none = [None] * len(parts), *[None] * 6
+    if all(grad is None for grad in output_grads):
+        return *[None] * (2 * COUNT + 1), *none
+    x, low, *factors = ctx.saved_tensors
+    pairs = zip(output_grads, factors[COUNT:])  # An output that nobody read has no gradient.
+    grads = [x.new_zeros(x.shape[0], b.shape[0]) if grad is None else grad.contiguous() for grad, b in pairs]
+    lists = ctx.scalings, *held(ctx, "rows"), channels
+    grad_x, grad_a, *grad_bs = _run_backward(
+        *grads, x, low, *factors, parts, ctx.layouts, *lists, ctx.needs_input_grad[0]
+    )
+    grad_as = grad_a.split([a.shape[0] for a in factors[:COUNT]])
+    return grad_x if ctx.needs_input_grad[0] else None, *grad_as, *grad_bs, *none
+
+
+_run = register_with_gradient("lora_joined", _forward, _forward_fake, keep=_keep, gradients=_gradients)
+
+
+def lora_joined(
+    x: Tensor,
+    weights: Sequence[Weight],
+    biases: Sequence[Tensor | None],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scalings: Sequence[float],
+    *,
+    dense_rows: Tensor | None = None,
+    context_rows: Tensor | None = None,
+    channels: Sequence[Tensor | None] = (None,) * COUNT,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Three frozen linears of one input with their LoRA branches; exact gradients for ``x``, ``a`` and ``b``.
+
+    Args:
+        x: (T, in); any T, zero included.
+        weights: three of (out_i, in). Frozen; decoded to ``x.dtype``.
+        biases: three of (out_i,), frozen, or ``None``.
+        a, b: three of (r_i, in) and of (out_i, r_i) in ``x.dtype``, all of them trained or none.
+        scalings: of the branches.
+        dense_rows, context_rows: as in :func:`sparselora_kernels.lora_linear`; needed where ``channels`` has some.
+        channels: the (k_i,) ascending int64 rows that context tokens take of each; ``None`` for one that is whole for all
+            tokens.
+
+    Returns:
+        Three of (T, out_i) in ``x.dtype``.
+
+    Raises:
+        ValueError: a weight or a bias is trainable, or a list is missing.
+    """
+    stored = [unpack(weight) for weight in weights]
+    for weight, bias in zip(stored, biases):
+        refuse_trainable("lora_joined", weight, bias)
+    if (dense_rows is None or context_rows is None) and any(kept is not None for kept in channels):
+        raise ValueError("lora_joined takes both lists of rows where some channels are chosen")
+    return _run(
+        x,
+        *a,
+        *b,
+        [part for weight in stored for part in weight.parts],
+        [number for weight in stored for number in weight.layout],
+        list(biases),
+        list(scalings),
+        dense_rows,
+        context_rows,
+        list(channels),
+    )[:COUNT]

@@ -1,0 +1,95 @@
+"""q, k and v of one layer in one operation: they read the same input.
+
+The family's attention calls the three one after another. The first call computes all of them; the other two take theirs,
+if they come with the very same input. Whatever is unlike plain LoRA on all three goes the way of :mod:`.lora`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from sparselora_kernels import lora_joined, lora_order
+
+from ..codecs.linear import FrozenLinear, compute_input
+from .context import SparseContext
+from .lora import FusedLoRA
+
+
+class JoinedLoRA:
+    """What the LoRA layers q, k and v of one attention share.
+
+    Args:
+        layers: the three, each with its :class:`FusedLoRA`.
+        context: says where q is asked for fewer positions than k and v.
+        layer: number of the decoder layer.
+    """
+
+    def __init__(self, layers: Sequence[LoraLayer], context: SparseContext, layer: int) -> None:
+        self.fused: list[FusedLoRA] = [module.__dict__["forward"] for module in layers]
+        self.context, self.layer = context, layer
+        self._waiting: tuple[Tensor, list[Tensor]] | None = None
+        for number, module in enumerate(layers):
+            module.__dict__["forward"] = self._forward_of(number)
+
+    def _forward_of(self, number: int) -> Callable[..., Tensor]:
+        alone = self.fused[number]
+
+        def first(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            self._waiting = None
+            outputs = None if args or kwargs else self._together(x)
+            if outputs is None:
+                return alone(x, *args, **kwargs)
+            self._waiting = x, outputs
+            return outputs[0]
+
+        def later(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            waiting = self._waiting
+            if args or kwargs or waiting is None or waiting[0] is not x:
+                return alone(x, *args, **kwargs)
+            if number == len(self.fused) - 1:
+                self._waiting = None
+            return waiting[1][number]
+
+        return later if number else first
+
+    def _together(self, x: Tensor) -> list[Tensor] | None:
+        """All three outputs (..., out_i); ``None`` where they cannot be joined."""
+        if self.context.wanted(self.layer) is not None:
+            return None
+        compute = compute_input(x)
+        branches = [fused.branch(compute) for fused in self.fused]
+        if any(fused.merge for fused in self.fused) or not all(branches):
+            return None
+        weights = [factor.weight for branch in branches if branch for factor in (branch.a, branch.b)]
+        if torch.is_grad_enabled() and not all(weight.requires_grad for weight in weights):
+            return None
+        flat = compute.reshape(-1, x.shape[-1])
+        for branch in branches:
+            assert branch is not None
+            (rank, inputs), outputs = branch.a.weight.shape, branch.b.weight.shape[0]
+            if lora_order(flat.shape[0], inputs, outputs, rank)[1] != "through_rank":
+                return None
+        bases = [fused.layer.base_layer for fused in self.fused]
+        ours = [base if isinstance(base, FrozenLinear) else None for base in bases]
+        if any(base is not None and base.transposed for base in ours):
+            return None
+        lists = [{} if base is None else base.lists(flat) for base in ours]
+        rows = next((found for found in lists if found), {})
+        factors = [fused.factors(branch) for fused, branch in zip(self.fused, branches) if branch]
+        outputs = lora_joined(
+            flat,
+            [base.weight if own is None else own.stored for base, own in zip(bases, ours)],
+            [base.bias for base in bases],
+            [a for a, _ in factors],
+            [b for _, b in factors],
+            [branch.scaling for branch in branches if branch],
+            dense_rows=rows.get("dense_rows"),
+            context_rows=rows.get("context_rows"),
+            channels=[found.get("channels") for found in lists],
+        )
+        return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]

@@ -15,7 +15,6 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -24,52 +23,10 @@ from torch import Tensor
 from ..method.schedule import is_sparse_step
 from ..method.tokens import TokenPartition, partition_tokens
 from ..sync.masks import MaskSync, Site
+from .micro_batch import LossPositions, MicroBatch, TokenCounts
 
 # Forwards whose backward may still be to come.
 _PENDING_FORWARDS = 64
-
-
-@dataclass(slots=True)
-class MicroBatch:
-    """One forward of the model."""
-
-    partition: TokenPartition | None
-    """``None``: everything is computed densely."""
-    masks: dict[tuple[int, str], Tensor] = field(default_factory=dict)
-    """Kept channels, (k,) int64 ascending, by (layer, group)."""
-    rows: dict[tuple[int, str], Tensor] = field(default_factory=dict)
-    """What the kept channels own of a projection, int64 ascending, by (layer, role)."""
-    inputs: dict[int, int] = field(default_factory=dict)
-    """Address of each layer's input."""
-    loss: LossPositions | None = None
-    """Where the loss reads logits; ``None`` leaves the LM head whole."""
-    last_layer: int | None = None
-    """The decoder layer that computes q, o and FFN at ``loss`` only."""
-
-
-@dataclass(slots=True)
-class LossPositions:
-    """The positions of one forward whose next token carries a label."""
-
-    shape: torch.Size
-    """(B, S) of the batch."""
-    rows: Tensor
-    """(n,) int64 flat positions."""
-    labels: Tensor
-    """(n,) int64, the label of each position's next token."""
-    asked: Literal["rows", "sum", "scores"] = "rows"
-    """What is read of the LM head, see :mod:`.logits`: logits of these rows, their loss, or how well each was met."""
-    head: Literal["whole", "rows", "sum", "scores"] = "whole"
-    """What it gave."""
-
-
-@dataclass(slots=True)
-class TokenCounts:
-    """Tokens of sparse training forwards."""
-
-    dense: int = 0
-    context: int = 0
-    """Computed sparsely."""
 
 
 class SparseContext:

@@ -15,9 +15,10 @@ from ..codecs.linear import FrozenLinear, compute_input
 from ..families import base_linear
 from ..method.tokens import TokenPartition
 from ..sync.masks import Site
-from .context import MicroBatch, SparseContext
+from .context import SparseContext
 from .estimator import FFNEstimator
 from .lora import active_branches, kept_update, low_rank_update
+from .micro_batch import MicroBatch
 
 Chosen: TypeAlias = "Tensor | Callable[[], Tensor]"
 """Kept channels; or what waits for the other ranks' scores and gives them, always the same."""

@@ -15,8 +15,9 @@ from sparselora_kernels import select_checked
 
 from ..codecs.linear import FrozenLinear
 from ..sync.masks import Site
-from .context import MicroBatch, SparseContext
+from .context import SparseContext
 from .estimator import AttentionEstimator
+from .micro_batch import MicroBatch
 
 Role = Literal["q", "k", "v", "o"]
 _GROUP = {"q": "qk", "k": "qk", "v": "vo", "o": "vo"}

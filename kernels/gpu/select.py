@@ -40,11 +40,11 @@ def select_kernel(
     SIZE: tl.constexpr,  # At least n.
     BLOCK: tl.constexpr,
 ):
-    place = tl.arange(0, SIZE)
-    x = tl.load(scores + place, mask=place < n, other=0.0)
+    index = tl.arange(0, SIZE)
+    x = tl.load(scores + index, mask=index < n, other=0.0)
     exponent = x.to(tl.uint32, bitcast=True) & 0x7F800000
     tl.store(flag, tl.max((exponent == 0x7F800000).to(tl.int32), 0).to(tl.float32))
-    keys = _keys(x, place, n)
+    keys = _keys(x, index, n)
     least = tl.zeros((), dtype=tl.uint32)  # The largest integer that at least `keep` keys reach.
     bit = tl.full((), 0x80000000, dtype=tl.uint32)
     for _ in range(32):

@@ -144,7 +144,9 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[COUNT])
     ctx.save_for_backward(inputs[0], output[COUNT], *inputs[1 : 2 * COUNT + 1])
-    parts, ctx.layouts, _, ctx.scalings, *rows, channels = inputs[2 * COUNT + 1 :]
+    parts, ctx.layouts, biases, ctx.scalings, *rows, channels = inputs[2 * COUNT + 1 :]
+    # A list is one to PyTorch's tracers if it holds tensors only.
+    ctx.whole = [all(isinstance(tensor, Tensor) for tensor in tensors) for tensors in (biases, channels)]
     hold(ctx, "parts", parts)
     hold(ctx, "rows", rows)
     hold(ctx, "channels", channels)
@@ -152,7 +154,8 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 def _gradients(ctx: Any, *output_grads: Tensor | None) -> tuple:
     parts, channels = held(ctx, "parts"), held(ctx, "channels")
-    none = [None] * len(parts), *[None] * 6
+    no_bias, no_list = ([None] * COUNT if whole else None for whole in ctx.whole)
+    none: tuple[Any, ...] = ([None] * len(parts), None, no_bias, None, None, None, no_list)
     if all(grad is None for grad in output_grads):
         return *[None] * (2 * COUNT + 1), *none
     x, low, *factors = ctx.saved_tensors

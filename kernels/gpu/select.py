@@ -22,8 +22,9 @@ LARGEST = SIZES[-1][0]
 
 
 @triton.jit
-def _keys(x, i, n):
+def _keys(scores, i, n):
     """uint32 in the order of the scores; NaN is -inf, and -0 is 0; 0, below all of them, where there is no score."""
+    x = tl.load(scores + i, mask=i < n, other=0.0)
     x = tl.where(x != x, float("-inf"), tl.where(x == 0.0, 0.0, x))
     bits = x.to(tl.uint32, bitcast=True)
     keys = tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
@@ -40,11 +41,7 @@ def select_kernel(
     SIZE: tl.constexpr,  # At least n.
     BLOCK: tl.constexpr,
 ):
-    place = tl.arange(0, SIZE)
-    x = tl.load(scores + place, mask=place < n, other=0.0)
-    exponent = x.to(tl.uint32, bitcast=True) & 0x7F800000
-    tl.store(flag, tl.max((exponent == 0x7F800000).to(tl.int32), 0).to(tl.float32))
-    keys = _keys(x, place, n)
+    keys = _keys(scores, tl.arange(0, SIZE), n)
     least = tl.zeros((), dtype=tl.uint32)  # The largest integer that at least `keep` keys reach.
     bit = tl.full((), 0x80000000, dtype=tl.uint32)
     for _ in range(32):
@@ -53,11 +50,14 @@ def select_kernel(
         least = tl.where(reached >= keep, candidate, least)
         bit = bit >> 1
     free = keep - tl.sum((keys > least).to(tl.int32), 0)  # Places for keys equal to it.
+    # The keys of +inf, and of -inf and NaN; 0 is no score. Keys of finite scores are between them.
+    not_finite = (keys >= 0xFF800000) | ((keys > 0) & (keys <= 0x007FFFFF))
+    tl.store(flag, tl.max(not_finite.to(tl.int32), 0).to(tl.float32))
     kept = 0
     equal_before = 0
     for start in range(0, n, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        block = _keys(tl.load(scores + i, mask=i < n, other=0.0), i, n)
+        block = _keys(scores, i, n)
         equal = ((block == least) & (i < n)).to(tl.int32)
         take = (block > least) | ((equal != 0) & (equal_before + tl.cumsum(equal, 0) <= free))
         taken = take.to(tl.int32)

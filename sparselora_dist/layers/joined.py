@@ -6,7 +6,7 @@ if they come with the very same input. Whatever is unlike plain LoRA on all thre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,28 +34,19 @@ class JoinedLoRA:
         self.context, self.layer = context, layer
         self._waiting: tuple[Tensor, list[Tensor]] | None = None
         for number, module in enumerate(layers):
-            module.__dict__["forward"] = self._forward_of(number)
+            module.__dict__["forward"] = _Member(self, number)
 
-    def _forward_of(self, number: int) -> Callable[..., Tensor]:
-        alone = self.fused[number]
-
-        def first(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def output(self, number: int, x: Tensor) -> Tensor | None:
+        """The output of the layer ``number`` for an input (..., in); ``None`` where it is computed apart."""
+        if number == 0:
+            outputs = self._together(x)
+            self._waiting = None if outputs is None else (x, outputs)
+        waiting = self._waiting
+        if waiting is None or waiting[0] is not x:
+            return None
+        if number == len(self.fused) - 1:
             self._waiting = None
-            outputs = None if args or kwargs else self._together(x)
-            if outputs is None:
-                return alone(x, *args, **kwargs)
-            self._waiting = x, outputs
-            return outputs[0]
-
-        def later(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            waiting = self._waiting
-            if args or kwargs or waiting is None or waiting[0] is not x:
-                return alone(x, *args, **kwargs)
-            if number == len(self.fused) - 1:
-                self._waiting = None
-            return waiting[1][number]
-
-        return later if number else first
+        return waiting[1][number]
 
     def _together(self, x: Tensor) -> list[Tensor] | None:
         """All three outputs (..., out_i); ``None`` where they cannot be joined."""
@@ -93,3 +84,14 @@ class JoinedLoRA:
             channels=[found.get("channels") for found in lists],
         )
         return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
+
+
+class _Member:
+    """Takes the place of ``forward`` of one of the three; an object, so that it is copied with its model."""
+
+    def __init__(self, joined: JoinedLoRA, number: int) -> None:
+        self.joined, self.number = joined, number
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        found = None if args or kwargs else self.joined.output(self.number, x)
+        return self.joined.fused[self.number](x, *args, **kwargs) if found is None else found

@@ -199,7 +199,7 @@ def test_no_state_has_no_moments() -> None:
 
 
 def test_an_unknown_name() -> None:
-    with pytest.raises(ConfigError, match=r"train\.optim.*adamw_8bits.*did you mean 'adamw_8bit'"):
+    with pytest.raises(ConfigError, match=r"train\.optim.*adamw_8bits.*did you mean \"adamw_8bit\""):
         section("adamw_8bits")
 
 

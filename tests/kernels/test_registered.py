@@ -46,15 +46,17 @@ def down_arguments(rank: int) -> tuple:
     return *h, [torch.randn(7, 5)], [0], torch.randn(5), *updates, *split(3, 4, 2), some(7, 2), 9
 
 
-def joined_arguments(sparse: bool, quantised: bool) -> tuple:
+def joined_arguments(sparse: bool, quantised: bool, every: bool = False) -> tuple:
     x, outputs, ranks = torch.randn(9, 70, requires_grad=True), (12, 6, 6), (3, 2, 4)
     a = [torch.randn(rank, 70, requires_grad=True) for rank in ranks]
     b = [torch.randn(out, rank, requires_grad=True) for out, rank in zip(outputs, ranks)]
     weights = [kernels.EncodedWeight((torch.randn(out, 70),)) for out in outputs]
     weights[0] = nf4(weights[0].parts[0])[0] if quantised else weights[0]
     parts, layouts = [p for w in weights for p in w.parts], [n for w in weights for n in w.layout]
-    lists = (*split(3, 4, 2), [some(12, 5), some(6, 2), None]) if sparse else (None, None, [None] * 3)
-    return x, *a, *b, parts, layouts, [torch.randn(12), None, None], [0.5, 1.0, 2.0], *lists
+    third = some(6, 4) if every else None
+    lists = (*split(3, 4, 2), [some(12, 5), some(6, 2), third]) if sparse else (None, None, [None] * 3)
+    biases = [torch.randn(12), *([torch.randn(6), torch.randn(6)] if every else [None, None])]
+    return x, *a, *b, parts, layouts, biases, [0.5, 1.0, 2.0], *lists
 
 
 def frozen_branch(arguments: tuple) -> tuple:
@@ -69,6 +71,7 @@ CASES: dict[str, tuple[str, Callable[[], tuple]]] = {
     "no branch": ("lora_linear", lambda: lora_arguments(True, 0, True, False)),
     "q, k and v": ("lora_joined", lambda: joined_arguments(False, False)),
     "q, k and v, some sparse": ("lora_joined", lambda: joined_arguments(True, True)),
+    "q, k and v, all sparse": ("lora_joined", lambda: joined_arguments(True, False, True)),
     "through the weight": ("lora_linear", lambda: lora_arguments(False, 64, False, False)),
     "gate and up": ("gated_up", lambda: gated_arguments(0, 3)),
     "gate and up with LoRA": ("gated_up", lambda: gated_arguments(2, 3)),

@@ -42,7 +42,7 @@ def test_what_goes_wrong_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
     answers: list[tuple[dict[str, Any], list[float]]] = [
         ({"seconds": 1.0, "problem": ""}, [2.0, 1.0]),
-        ({"seconds": 1.0, "problem": ""}, [2.0, 1.01]),
+        ({"seconds": 1.0, "problem": ""}, [2.0, 1.001]),
         ({"seconds": 1.0, "problem": "1: error: no NCCL"}, []),
         ({"seconds": 1.0, "problem": ""}, [2.0, 1.1]),
     ]

@@ -64,6 +64,9 @@ def gated_forward_kernel(
     u_sums = low_rank(
         u_sums, up_low, up_b, row, channel, m < n, j < k, up_rank, up_low_stride, up_b_stride, RANK_STEP
     )  # fmt: skip
+    if gate_absmax is not None:
+        # Without it the sums have two origins after the loop, and ptxas serialises the wgmma (C7511).
+        tl.assume(length > 0)
     x_row = x + row[:, None] * x_stride
     gate_row = gate + channel[None, :] * gate_stride
     up_row = up + channel[None, :] * up_stride

@@ -6,7 +6,8 @@
 In this order, every part behind a green one:
 
     check   every kernel against its plain formula; gradients of small models; a step without a wait for the device
-    ops     every operation against its roofline, and the indexed products against the vendor's
+    ops     every operation against its roofline, and the indexed products against the vendor's; what they reach goes into
+            the file of rates by which launchers choose (sparselora_kernels.rates)
     steps   training steps of Llama-3-8B and -70B shapes against dense PEFT LoRA, most important first, until the budget
             is used up; what is left out is named
 
@@ -116,8 +117,11 @@ def run_check(report: Report, device: torch.device, tiny: bool) -> None:
 
 def run_ops(report: Report, device: torch.device, tiny: bool, budget: Budget) -> None:
     import gpu_ops
+    import gpu_rates
 
     report.add("ops", gpu_ops.time_ops(device, tiny=tiny, seconds=min(90.0, 0.25 * budget.left)))
+    if file := gpu_rates.save(report.tables["ops"], device):
+        report.say(f"launchers choose by the rates in {file} from now on")
 
 
 def run_steps(report: Report, device: torch.device, cases: list[Any], budget: Budget) -> None:

@@ -145,7 +145,8 @@ def gated_forward(
     g, u, h = x.new_empty(n, k), x.new_empty(n, k), x.new_empty(n, k)
     if not (n and k):
         return g, u, h
-    tile = choose(FORWARD_TILES[kind_of(x.dtype, nf4=levels is not None, ragged=k % 16 > 0)], n, k, x.device)
+    kind = kind_of(x.dtype, nf4=levels is not None, ragged=k % 16 > 0)
+    tile = choose(FORWARD_TILES, kind, "gated", n, k, x.device)
     absent = x.new_empty(1, dtype=torch.int64)
     with torch.cuda.device_of(x):
         gated_forward_kernel[(triton.cdiv(n, tile.m) * triton.cdiv(k, tile.n),)](

@@ -26,7 +26,6 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 
 import sparselora_kernels as kernels
 import sparselora_kernels.score as scores
@@ -75,8 +74,8 @@ class Binary:
     problems: list[str] = field(default_factory=list)
 
 
-class NoDevice(DriverBase):
-    """The driver of one device of a target, which is not there. ``log`` is what ptxas says."""
+class NoDevice:
+    """What Triton asks of the driver of one device of a target, which is not there. ``log`` is what ptxas says."""
 
     def __init__(self, arch: int, log: io.StringIO) -> None:
         self.arch, self.case, self.launches = arch, "", 0
@@ -84,10 +83,6 @@ class NoDevice(DriverBase):
         self.utils = self
         self.launcher_cls = lambda source, metadata: self._launch
         self._log = log
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.arch, 32)
@@ -113,15 +108,6 @@ class NoDevice(DriverBase):
 
     def unload_module(self, module: int) -> None:
         pass
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        raise NotImplementedError
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("meta")
-
-    def get_benchmarker(self) -> Any:
-        raise NotImplementedError
 
     def _launch(self, *_: Any) -> None:
         self.launches += 1
@@ -215,7 +201,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     parser.add_argument("--module", metavar="NAME", help="whose cases() are run instead of those here")
     options = parser.parse_args()
-    tiling._multiprocessors = lambda device: MULTIPROCESSORS[options.arch]
+    tiling.multiprocessors = lambda device: MULTIPROCESSORS[options.arch]
     indexed_linear.prefers_vendor = lambda *_, **__: False  # Whatever the rates: all that could be launched.
     scores._without_autocast = lambda x: nullcontext()  # torch has none for meta tensors, and none is on.
     with aot.ptxas_log() as log, forced_triton():

@@ -8,7 +8,7 @@ export PYTHONSAFEPATH := 1
 # One mount point under which mypy sees both packages by their import names.
 TYPES := build/types
 
-.PHONY: help venv quickstart test test-gpu test-oldest check schema kernels-aot pictures clean
+.PHONY: help venv quickstart test test-gpu test-oldest check schema kernels-aot kernels-aot-oldest pictures clean
 help:
 	@echo "make venv        create $(VENV) with the project and everything it needs"
 	@echo "make quickstart  fine-tune the embedded model on 2 CPU ranks under ZeRO-3, dense and sparse, and compare"
@@ -18,6 +18,7 @@ help:
 	@echo "make check       lint (ruff) and type-check (mypy)"
 	@echo "make schema      write configs/schema.json, by which editors complete and check run files"
 	@echo "make kernels-aot compile every Triton kernel for sm_80, sm_90 and sm_100 (no GPU needed)"
+	@echo "make kernels-aot-oldest  the same with the oldest supported Triton, in an environment of its own"
 	@echo "make pictures    draw the README's pictures again, from committed results"
 
 venv: $(VENV)/.ready
@@ -55,8 +56,21 @@ check: venv
 schema: venv
 	@$(BIN)/sparselora-dist schema --output configs/schema.json
 
+# AOT="--arch 90 --only gated" is a part of it.
 kernels-aot: venv
-	@env -u TRITON_INTERPRET $(BIN)/python -m sparselora_kernels.aot
+	@env -u TRITON_INTERPRET $(BIN)/python -m sparselora_kernels.aot $(AOT)
+
+# The kernels alone need torch, Triton and numpy (Triton 3.6's interpreter breaks with numpy 2.4). torch's own release of
+# this age comes with CUDA, 6 GB; any torch from 2.11 on will do: TORCH=...
+TORCH ?= torch==2.11.*
+OLDEST_TRITON := build/oldest-triton
+kernels-aot-oldest: $(OLDEST_TRITON)/.ready
+	@mkdir -p $(TYPES) && ln -sfn $(CURDIR)/kernels $(TYPES)/sparselora_kernels
+	@env -u TRITON_INTERPRET PYTHONPATH=$(TYPES) $(OLDEST_TRITON)/bin/python -m sparselora_kernels.aot $(AOT)
+$(OLDEST_TRITON)/.ready:
+	@test -x $(OLDEST_TRITON)/bin/python || $(PYTHON) -m venv $(OLDEST_TRITON)
+	@$(OLDEST_TRITON)/bin/python -m pip install -q "$(TORCH)" "triton==3.6.*" "numpy<2.4"
+	@touch $@
 
 pictures: venv
 	@$(BIN)/python benchmarks/pictures.py

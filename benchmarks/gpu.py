@@ -13,7 +13,8 @@ The most valuable part first; each can be asked for alone, and has a share of th
     train    launch/train.py on single, fsdp2 and zero3 at one rank, its losses against a run on the CPU; --model and --data
              add a model beside the demo's
     liger    plain PEFT with all of Liger, which is what people use today
-    ops      every operation against its roofline, and the indexed products against the vendor's
+    ops      every operation against its roofline, and the indexed products against the vendor's; what they reach goes into
+             the file of rates by which launchers choose (sparselora_kernels.rates)
 
 Every row is appended to --rows as soon as it is measured. A failed tolerance is a row and a name at the end, never an exit;
 the status is then 1. What is not installed (liger-kernel, bitsandbytes, deepspeed) is left out and said so. ``--tiny`` runs
@@ -124,9 +125,14 @@ def run_part(part: str, report: Report, budget: Budget, device: torch.device, gi
         run_liger(report, layers, budget.left)
     else:
         from gpu_ops import time_ops
+        from gpu_rates import save
 
+        rows = []
         for row in time_ops(device, tiny=given.tiny, seconds=budget.left):
             report.add("ops", row)
+            rows.append(row)
+        if file := save(rows, device):
+            report.add("rates", {"what": f"launchers choose by the rates in {file} from now on"})
 
 
 def _liger(report: Report, device: torch.device) -> bool:

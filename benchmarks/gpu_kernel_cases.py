@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparselora_kernels import EncodedWeight
 from sparselora_kernels.activations import ACTIVATIONS, activate, activate_backward
-from sparselora_kernels.gpu import gated_ffn, gated_gradient, indexed_linear, nf4, score, select
+from sparselora_kernels.gpu import columns, gated_ffn, gated_gradient, indexed_linear, nf4, score, select
 from sparselora_kernels.gpu.matrix import NF4Matrix
 from sparselora_kernels.indexed_linear import vendor_nn, vendor_nt
 from sparselora_kernels.nf4 import BLOCK, blocks, nested_scales, nested_slots
@@ -201,8 +201,9 @@ def _indexed_checks(data: Data, kind: str) -> Iterator[Check]:
     start_nt, start_nn = data.normal(size.T, size.C), data.normal(size.T, size.H)
     kept, tokens = values[channels].double(), x[rows].double()
     nt = tokens @ kept.t()
-    nn = h[rows][:, channels].double() @ kept
-    adapter = low.double() @ b.double().t()
+    compact = h[rows][:, channels].contiguous()
+    nn = compact.double() @ kept
+    adapter = low.double() @ b.double().t() + out_bias.double()
     at = (rows[:, None], channels)
 
     def placed(start: Tensor, where: Any, value: Tensor, add: bool) -> Tensor:
@@ -214,38 +215,31 @@ def _indexed_checks(data: Data, kind: str) -> Iterator[Check]:
         yield indexed_linear.indexed_nt(NTOperands(x, rows, channels, bias=bias), chosen), nt + bias[channels].double()
         yield indexed_linear.indexed_nt(NTOperands(x, None, None), every), x.double() @ values.double().t()
 
-    def scattered_nt() -> Iterator[tuple[Tensor, Tensor]]:
+    def by_column() -> Iterator[tuple[Tensor, Tensor]]:
+        part = columns.gather(h, rows, channels)
+        yield part, h[rows][:, channels]
         for add in (False, True):
-            got = indexed_linear.indexed_nt(NTOperands(x, rows, channels, out=start_nt.clone(), accumulate=add), chosen)
-            yield got, placed(start_nt, at, nt, add)
+            got = columns.scatter(part, rows, channels, start_nt.clone(), add)
+            yield got, placed(start_nt, at, part.double(), add)
 
-    def compact_nn() -> Iterator[tuple[Tensor, Tensor]]:
-        compact = h[rows][:, channels].contiguous()
+    def into_rows() -> Iterator[tuple[Tensor, Tensor]]:
         for add in (False, True):
-            operands = NNOperands(compact, rows, channels, start_nn.clone(), bias=out_bias, accumulate=add)
-            got = indexed_linear.indexed_nn(operands, chosen)
-            yield got, placed(start_nn, rows, nn + out_bias.double(), add)
-
-    def indexed_nn() -> Iterator[tuple[Tensor, Tensor]]:
-        operands = NNOperands(h, rows, channels, start_nn.clone(), indexed=True, low=low, b=b)
-        got = indexed_linear.indexed_nn(operands, chosen)
-        yield got, placed(start_nn, rows, nn + adapter, False)
-        got = indexed_linear.indexed_nn(NNOperands(h, None, None, start_nn.clone(), indexed=True), every)
+            operands = NNOperands(compact, rows, channels, start_nn.clone(), out_bias, low, b, add)
+            yield indexed_linear.indexed_nn(operands, chosen), placed(start_nn, rows, nn + adapter, add)
+        got = indexed_linear.indexed_nn(NNOperands(h, None, None, start_nn.clone()), every)
         yield got, h.double() @ values.double()
 
     def vendor() -> Iterator[tuple[Tensor, Tensor]]:
         stored = EncodedWeight((values,))
         got = vendor_nt(NTOperands(x, rows, channels, bias=bias), stored)
         yield got, nt + bias[channels].double()
-        got = vendor_nn(NNOperands(h, rows, channels, start_nn.clone(), indexed=True, low=low, b=b), stored)
+        got = vendor_nn(NNOperands(compact, rows, channels, start_nn.clone(), out_bias, low, b), stored)
         yield got, placed(start_nn, rows, nn + adapter, False)
 
     if kind == "plain":  # Rows in NF4 are first decoded by the kernel that has checks of its own.
         yield data.check("indexed_linear.vendor forms", vendor)
-    for name, run in (
-        ("indexed_nt", plain_nt), ("indexed_nt scattered", scattered_nt),
-        ("indexed_nn compact", compact_nn), ("indexed_nn by index", indexed_nn),
-    ):  # fmt: skip
+        yield data.check("columns.gather and scatter", by_column)
+    for name, run in (("indexed_nt", plain_nt), ("indexed_nn", into_rows)):
         yield data.check(f"indexed_linear.{name} {kind}", run)
 
 

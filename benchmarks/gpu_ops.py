@@ -20,11 +20,13 @@ from gpu_timing import free, timed
 from torch import Tensor
 
 from sparselora_kernels import EncodedWeight
-from sparselora_kernels.gpu import gated_ffn, gated_gradient, indexed_linear, nf4, score, select
+from sparselora_kernels.choice import prefers_vendor
+from sparselora_kernels.gpu import columns, gated_ffn, gated_gradient, indexed_linear, nf4, score, select
 from sparselora_kernels.gpu.matrix import NF4Matrix
-from sparselora_kernels.indexed_linear import prefers_vendor, vendor_nn, vendor_nt
+from sparselora_kernels.indexed_linear import vendor_nn, vendor_nt
 from sparselora_kernels.nf4 import BLOCK, blocks, scale_bytes
 from sparselora_kernels.operands import NNOperands, NTOperands
+from sparselora_kernels.rates import key_of, rates_of
 from sparselora_kernels.reference.nf4 import LEVELS
 
 # (dense bf16 FLOP/s, bytes/s) of data sheets, by the first part of the device's name that is found.
@@ -62,6 +64,8 @@ class Op:
     vendor: Callable[[], Any] | None = None
     prefers_vendor: bool | None = None
     """What the rule says now."""
+    rate: str = ""
+    """Which of the rates that launchers choose by (``sparselora_kernels.rates``) it measures; none if empty."""
 
 
 def find_peak(device: torch.device, tiny: bool) -> Peak:
@@ -88,6 +92,9 @@ def time_ops(device: torch.device, *, tiny: bool, seconds: float) -> Iterator[di
         "what": f"{peak.source}: {peak.flops / 1e12:.4g} TFLOP/s, {peak.bandwidth / 1e12:.4g} TB/s; measured: "
         f"{peak.measured_flops / 1e12:.4g}, {peak.measured_bandwidth / 1e12:.4g}",
     }
+    product = key_of("vendor", torch.float32 if tiny else torch.bfloat16)
+    yield {"op": "large product", "rate": product, "reached": peak.measured_flops}
+    yield {"op": "large copy", "rate": "memory", "reached": peak.measured_bandwidth}
     flush = torch.empty(1024 if tiny else _FLUSH_BYTES, dtype=torch.uint8, device=device)
     for op in all_ops(device, tiny):
         if time.monotonic() > end:
@@ -112,6 +119,8 @@ def _row(op: Op, peak: Peak, device: torch.device, flush: Tensor, repeats: int) 
         "share of roofline": max(compute, memory) / took,
         "bound by": "compute" if compute > memory else "memory",
     }
+    if op.rate:
+        row |= {"rate": op.rate, "reached": (op.flops or op.bytes) / took}
     if op.vendor is not None:
         vendor = _median(op.vendor, device, flush, repeats)
         row |= {
@@ -212,7 +221,7 @@ def _ffn_ops(data: Data, kind: str) -> Iterator[Op]:
     yield Op(
         "gated_forward", what, 4 * n * k * h, n * h * e + 2 * k * row + 3 * n * k * e,
         lambda: gated_ffn.gated_forward(x, data.rows, gate, up, data.channels, activation="silu"),
-        vendor_forward,
+        vendor_forward, _rule(data, kind, "gated"), _rate(data, kind, "gated"),
     )  # fmt: skip
     dh, g, u = (data.normal(n, k) for _ in range(3))
     if kind == "plain":
@@ -222,33 +231,44 @@ def _ffn_ops(data: Data, kind: str) -> Iterator[Op]:
         "gated_input_gradient", what, 4 * n * k * h, n * h * e + 2 * k * row + 2 * n * k * e,
         lambda: gated_gradient.gated_input_gradient(g, u, gate, up, data.rows, data.channels, out),
         lambda: out.index_copy_(0, data.rows, torch.addmm(g @ rows_of_gate(), u, rows_of_up())),
+        _rule(data, kind, "gradient"), _rate(data, kind, "gradient"),
     )  # fmt: skip
     yield Op(
         "indexed_nn (down)", what, 2 * n * k * h, n * h * e + k * row + n * k * e,
         lambda: indexed_linear.indexed_nn(NNOperands(g, data.rows, data.channels, out), up),
         lambda: vendor_nn(NNOperands(g, data.rows, None, out), EncodedWeight((rows_of_up(),))),
-        _rule(data, kind),
+        _rule(data, kind, "nn"), _rate(data, kind, "nn"),
     )  # fmt: skip
 
 
 def _attention_ops(data: Data, kind: str) -> Iterator[Op]:
+    """Products by row, and the copies around them of what is by column."""
     size, e = data.size, data.dtype.itemsize
     n, k, h = size.n, size.k, size.H
     weight, row, rows_of = _matrix(data, kind)
     x, full, out = data.normal(size.T, h), data.normal(size.T, size.C), data.normal(size.T, h)
-    what = _name(data, kind)
+    compact, what = data.normal(n, k), _name(data, kind)
     yield Op(
         "indexed_nt (q, k, v)", what, 2 * n * k * h, n * h * e + k * row + n * k * e,
-        lambda: indexed_linear.indexed_nt(NTOperands(x, data.rows, data.channels, out=full), weight),
-        lambda: _scatter(full, data, vendor_nt(NTOperands(x, data.rows, None), EncodedWeight((rows_of(),)))),
-        _rule(data, kind),
+        lambda: indexed_linear.indexed_nt(NTOperands(x, data.rows, data.channels), weight),
+        lambda: vendor_nt(NTOperands(x, data.rows, None), EncodedWeight((rows_of(),))),
+        _rule(data, kind, "nt"), _rate(data, kind, "nt"),
     )  # fmt: skip
     yield Op(
-        "indexed_nn (o, by index)", what, 2 * n * k * h, n * h * e + k * row + n * k * e,
-        lambda: indexed_linear.indexed_nn(NNOperands(full, data.rows, data.channels, out, indexed=True), weight),
-        lambda: vendor_nn(NNOperands(_gather(full, data), data.rows, None, out), EncodedWeight((rows_of(),))),
-        _rule(data, kind),
+        "indexed_nn (o)", what, 2 * n * k * h, n * h * e + k * row + n * k * e,
+        lambda: indexed_linear.indexed_nn(NNOperands(compact, data.rows, data.channels, out), weight),
+        lambda: vendor_nn(NNOperands(compact, data.rows, None, out), EncodedWeight((rows_of(),))),
+        _rule(data, kind, "nn"), _rate(data, kind, "nn"),
     )  # fmt: skip
+    if kind == "plain":
+        lists = data.rows, data.channels
+        yield Op(
+            "gather", what, 0, n * (size.C + k) * e, lambda: columns.gather(full, *lists), lambda: _gather(full, data)
+        )
+        yield Op(
+            "scatter, added", what, 0, n * (2 * size.C + k) * e,
+            lambda: columns.scatter(compact, *lists, full, True), lambda: _scatter(full, data, compact),
+        )  # fmt: skip
 
 
 def _vendor_ops(data: Data, kind: str) -> Iterator[Op]:
@@ -261,19 +281,24 @@ def _vendor_ops(data: Data, kind: str) -> Iterator[Op]:
         "indexed_nt (grid)", what, flops, moved,
         lambda: indexed_linear.indexed_nt(NTOperands(x, data.rows, data.channels), weight),
         lambda: vendor_nt(NTOperands(x, data.rows, None), EncodedWeight((rows_of(),))),
-        _rule(data, kind),
+        _rule(data, kind, "nt"), _rate(data, kind, "nt"),
     )  # fmt: skip
     yield Op(
         "indexed_nn (grid)", what, flops, moved,
         lambda: indexed_linear.indexed_nn(NNOperands(hidden, data.rows, data.channels, out), weight),
         lambda: vendor_nn(NNOperands(hidden, data.rows, None, out), EncodedWeight((rows_of(),))),
-        _rule(data, kind),
+        _rule(data, kind, "nn"), _rate(data, kind, "nn"),
     )  # fmt: skip
 
 
-def _rule(data: Data, kind: str) -> bool:
+def _rule(data: Data, kind: str, product: str) -> bool:
     size = data.size
-    return prefers_vendor(size.n, size.k, size.H, data.dtype, nf4=kind == "nf4")
+    nf4, rates = kind == "nf4", rates_of(data.device)
+    return prefers_vendor(product, size.n, size.k, size.H, data.dtype, nf4=nf4, rates=rates)
+
+
+def _rate(data: Data, kind: str, product: str) -> str:
+    return key_of(product, data.dtype, nf4=kind == "nf4")
 
 
 def _gather(full: Tensor, data: Data) -> Tensor:
@@ -281,8 +306,8 @@ def _gather(full: Tensor, data: Data) -> Tensor:
 
 
 def _scatter(full: Tensor, data: Data, y: Tensor) -> Tensor:
-    """``full[rows, channels] = y`` without a kernel of our own."""
-    return full.index_copy_(0, data.rows, full.index_select(0, data.rows).index_copy_(1, data.channels, y))
+    """``full[rows, channels] += y`` without a kernel of our own."""
+    return full.index_copy_(0, data.rows, full.index_select(0, data.rows).index_add_(1, data.channels, y))
 
 
 def _choice_ops(data: Data) -> Iterator[Op]:
@@ -302,6 +327,7 @@ def _choice_ops(data: Data) -> Iterator[Op]:
         "projection_scores (q, k, v)", what, 2 * rank * (3 * size.T * size.H + size.n * sum(outs)), read,
         lambda: score.projection_scores(x, data.rows, a, b),
     )  # fmt: skip
+    yield Op("rows copied", what, 0, 2 * size.n * size.H * e, lambda: x.index_select(0, data.rows), rate="copy")
     scores = torch.rand(size.C, device=data.device)
     yield Op("select_channels", what, 0, 4 * size.C + 8 * size.k, lambda: select.select_channels(scores, size.k))
 

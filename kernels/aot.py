@@ -6,6 +6,7 @@ instruction found. The exit status is 1, and the variant is named, if
 - it does not compile;
 - it spills registers;
 - it needs more shared memory than the target gives a block;
+- ptxas runs its wgmma one after another (warnings C7510 and C7511), which costs most of their speed and nothing else shows;
 - its products must run on the matrix units (``matrix_units``) and the PTX has none of the target's instructions.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import json
 import multiprocessing
 import os
@@ -23,6 +25,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -39,6 +42,8 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MATRIX_INSTRUCTIONS = {80: ("mma.sync",), 90: ("wgmma",), 100: ("tcgen05.mma",)}
 SMALL_TILE = "mma.sync"
 """What sm_90 and sm_100 use where the tile is too small for their own instruction (fewer than 64 rows)."""
+SERIALISED = re.compile(r"\((C751[01])\)")
+"""ptxas' warnings that the wgmma of a kernel wait for each other."""
 HELPERS = ("activations", "indexing", "matrix", "tiles", "tiling", "variants")
 """Modules of ``gpu/`` that hold no kernel."""
 PROCESSES = min(os.cpu_count() or 1, 8)
@@ -100,14 +105,15 @@ def examine(module: str, variant: Variant, arch: int) -> Compiled:
     }
     try:
         source = ASTSource(kernel, signature, constexprs=dict(variant.constants), attrs=attributes)
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        with ptxas_log() as log:
+            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         ptx = compiled.asm["ptx"]
-        registers, spills = _resources(compiled.asm["cubin"])
+        registers, spills = resources(compiled.asm["cubin"])
     except Exception as error:  # A compiler's failures have no common type.
         lines = [line for line in str(error).splitlines() if line.strip()]
         words = f"does not compile: {type(error).__name__}: {' | '.join(lines[-3:])[:500]}"
         return Compiled(module, variant.label, arch, problems=[words])
-    shared, problems = compiled.metadata.shared, []
+    shared, problems = compiled.metadata.shared, serialised(log.getvalue())
     matrix = next((name for name in (*MATRIX_INSTRUCTIONS[arch], SMALL_TILE) if name in ptx), "")
     if spills:
         problems.append(f"spills {spills} bytes")
@@ -118,7 +124,23 @@ def examine(module: str, variant: Variant, arch: int) -> Compiled:
     return Compiled(module, variant.label, arch, registers, spills, shared, matrix, problems)
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
+@contextmanager
+def ptxas_log() -> Iterator[io.StringIO]:
+    """What ptxas says of the kernels that are compiled meanwhile. They are compiled anew: from Triton's cache it says
+    nothing. Triton prints it."""
+    log = io.StringIO()
+    with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), redirect_stdout(log):
+        triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
+        yield log
+
+
+def serialised(log: str) -> list[str]:
+    """The problem that a log of ptxas names, if it does."""
+    codes = sorted(set(SERIALISED.findall(log)))
+    return [f"its wgmma are serialised ({', '.join(codes)})"] if codes else []
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
     """Registers a thread, and bytes of its stack, which holds spilled registers and in these kernels nothing else."""
     with tempfile.TemporaryDirectory() as place:
         file = Path(place, "kernel.cubin")

@@ -11,19 +11,16 @@ pre-activations; neither the input nor any copy of a weight.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .gated_product import product, product_gradient
-from .indexed_linear import add_update, indexed_nt, linear, matmul, triton_matrix
+from .indexed_linear import add_update, linear, matmul, triton_choice, vendor_nt
 from .operands import NTOperands
 from .operator import held, hold, is_traced, register, register_with_gradient
 from .stored import EncodedWeight, Weight, refuse_trainable, unpack
-
-if TYPE_CHECKING:
-    from .gpu.matrix import Matrix
 
 
 def _up(
@@ -58,14 +55,17 @@ def _up(
     else:
         g_d, u_d, h_d = (x.new_empty(0, gate.channels) for _ in range(3))
     channels = _known(channels)
-    matrices = _triton_pair(gate, up, channels, x)
+    matrices = triton_choice(
+        "gated", x, [gate, up], context_rows.shape[0], channels, updates=gate_low is not None or up_low is not None
+    )
     if matrices is not None:
         from .gpu.gated_ffn import gated_forward
 
         g_c, u_c, h_c = gated_forward(
             x,
             context_rows,
-            *matrices,
+            matrices[0],
+            matrices[1],
             channels,
             gate_bias=gate_bias,
             up_bias=up_bias,
@@ -77,8 +77,8 @@ def _up(
         )
     else:
         context = x.index_select(0, context_rows)
-        g_c = indexed_nt(NTOperands(context, None, channels, bias=gate_bias), gate)
-        u_c = indexed_nt(NTOperands(context, None, channels, bias=up_bias), up)
+        g_c = vendor_nt(NTOperands(context, None, channels, bias=gate_bias), gate)
+        u_c = vendor_nt(NTOperands(context, None, channels, bias=up_bias), up)
         add_update(g_c, _at(gate_low, context_rows), _at(gate_b, channels))
         add_update(u_c, _at(up_low, context_rows), _at(up_b, channels))
         h_c = product(g_c, u_c, activation)
@@ -90,14 +90,6 @@ def _up_fake(x: Tensor, gate_parts: list[Tensor], *rest: Any) -> tuple[Tensor, .
     wide = x.new_empty(dense_rows.shape[0], gate_parts[0].shape[0])
     kept = x.new_empty(context_rows.shape[0], channels.shape[0])
     return wide, kept, *(torch.empty_like(t) for t in (wide, wide, kept, kept))
-
-
-def _triton_pair(gate: EncodedWeight, up: EncodedWeight, channels: Tensor, x: Tensor) -> tuple[Matrix, Matrix] | None:
-    """Both matrices for one Triton kernel, which takes them stored alike; ``None`` where the vendor's GEMM is used."""
-    if gate.plain != up.plain:
-        return None
-    pair = triton_matrix(gate, channels, x), triton_matrix(up, channels, x)
-    return None if pair[0] is None or pair[1] is None else (pair[0], pair[1])
 
 
 def _known(channels: Tensor | Callable[[], Tensor]) -> Tensor:
@@ -167,11 +159,11 @@ def _up_backward(
 def _context_input_gradient(
     pair: tuple[Tensor, Tensor], gate: EncodedWeight, up: EncodedWeight, rows: Tensor, channels: Tensor, out: Tensor
 ) -> None:
-    matrices = _triton_pair(gate, up, channels, out)
+    matrices = triton_choice("gradient", out, [gate, up], rows.shape[0], channels)
     if matrices is not None:
         from .gpu.gated_gradient import gated_input_gradient
 
-        gated_input_gradient(*pair, *matrices, rows, channels, out)
+        gated_input_gradient(*pair, matrices[0], matrices[1], rows, channels, out)
         return
     dtype = out.dtype
     grad = matmul(pair[0], gate.decode(channels, dtype)).addmm_(pair[1], up.decode(channels, dtype))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .backend import use_triton
+from .columns import gather, scatter
 from .indexed_linear import indexed_nn, indexed_nt, linear, matmul
 from .lora_linear import scaled_product
 from .operands import NNOperands, NTOperands
@@ -73,7 +74,7 @@ def _forward(
             weight = weight.once(some_dense, x.dtype)
             if dense is not None and dense_rows is not None:
                 y.index_add_(0, dense_rows, linear(dense, weight.parts[0], bias))
-            indexed_nt(NTOperands(x, context_rows, kept, bias=bias, out=y, accumulate=True), weight)
+            scatter(indexed_nt(NTOperands(x, context_rows, kept, bias), weight), context_rows, kept, y, accumulate=True)
         outputs.append(y)
     return outputs[0], outputs[1], outputs[2], low
 
@@ -125,7 +126,8 @@ def _backward(
         if some_dense and dense_rows is not None:
             rows = grad.index_select(0, dense_rows)
             dense = matmul(rows, weight.parts[0]) if dense is None else dense.addmm_(rows, weight.parts[0])
-        indexed_nn(NNOperands(grad, context_rows, kept, grad_x, indexed=True, accumulate=True), weight)
+        compact = gather(grad, context_rows, kept)
+        indexed_nn(NNOperands(compact, context_rows, kept, grad_x, accumulate=True), weight)
     if dense is not None and dense_rows is not None:
         grad_x.index_add_(0, dense_rows, dense)
     return grad_x, grad_a, *grad_bs

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .columns import gather, scatter
 from .indexed_linear import indexed_nn, indexed_nt, linear, matmul
 from .operands import NNOperands, NTOperands
 from .operator import held, hold, register, register_with_gradient
@@ -104,9 +105,11 @@ def _forward(
             y.index_add_(0, dense_rows, product(x.index_select(0, dense_rows), weight.parts[0], bias))
         adds = b is not None
         if transposed:
-            indexed_nn(NNOperands(x, context_rows, channels, y, indexed=True, bias=bias, accumulate=adds), weight)
+            kept = gather(x, context_rows, channels)
+            indexed_nn(NNOperands(kept, context_rows, channels, y, bias=bias, accumulate=adds), weight)
         else:
-            indexed_nt(NTOperands(x, context_rows, channels, bias=bias, out=y, accumulate=adds), weight)
+            kept = indexed_nt(NTOperands(x, context_rows, channels, bias), weight)
+            scatter(kept, context_rows, channels, y, accumulate=adds)
     if a is not None and b is not None and backward == "through_weight":
         low = x.new_empty(0)
     return y, low
@@ -175,10 +178,13 @@ def _backward(
     weight = weight.once(some_dense, grad.dtype)
     if some_dense:
         grad_x.index_add_(0, dense_rows, product(grad.index_select(0, dense_rows), weight.parts[0]))
+    adds = a is not None
     if transposed:
-        indexed_nt(NTOperands(grad, context_rows, channels, out=grad_x, accumulate=a is not None), weight)
+        kept = indexed_nt(NTOperands(grad, context_rows, channels), weight)
+        scatter(kept, context_rows, channels, grad_x, accumulate=adds)
     else:
-        indexed_nn(NNOperands(grad, context_rows, channels, grad_x, indexed=True, accumulate=a is not None), weight)
+        kept = gather(grad, context_rows, channels)
+        indexed_nn(NNOperands(kept, context_rows, channels, grad_x, accumulate=adds), weight)
     return grad_x, grad_a, grad_b
 
 

@@ -22,25 +22,19 @@ class NTOperands(NamedTuple):
     """(k,) int64 rows of the weight, ascending; ``None`` for all C."""
     bias: Tensor | None = None
     """(C,)."""
-    out: Tensor | None = None
-    """(T, C) in ``x.dtype``: written at ``out[rows[:, None], channels]`` and nowhere else. The result is (n, k) without."""
-    accumulate: bool = False
-    """Add to what ``out`` holds there."""
 
 
 class NNOperands(NamedTuple):
     """``out[rows] = H · weight[channels] + bias + low · bᵀ``, with a weight (C, out)."""
 
     h: Tensor
-    """``H``, (n, k); or (T, C) where ``indexed``."""
+    """``H``, (n, k)."""
     rows: Tensor | None
     """(n,) int64 tokens, each at most once; ``None`` for all T."""
     channels: Tensor | None
     """(k,) int64 rows of the weight, ascending; ``None`` for all C."""
     out: Tensor
     """(T, out) in ``h.dtype``, written at ``rows`` only."""
-    indexed: bool = False
-    """``H`` is ``h[rows][:, channels]``."""
     bias: Tensor | None = None
     """(out,)."""
     low: Tensor | None = None

@@ -64,6 +64,9 @@ def gated_forward_kernel(
     u_sums = low_rank(
         u_sums, up_low, up_b, row, channel, m < n, j < k, up_rank, up_low_stride, up_b_stride, RANK_STEP
     )  # fmt: skip
+    if gate_absmax is not None:
+        # Without it the sums have two origins after the loop, and ptxas serialises the wgmma (C7511).
+        tl.assume(length > 0)
     x_row = x + row[:, None] * x_stride
     gate_row = gate + channel[None, :] * gate_stride
     up_row = up + channel[None, :] * up_stride
@@ -142,7 +145,8 @@ def gated_forward(
     g, u, h = x.new_empty(n, k), x.new_empty(n, k), x.new_empty(n, k)
     if not (n and k):
         return g, u, h
-    tile = choose(FORWARD_TILES[kind_of(x.dtype, nf4=levels is not None, ragged=k % 16 > 0)], n, k, x.device)
+    kind = kind_of(x.dtype, nf4=levels is not None, ragged=k % 16 > 0)
+    tile = choose(FORWARD_TILES, kind, "gated", n, k, x.device)
     absent = x.new_empty(1, dtype=torch.int64)
     with torch.cuda.device_of(x):
         gated_forward_kernel[(triton.cdiv(n, tile.m) * triton.cdiv(k, tile.n),)](

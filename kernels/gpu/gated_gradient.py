@@ -68,8 +68,8 @@ def gated_input_gradient_kernel(
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     compact = tl.where(m < n, m, 0).to(tl.int64)
-    # What is added first and the zero: see nt_kernel.
-    place, inside = places(out, rows, channels, m, j, n * accumulate, length, out_stride, has_rows, False)
+    # What is added first and the zero: see nn_kernel.
+    place, inside = places(out, rows, m, j, n * accumulate, length, out_stride, has_rows)
     sums = tl.load(place, mask=inside, other=0.0).to(tl.float32)
     for start in range(0, k, BLOCK_K):
         c = start + tl.arange(0, BLOCK_K)
@@ -94,7 +94,7 @@ def gated_input_gradient_kernel(
             )  # fmt: skip
             sums = dot(du_tile, up_tile, sums)
     zero = (accumulate >> 1) * 16
-    place, inside = places(out, rows, channels, m + zero, j + zero, n, length, out_stride, has_rows, False)
+    place, inside = places(out, rows, m + zero, j + zero, n, length, out_stride, has_rows)
     tl.store(place, rounded(sums, out.dtype.element_ty), mask=inside)
 
 
@@ -160,7 +160,8 @@ def gated_input_gradient(
     n, k = count_of(rows, out.shape[0]), count_of(channels, gate_data.shape[0])
     if not (n and length):
         return out
-    tile = choose(GRADIENT_TILES[kind_of(dg.dtype, nf4=levels is not None, ragged=k % 16 > 0)], n, length, dg.device)
+    kind = kind_of(dg.dtype, nf4=levels is not None, ragged=k % 16 > 0)
+    tile = choose(GRADIENT_TILES, kind, "gradient", n, length, dg.device)
     absent = dg.new_empty(1, dtype=torch.int64)
     with torch.cuda.device_of(dg):
         gated_input_gradient_kernel[(triton.cdiv(n, tile.m) * triton.cdiv(length, tile.n),)](

@@ -27,17 +27,9 @@ def index_at(index, offsets, count, given):
 
 
 @triton.jit
-def places(
-    out, rows, channels, m, j, n, width, stride, scatter_rows, COLUMNS: tl.constexpr
-):  # fmt: skip
-    """Addresses of the results of tokens m and columns j, and which of them exist."""
-    row = index_at(rows, m, n, scatter_rows)
-    inside = (m < n)[:, None] & (j < width)[None, :]
-    if COLUMNS:
-        column = index_at(channels, j, width, 1)
-    else:
-        column = j
-    return out + row[:, None] * stride + column[None, :], inside
+def places(out, rows, m, j, n, width, stride, given):
+    """Addresses of the results of tokens m, or of their ``rows`` where given, and columns j, and which of them exist."""
+    return out + index_at(rows, m, n, given)[:, None] * stride + j[None, :], (m < n)[:, None] & (j < width)[None, :]
 
 
 @triton.jit

@@ -110,6 +110,7 @@ def variants() -> Iterator[Variant]:
                 num_warps=warps,
                 num_stages=NUM_STAGES,
                 matrix_units=dtype != torch.float32,
+                aligned=("p", "rows", "gate_b", "up_b", "out"),
             )
 
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 import triton
 
+from ..choice import NF4_BYTES
+from ..rates import key_of, rates_of
 from .variants import Variant
 
 GROUP = 8
@@ -29,26 +31,43 @@ class Tile(NamedTuple):
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def kind_of(dtype: torch.dtype, *, nf4: bool, ragged: bool = False, columns: bool = False) -> str:
+def kind_of(dtype: torch.dtype, *, nf4: bool, ragged: bool = False) -> str:
     """Key of a table of tiles."""
     words = ["16" if dtype.itemsize == 2 else "32"]
     words += ["nf4"] if nf4 else []
     # fp32 products have the same tile for a ragged k.
-    words += ["columns"] if columns else ["ragged"] if ragged and dtype.itemsize == 2 else []
+    words += ["ragged"] if ragged and dtype.itemsize == 2 else []
     return " ".join(words)
 
 
-def choose(tiles: tuple[Tile, ...], n: int, width: int, device: torch.device) -> Tile:
-    """The tile that covers n × width results soonest: rounds of programs × a program's time."""
-    processors = _multiprocessors(device)
+def choose(
+    tables: dict[str, tuple[Tile, ...]], kind: str, product: str, n: int, width: int, device: torch.device
+) -> Tile:
+    """The tile of a table that covers n × width results soonest, by the rates of the device (``product``: one's name there).
+
+    The longer of two times counts, both for a step of the sum: the multiprocessors' rounds of programs, and what all
+    programs together read through L2, their rows of tokens and of the matrices. Few channels make small tiles wait for
+    the second: 6144 tokens by 144 channels of gate and up are 144 programs of 128 × 64 or 288 of 64 × 64, which read
+    1.5 times as much.
+    """
+    tiles = tables[kind]
+    if len(tiles) == 1:
+        return tiles[0]
+    rates, processors = rates_of(device), multiprocessors(device)
+    dtype, nf4 = (torch.bfloat16 if kind.startswith("16") else torch.float32), "nf4" in kind
+    rate = rates[key_of(product, dtype, nf4=nf4)] / processors
+    of_tokens = dtype.itemsize * (2 if product == "gradient" else 1)
+    matrices = 2 if product in ("gated", "gradient") else 1
+    of_matrices = matrices * (NF4_BYTES if nf4 else dtype.itemsize)
 
     def time(tile: Tile) -> float:
         programs = triton.cdiv(n, tile.m) * triton.cdiv(width, tile.n)
-        return triton.cdiv(programs, processors) * tile.m * tile.n * tile.cost
+        compute = triton.cdiv(programs, processors) * 2 * matrices * tile.m * tile.n * tile.cost / rate
+        return max(compute, programs * (tile.m * of_tokens + tile.n * of_matrices) / rates["l2"])
 
     return min(tiles, key=time)
 

@@ -9,25 +9,20 @@ from ..operands import NNOperands, NTOperands
 
 
 def indexed_nt(operands: NTOperands, weight: Tensor) -> Tensor:
-    """See :func:`sparselora_kernels.indexed_linear.indexed_nt`; a new tensor where ``out`` would be written."""
-    x, rows, channels, bias, out, accumulate = operands
+    """See :func:`sparselora_kernels.indexed_linear.indexed_nt`."""
+    x, rows, channels, bias = operands
     rows = torch.arange(x.shape[0]) if rows is None else rows
     channels = torch.arange(weight.shape[0]) if channels is None else channels
     y = x @ weight.t() if bias is None else x @ weight.t() + bias
-    y = y[rows][:, channels]
-    if out is None:
-        return y
-    result = out.clone()
-    result[rows[:, None], channels] = y + out[rows[:, None], channels] if accumulate else y
-    return result
+    return y[rows][:, channels]
 
 
 def indexed_nn(operands: NNOperands, weight: Tensor) -> Tensor:
     """See :func:`sparselora_kernels.indexed_linear.indexed_nn`; a new tensor where ``out`` would be written."""
-    h, rows, channels, out, indexed, bias, low, b, accumulate = operands
+    h, rows, channels, out, bias, low, b, accumulate = operands
     rows = torch.arange(out.shape[0]) if rows is None else rows
     channels = torch.arange(weight.shape[0]) if channels is None else channels
-    y = (h[rows][:, channels] if indexed else h) @ weight[channels]
+    y = h @ weight[channels]
     if bias is not None:
         y = y + bias
     if low is not None and b is not None:

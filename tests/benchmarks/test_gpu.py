@@ -14,13 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparselora_kernels import rates
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
 CPU = torch.device("cpu")
 pytest.importorskip("triton")
 
 
-def _run(tmp_path: Path, *options: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+def _run(tmp_path: Path, *options: str, **env: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
     from gpu_report import read_rows
 
     file = tmp_path / "rows.jsonl"
@@ -29,22 +31,28 @@ def _run(tmp_path: Path, *options: str) -> tuple[subprocess.CompletedProcess[str
         capture_output=True,
         text=True,
         timeout=500,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", **env},
     )
     return result, read_rows(file) if file.is_file() else {}
 
 
 def test_all_parts_run(gpu: ModuleType, tmp_path: Path) -> None:
     """But whole runs, which test_gpu_train.py looks at."""
-    markdown = tmp_path / "rows.md"
-    result, tables = _run(tmp_path, "--parts", "check,profile,steps,liger,ops", "--markdown", str(markdown))
+    markdown, measured = tmp_path / "rows.md", tmp_path / "rates.json"
+    rates.write(measured, "cpu", {})
+    parts = "check,profile,steps,liger,ops"
+    result, tables = _run(tmp_path, "--parts", parts, "--markdown", str(markdown), **{rates.VARIABLE: str(measured)})
     assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-3000:]
     assert result.stdout.rstrip().endswith("0 wrong")
     kernels = {row["kernel"].split(" ")[0] for row in tables["kernels"]}
-    files = ("score", "select", "nf4", "indexed_linear", "gated_ffn", "gated_gradient")
+    files = ("score", "select", "nf4", "columns", "indexed_linear", "gated_ffn", "gated_gradient")
     assert {name.split(".")[0] for name in kernels} == set(files)
     assert {row["op"].split(" ")[0] for row in tables["ops"]} >= {"gated_forward", "indexed_nt", "nf4_rows"}
     assert all(row["vendor us"] > 0 for row in tables["ops"] if row["op"].endswith("(grid)"))
+    # What it reached is what launchers choose by from now on.
+    found = rates.read(measured)
+    kinds = {rates.key_of(product, torch.float32, nf4=nf4) for product in rates.PRODUCTS for nf4 in (False, True)}
+    assert {name for name in found if found[name] != rates.DEFAULTS[name]} == {*kinds, "vendor 32", "memory", "copy"}
     timed = [(row["pair"], row["batch"], row["checkpointing"]) for row in tables["steps"]]
     assert {pair for pair, *_ in timed} == {"tiny fp32 math", "tiny nf4 math", "tiny fp32 commonsense"}
     assert {batch for _, batch, _ in timed} == {"full", "padded", "packed"}

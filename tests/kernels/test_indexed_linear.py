@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparselora_kernels import EncodedWeight, reference
-from sparselora_kernels.indexed_linear import indexed_nn, indexed_nt, prefers_vendor
+from sparselora_kernels.indexed_linear import indexed_nn, indexed_nt
 from sparselora_kernels.operands import NNOperands, NTOperands
 from support.kernel_cases import compare, implementations, nf4, running, some, wide
 
@@ -28,38 +28,33 @@ def check(operation: Any, formula: Any, operands: Any, weight: EncodedWeight, va
 
 @cases
 @dtypes
-@pytest.mark.parametrize("form", ["compact", "write", "add", "all"])
+@pytest.mark.parametrize("form", ["chosen", "all"])
 @implementations
 def test_nt_equals_reference(shape: tuple, dtype: torch.dtype, form: str, implementation: str) -> None:
     tokens, chosen, channels, width, kept = shape
     x, weight = torch.randn(tokens, width, dtype=dtype), torch.randn(channels, width, dtype=dtype)
     lists = (None, None) if form == "all" else (some(tokens, chosen), some(channels, kept))
-    options: dict[str, Any] = {"bias": torch.randn(channels, dtype=dtype) if kept > 1 else None}
-    if form in ("write", "add"):
-        options |= {"out": torch.randn(tokens, channels, dtype=dtype), "accumulate": form == "add"}
+    bias = torch.randn(channels, dtype=dtype) if kept > 1 else None
     with running(implementation):
-        operands = NTOperands(x, *lists, **options)
+        operands = NTOperands(x, *lists, bias)
         check(indexed_nt, reference.indexed_nt, operands, EncodedWeight((weight,)), weight)
 
 
 @cases
 @dtypes
 @accumulates
-@pytest.mark.parametrize("indexed", [False, True], ids=["compact", "indexed"])
 @implementations
-def test_nn_equals_reference(
-    shape: tuple, dtype: torch.dtype, accumulate: bool, indexed: bool, implementation: str
-) -> None:
+def test_nn_equals_reference(shape: tuple, dtype: torch.dtype, accumulate: bool, implementation: str) -> None:
     tokens, chosen, channels, width, kept = shape
     rows, kept_channels = some(tokens, chosen), some(channels, kept)
-    h = torch.randn((tokens, channels) if indexed else (chosen, kept), dtype=dtype)
+    h = torch.randn(chosen, kept, dtype=dtype)
     weight = torch.randn(channels, width, dtype=dtype)
     options: dict[str, Any] = {"out": torch.randn(tokens, width, dtype=dtype), "accumulate": accumulate}
     if kept > 1:
         options |= {"bias": torch.randn(width, dtype=dtype), "low": torch.randn(chosen, 3, dtype=dtype)}
         options["b"] = torch.randn(width, 3, dtype=dtype)
     with running(implementation):
-        operands = NNOperands(h, rows, kept_channels, indexed=indexed, **options)
+        operands = NNOperands(h, rows, kept_channels, **options)
         check(indexed_nn, reference.indexed_nn, operands, EncodedWeight((weight,)), weight)
 
 
@@ -72,12 +67,3 @@ def test_nf4_rows_are_those_of_the_decoded_matrix(implementation: str) -> None:
     with running(implementation):
         check(indexed_nt, reference.indexed_nt, nt, stored, values)
         check(indexed_nn, reference.indexed_nn, nn, stored, values)
-
-
-def test_the_vendor_is_preferred_for_many_channels_only() -> None:
-    for length in (4096, 14336):
-        assert not prefers_vendor(8192, 143, length, torch.bfloat16)
-        assert prefers_vendor(8192, 3584, length, torch.bfloat16)
-    # Decoding again in every tile makes the copy pay earlier.
-    assert prefers_vendor(8192, 512, 14336, torch.bfloat16, nf4=True)
-    assert not prefers_vendor(8192, 512, 14336, torch.bfloat16)

@@ -26,17 +26,16 @@ def nt_case(k: int, dtype: torch.dtype, nf4: bool) -> tuple:
     return (x, rows, index), weight, bias, x[rows].double() @ decoded.t() + bias[index].double()
 
 
-def nn_case(k: int, dtype: torch.dtype, nf4: bool, indexed: bool) -> tuple:
+def nn_case(k: int, dtype: torch.dtype, nf4: bool) -> tuple:
     """Tokens and lists of indexed_nn, its weight, its additions, and the exact result."""
     rows, index = some(TOKENS, CHOSEN), some(CHANNELS, k)
     weight, decoded = matrix(CHANNELS, WIDTH, index, dtype, nf4)
-    h = (torch.randn(TOKENS, CHANNELS) / k**0.5).to(dtype)
-    taken = h[rows][:, index]
+    h = (torch.randn(CHOSEN, k) / k**0.5).to(dtype)
     # No multiple of the step of the sum over the rank.
     bias, low, b = (torch.randn(size).to(dtype) for size in ((WIDTH,), (CHOSEN, 19), (WIDTH, 19)))
     low = low / 19**0.5
-    expected = taken.double() @ decoded + bias.double() + low.double() @ b.double().t()
-    return (h if indexed else taken, rows, index), weight, {"bias": bias, "low": low, "b": b}, expected
+    expected = h.double() @ decoded + bias.double() + low.double() @ b.double().t()
+    return (h, rows, index), weight, {"bias": bias, "low": low, "b": b}, expected
 
 
 def kept(kind: str) -> int:
@@ -47,25 +46,17 @@ def kept(kind: str) -> int:
 def test_every_nt_tile(monkeypatch: pytest.MonkeyPatch, kind: str, place: int) -> None:
     dtype, nf4 = only(monkeypatch, op.NT_TILES, kind, place)
     (x, rows, index), weight, bias, expected = nt_case(kept(kind), dtype, nf4)
-    if "columns" not in kind:
-        close("y", expected, op.indexed_nt(NTOperands(x, rows, index, bias), weight))
-        return
-    out = torch.randn(TOKENS, CHANNELS).to(dtype)
-    exact = out.double()
-    exact[rows[:, None], index] += expected
-    assert op.indexed_nt(NTOperands(x, rows, index, bias, out, accumulate=True), weight) is out
-    close("out", exact, out)
+    close("y", expected, op.indexed_nt(NTOperands(x, rows, index, bias), weight))
 
 
 @pytest.mark.parametrize("kind, place", tiles(op.NN_TILES))
 def test_every_nn_tile(monkeypatch: pytest.MonkeyPatch, kind: str, place: int) -> None:
     dtype, nf4 = only(monkeypatch, op.NN_TILES, kind, place)
-    columns = "columns" in kind
-    (h, rows, index), weight, additions, expected = nn_case(kept(kind), dtype, nf4, columns)
+    (h, rows, index), weight, additions, expected = nn_case(kept(kind), dtype, nf4)
     out = torch.randn(TOKENS, WIDTH).to(dtype)
     exact = out.double()
     exact[rows] += expected
-    operands = NNOperands(h, rows, index, out, indexed=columns, accumulate=True, **additions)
+    operands = NNOperands(h, rows, index, out, accumulate=True, **additions)
     assert op.indexed_nn(operands, weight) is out
     close("out", exact, out)
 
@@ -94,29 +85,24 @@ def test_no_lists_are_all_tokens_and_channels() -> None:
     x, weight, bias = torch.randn(7, 20), torch.randn(11, 20), torch.randn(11)
     for index in (None, torch.arange(11)):
         expected = x @ weight.t() + bias
-        assert_close("nt", expected, op.indexed_nt(NTOperands(x, None, index, bias=bias), weight))
-        out = op.indexed_nt(NTOperands(x, None, index, bias=bias, out=torch.ones(7, 11), accumulate=True), weight)
-        assert_close("nt, added", expected + 1, out)
+        assert_close("nt", expected, op.indexed_nt(NTOperands(x, None, index, bias), weight))
         out = torch.empty(7, 20)
-        assert_close(
-            "nn", x[:, :11] @ weight, op.indexed_nn(NNOperands(x[:, :11], None, index, out, indexed=True), weight)
-        )
+        assert_close("nn", x[:, :11] @ weight, op.indexed_nn(NNOperands(x[:, :11], None, index, out), weight))
 
 
 @weights
 def test_nothing_to_do(nf4: bool) -> None:
     none, rows = torch.empty(0, dtype=torch.int64), torch.tensor([1, 3])
     weight, _ = matrix(6, 70, none, torch.float32, nf4)
-    x, out = torch.randn(5, 70), torch.randn(5, 6)
+    x, h = torch.randn(5, 70), torch.randn(2, 6)
     assert op.indexed_nt(NTOperands(x, none, none), weight).shape == (0, 0)
     assert op.indexed_nt(NTOperands(x, rows, none), weight).shape == (2, 0)
     assert op.indexed_nt(NTOperands(x[:0], None, none), weight).shape == (0, 0)
-    assert torch.equal(op.indexed_nt(NTOperands(x, rows, none, out=out.clone()), weight), out)
     before = torch.randn(5, 70)
-    assert torch.equal(op.indexed_nn(NNOperands(out[:0], none, none, before.clone()), weight), before)
+    assert torch.equal(op.indexed_nn(NNOperands(h[:0], none, none, before.clone()), weight), before)
     # No channels: the chosen rows are an empty sum, and the bias.
     bias = torch.randn(70)
-    got = op.indexed_nn(NNOperands(out[:2, :0], rows, none, before.clone(), bias=bias), weight)
+    got = op.indexed_nn(NNOperands(h[:, :0], rows, none, before.clone(), bias=bias), weight)
     expected = before.clone()
     expected[rows] = bias
     assert torch.equal(got, expected)
@@ -127,9 +113,9 @@ def test_runs_are_bit_identical(nf4: bool) -> None:
     tokens, weight, bias, _ = nt_case(17, torch.bfloat16, nf4)
     nt = NTOperands(*tokens, bias)
     assert torch.equal(op.indexed_nt(nt, weight), op.indexed_nt(nt, weight))
-    tokens, weight, additions, _ = nn_case(17, torch.bfloat16, nf4, True)
+    tokens, weight, additions, _ = nn_case(17, torch.bfloat16, nf4)
     outs = [torch.zeros(TOKENS, WIDTH).bfloat16() for _ in range(2)]
-    runs = [op.indexed_nn(NNOperands(*tokens, out, indexed=True, **additions), weight) for out in outs]
+    runs = [op.indexed_nn(NNOperands(*tokens, out, **additions), weight) for out in outs]
     assert torch.equal(*runs)
 
 
@@ -144,8 +130,6 @@ def test_refusals() -> None:
     x, weight = torch.randn(3, 8), torch.randn(5, 8)
     with pytest.raises(ValueError, match="bfloat16"):
         op.indexed_nt(NTOperands(x, None, None), weight.bfloat16())
-    with pytest.raises(ValueError, match="out"):
-        op.indexed_nt(NTOperands(x, None, None, accumulate=True), weight)
     with pytest.raises(ValueError, match="low and b"):
         op.indexed_nn(NNOperands(torch.randn(3, 5), None, None, x, low=torch.randn(3, 2)), weight)
     with pytest.raises(ValueError, match=r"b is torch\.float16"):
@@ -155,4 +139,4 @@ def test_refusals() -> None:
         with pytest.raises(ValueError, match=f"no indexed product in {dtype}"):
             op.indexed_nt(NTOperands(x.to(dtype), None, None), weight.to(dtype))
     with pytest.raises(ValueError, match="contiguous"):
-        op.indexed_nt(NTOperands(x, None, None, out=torch.empty(5, 3).t()), weight)
+        op.indexed_nn(NNOperands(torch.randn(3, 5), None, None, torch.empty(8, 3).t()), weight)

@@ -20,7 +20,7 @@ from torch import Tensor
 from .columns import gather, scatter
 from .indexed_linear import indexed_nn, indexed_nt, linear, matmul
 from .operands import NNOperands, NTOperands
-from .operator import held, hold, register, register_with_gradient
+from .operator import register, register_with_gradient
 from .stored import EncodedWeight, Weight, refuse_trainable, unpack
 
 Backward = Literal["through_rank", "through_weight"]
@@ -209,19 +209,16 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     # The input is read by the branch's gradient only: without a trained branch no activation is kept.
     trained = a is not None and any(ctx.needs_input_grad[4:6])
-    ctx.save_for_backward(x if trained else None, output[1], a, b)
-    hold(ctx, "parts", parts)
-    hold(ctx, "rows", rest[1:4])
+    ctx.save_for_backward(x if trained else None, output[1], a, b, *rest[1:4], *parts)
     ctx.layout, ctx.scaling, ctx.transposed, ctx.merge = layout, rest[0], rest[4], rest[5]
 
 
 def _gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple:
     none: list[Any] = [None] * 12
-    parts = held(ctx, "parts")
+    x, low, a, b, dense_rows, context_rows, channels, *parts = ctx.saved_tensors
     none[1] = [None] * len(parts)  # The structure of the inputs is asked for.
     if grad is None:
         return tuple(none)
-    x, low, a, b = ctx.saved_tensors
     grad_x, grad_a, grad_b = _run_backward(
         grad.contiguous(),
         x,
@@ -231,7 +228,9 @@ def _gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple:
         a,
         b,
         ctx.scaling,
-        *held(ctx, "rows"),
+        dense_rows,
+        context_rows,
+        channels,
         ctx.transposed,
         ctx.merge,
         ctx.needs_input_grad[0],

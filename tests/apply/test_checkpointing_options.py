@@ -22,14 +22,11 @@ def test_who_draws(options: dict[str, Any], expected: bool) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize(
-    ("dropout", "given", "expected"), [(0.0, {}, False), (0.1, {}, True), (0.0, {"preserve_rng_state": True}, True)]
-)
+@pytest.mark.parametrize(("dropout", "expected"), [(0.0, False), (0.1, True)])
 def test_a_run_asks_for_it_where_needed(
     tmp_path: Path,
     reentrant: bool,
     dropout: float,
-    given: dict[str, Any],
     expected: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -37,7 +34,7 @@ def test_a_run_asks_for_it_where_needed(
     base.save_pretrained(tmp_path)
     seen: list[dict[str, Any]] = []
     monkeypatch.setattr(type(base), "gradient_checkpointing_enable", lambda self, **options: seen.append(options))
-    kwargs = {"use_reentrant": reentrant, **given}
+    kwargs = {"use_reentrant": reentrant}
     config = RunConfig.from_dict(
         {
             "model": {"name_or_path": str(tmp_path), "dtype": "float32"},

@@ -149,6 +149,17 @@ def test_non_finite_scores_of_one_rank_stop_all(four: Any, kind: str) -> None:
         assert rank[f"{kind} context closed"]
 
 
+@pytest.mark.parametrize(("place", "layer", "kind"), [("input", 1, "attention"), ("post_attention", 1, "ffn")])
+def test_one_rank_alone_names_layer_and_rank(place: str, layer: int, kind: str) -> None:
+    """Nothing is sent there: the selection itself says so."""
+    model = workers.sparse_model()
+    norm = getattr(model.get_base_model().model.layers[layer], f"{place}_layernorm").weight.data
+    norm[0] = float("nan")
+    message = workers.failure(lambda: workers.forward(model, batch(4, 24)))
+    assert message.startswith(f"non-finite channel scores at layer {layer} {kind} on rank 0:"), message
+    assert workers.sync_of(model).collectives == 0
+
+
 def test_a_skipped_sync_names_both_ranks_and_layers(four: Any) -> None:
     for number, rank in enumerate(four):
         message = rank["skipped"]

@@ -97,13 +97,13 @@ class ExactAttention:
         # A sparse projection computes kept channels only; what it is made of computes all.
         return FrozenLinear.forward(base_linear(getattr(self.attention, name)), x).float().square().sum(0)
 
-    def __call__(self, x: Tensor, rows: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
         x, geometry, sums = x[rows], self.estimator.geometry, []
         if self.estimator.qk:
             sums = [geometry.q_pair_sums(self._sums(x, "q_proj")), geometry.k_pair_sums(self._sums(x, "k_proj"))]
         if self.estimator.vo:
             sums.append(self._sums(x, "v_proj"))
-        return torch.cat(sums)
+        return tuple(sums)
 
 
 def use_random(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .backend import use_triton
+from .reference import columns as reference
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -24,7 +25,7 @@ def gather(x: Tensor, rows: Tensor, channels: Tensor) -> Tensor:
         from .gpu import columns
 
         return columns.gather(x, rows, channels)
-    return x.index_select(0, rows).index_select(1, channels)
+    return reference.gather(x, rows, channels)
 
 
 def scatter(y: Tensor, rows: Tensor, channels: Tensor, out: Tensor, *, accumulate: bool = False) -> Tensor:
@@ -38,6 +39,4 @@ def scatter(y: Tensor, rows: Tensor, channels: Tensor, out: Tensor, *, accumulat
         from .gpu import columns
 
         return columns.scatter(y, rows, channels, out, accumulate)
-    at_rows = out.index_select(0, rows)
-    at_rows = at_rows.index_add_(1, channels, y) if accumulate else at_rows.index_copy_(1, channels, y)
-    return out.index_copy_(0, rows, at_rows)
+    return reference.scatter(y, rows, channels, out, accumulate)

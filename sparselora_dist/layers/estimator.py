@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from sparselora_kernels import activation_name, gated_ffn_score, projection_scores
@@ -57,21 +56,20 @@ class AttentionEstimator(nn.Module):
         for name, pair in factors.items():
             _register(self, name.removesuffix("_proj"), pair)
 
-    def forward(self, x: Tensor, rows: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
         names = (["q", "k"] if self.qk else []) + (["v"] if self.vo else [])
         factors = [(getattr(self, f"{name}_a"), getattr(self, f"{name}_b")) for name in names]
         sums = dict(zip(names, projection_scores(x, rows, factors)))
         if self.qk:
             sums["q"] = self.geometry.q_pair_sums(sums["q"])
             sums["k"] = self.geometry.k_pair_sums(sums["k"])
-        return torch.cat(list(sums.values()))
+        return tuple(sums.values())
 
-    def scores(self, sums: Tensor) -> dict[str, Tensor]:
+    def scores(self, *sums: Tensor) -> dict[str, Tensor]:
         """Scores by group from (reduced) sums: ``qk`` (kv_heads * D/2,), ``vo`` (kv_heads * D,)."""
         scores: dict[str, Tensor] = {}
         if self.qk:
-            q, k, sums = sums.tensor_split([self.geometry.qk_channels, 2 * self.geometry.qk_channels])
-            scores["qk"] = q * k
+            scores["qk"] = sums[0] * sums[1]
         if self.vo:
-            scores["vo"] = sums
+            scores["vo"] = sums[-1]
         return scores

@@ -90,7 +90,8 @@ class SparseFFN(nn.Module):
 
         def masks() -> dict[str, Tensor]:
             keep = self.context.keep(self.site.layer, "ffn", self.keep)
-            channels, flag = select_checked(reduction.wait(), keep)
+            (sums,) = reduction.wait()
+            channels, flag = select_checked(sums, keep)
             sync.watch(self.site, flag)
             return {"ffn": channels}
 

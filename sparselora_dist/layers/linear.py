@@ -41,10 +41,10 @@ class AttentionChannels:
     def _select(self, x: Tensor, batch: MicroBatch) -> Callable[[], dict[str, Tensor]]:
         assert batch.partition is not None
         sync = self.context.sync
-        reduction = sync.start(self.site, self.estimator(x, batch.partition.context))
+        reduction = sync.start(self.site, *self.estimator(x, batch.partition.context))
 
         def masks() -> dict[str, Tensor]:
-            scores = self.estimator.scores(reduction.wait())
+            scores = self.estimator.scores(*reduction.wait())
             chosen = {}
             for group, usual in self.keep.items():
                 keep = self.context.keep(self.site.layer, group, usual)

@@ -75,13 +75,13 @@ class Reduction:
     sync: MaskSync
     site: Site
     call: int
-    sums: Tensor
+    sums: tuple[Tensor, ...]
     payload: Tensor | None = None
     """``None`` where there is one rank."""
     work: dist.Work | None = None
 
-    def wait(self) -> Tensor:
-        """Σ over the ranks, (n,) fp32; on a GPU the stream waits and not the host. Once.
+    def wait(self) -> tuple[Tensor, ...]:
+        """Σ over the ranks, as they were given, fp32; on a GPU the stream waits and not the host. Once.
 
         Raises:
             MaskSyncError: a rank did not arrive in time.
@@ -89,7 +89,8 @@ class Reduction:
         if self.payload is None:
             return self.sums
         self.sync.arrived(self)
-        return self.payload[: self.sums.numel()]
+        sizes = [sums.numel() for sums in self.sums]
+        return self.payload[: sum(sizes)].split(sizes)
 
 
 class MaskSync:
@@ -154,8 +155,8 @@ class MaskSync:
         dist.all_gather_object(names, mine, group=self._data_parallel)
         return [rank for rank, name in zip(everyone, names) if name == mine]
 
-    def start(self, site: Site, sums: Tensor) -> Reduction:
-        """Begin to add ``sums`` (n,) fp32, n at most ``capacity``, over the ranks. Every rank must take part, in order.
+    def start(self, site: Site, *parts: Tensor) -> Reduction:
+        """Begin to add ``parts`` (n_i,) fp32, at most ``capacity`` in all, over the ranks. All ranks take part, in order.
 
         With one rank there is nothing to do. Whoever selects by the result gives the flag of the selection to
         :meth:`watch`.
@@ -170,7 +171,8 @@ class MaskSync:
         except RuntimeError as error:  # A rank that stays away from the first mask is missed when the group is made.
             raise MaskSyncError(self._post_mortem(site)) from error
         if self._group is None:
-            return Reduction(self, site, call, sums)
+            return Reduction(self, site, call, parts)
+        sums = parts[0] if len(parts) == 1 else torch.cat(parts)
         slot = ranks.index(dist.get_rank())
         payload = sums.new_zeros(self.capacity + _SLOT * len(ranks))
         own, header = payload[: sums.numel()], payload[self.capacity :]
@@ -184,7 +186,7 @@ class MaskSync:
         except RuntimeError as error:
             raise MaskSyncError(self._post_mortem(site)) from error
         self.collectives += 1
-        return Reduction(self, site, call, sums, payload, work)
+        return Reduction(self, site, call, parts, payload, work)
 
     def arrived(self, reduction: Reduction) -> None:
         """Wait for the collective of ``reduction``, and remember its slots."""
@@ -209,7 +211,7 @@ class MaskSync:
                 the first and the last are raised by :meth:`check`, and under NCCL it is the backend's own watchdog that
                 ends a rank which waits in vain).
         """
-        total = self.start(site, sums).wait()
+        (total,) = self.start(site, sums).wait()
         self.watch(site, total.mul(0.0).sum(0, keepdim=True))
         return total
 

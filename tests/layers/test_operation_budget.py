@@ -39,7 +39,8 @@ def of_a_step(kind: str, layers: int, dtype: torch.dtype) -> tuple[Counter[str],
     apply_sparselora(model, SparseLoRAConfig.from_dict({"layers": sparse} if sparse else {"enabled": False}))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
-    inputs, state = batch(), find_state(model)
+    # Without padding, as packed rows are.
+    inputs, state = batch(padding=False), find_state(model)
     # On a CPU masks are compared at once; on a GPU that is left to the training loop, once per step.
     with forced_triton(), mock.patch.object(MaskSync, "check", lambda self: self._pending.clear()):
         for _ in range(2):  # The first step fills caches.

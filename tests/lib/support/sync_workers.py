@@ -203,7 +203,7 @@ def _order() -> list[str]:
             (gated_ffn, "linear", "dense"),
             (masks_room.Reduction, "wait", "waited"),
             (ffn_room, "select_checked", "selected"),
-            (gated_ffn, "indexed_nt", "context"),
+            (gated_ffn, "vendor_nt", "context"),
         ):
             stack.enter_context(mock.patch.object(owner, name, noting(event, getattr(owner, name))))
         forward(model, my_rows(batch(4, 24))).backward()

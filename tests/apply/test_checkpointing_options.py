@@ -50,4 +50,5 @@ def test_a_run_asks_for_it_where_needed(
         }
     )
     build_model(config, Placement(torch.device("cpu")))
-    assert seen == [{"gradient_checkpointing_kwargs": {"use_reentrant": reentrant, "preserve_rng_state": expected}}]
+    wanted = {"use_reentrant": reentrant, "preserve_rng_state": expected}
+    assert [options["gradient_checkpointing_kwargs"] for options in seen] == [wanted]

@@ -16,6 +16,7 @@ from torch import Tensor
 from sparselora_kernels import lora_joined, lora_order
 
 from ..codecs.linear import FrozenLinear, compute_input
+from ..sharding.parameters import is_zero3
 from .context import SparseContext
 from .lora import FusedLoRA
 
@@ -52,6 +53,9 @@ class JoinedLoRA:
         """All three outputs (..., out_i); ``None`` where they cannot be joined."""
         if self.context.wanted(self.layer) is not None:
             return None
+        bases = [fused.layer.base_layer for fused in self.fused]
+        if any(is_zero3(p) for base in bases for p in base.parameters(recurse=False)):
+            return None  # ZeRO-3 would gather k and v for the first call, and again for their own.
         compute = compute_input(x)
         branches = [fused.branch(compute) for fused in self.fused]
         if any(fused.merge for fused in self.fused) or not all(branches):
@@ -65,7 +69,6 @@ class JoinedLoRA:
             (rank, inputs), outputs = branch.a.weight.shape, branch.b.weight.shape[0]
             if lora_order(flat.shape[0], inputs, outputs, rank)[1] != "through_rank":
                 return None
-        bases = [fused.layer.base_layer for fused in self.fused]
         ours = [base if isinstance(base, FrozenLinear) else None for base in bases]
         if any(base is not None and base.transposed for base in ours):
             return None

@@ -82,9 +82,9 @@ class ExactFFN:
     def __init__(self, ffn: SparseFFN) -> None:
         self.ffn = ffn
 
-    def __call__(self, x: Tensor, rows: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, rows: Tensor) -> tuple[Tensor]:
         gate, up = (base_linear(m)(x[rows]) for m in (self.ffn.gate_proj, self.ffn.up_proj))
-        return (self.ffn.act_fn(gate) * up).float().square().sum(0)
+        return ((self.ffn.act_fn(gate) * up).float().square().sum(0),)
 
 
 class ExactAttention:
@@ -117,8 +117,8 @@ class _Random:
     def __init__(self, forward: Any) -> None:
         self.forward = forward
 
-    def __call__(self, x: Tensor, rows: Tensor) -> Tensor:
-        return torch.rand_like(self.forward(x, rows))
+    def __call__(self, x: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.rand_like(sums) for sums in self.forward(x, rows))
 
 
 def use_no_split(context: SparseContext) -> None:

@@ -23,7 +23,7 @@ def _register(module: nn.Module, name: str, factors: Factors) -> None:
 
 
 class FFNEstimator(nn.Module):
-    """Σ_t [act((B_g A_g x_t)_j) · (B_u A_u x_t)_j]² over the given rows: ``forward(x (T, H), rows) -> (I,) fp32``."""
+    """Σ_t [act((B_g A_g x_t)_j) · (B_u A_u x_t)_j]² over the given rows: ``forward(x (T, H), rows) -> ((I,),)`` fp32."""
 
     gate_a: nn.Parameter
     gate_b: nn.Parameter
@@ -37,15 +37,15 @@ class FFNEstimator(nn.Module):
         # By name where it has one: kernels need that, and computing it anew in every forward is needless.
         self.activation = activation_name(activation) or activation
 
-    def forward(self, x: Tensor, rows: Tensor) -> Tensor:
-        return gated_ffn_score(x, rows, (self.gate_a, self.gate_b), (self.up_a, self.up_b), self.activation)
+    def forward(self, x: Tensor, rows: Tensor) -> tuple[Tensor]:
+        return (gated_ffn_score(x, rows, (self.gate_a, self.gate_b), (self.up_a, self.up_b), self.activation),)
 
 
 class AttentionEstimator(nn.Module):
-    """Additive score sums of q, k and v: ``forward(x (T, H), rows) -> (n,) fp32``, see :meth:`scores`.
+    """Additive score sums of q, k and v: ``forward(x (T, H), rows)`` -> one (n,) fp32 each, see :meth:`scores`.
 
-    The product of the qk score is taken after the sums were added over tokens *and* ranks, so what is returned here
-    is the list of its factors: ``[Σ‖q̂‖² (pairs), Σ‖k̂‖² (pairs), Σ v̂² (vo channels)]``, for the groups asked for.
+    The product of the qk score is taken after the sums were added over tokens *and* ranks, so what is returned
+    are its factors: ``[Σ‖q̂‖² (pairs), Σ‖k̂‖² (pairs), Σ v̂² (vo channels)]``, for the groups asked for.
     """
 
     def __init__(self, factors: Mapping[str, Factors], geometry: HeadGeometry) -> None:

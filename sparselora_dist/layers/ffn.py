@@ -86,7 +86,7 @@ class SparseFFN(nn.Module):
     def _select(self, x: Tensor, batch: MicroBatch) -> Callable[[], dict[str, Tensor]]:
         assert batch.partition is not None
         sync = self.context.sync
-        reduction = sync.start(self.site, self.estimator(x, batch.partition.context))
+        reduction = sync.start(self.site, *self.estimator(x, batch.partition.context))
 
         def masks() -> dict[str, Tensor]:
             keep = self.context.keep(self.site.layer, "ffn", self.keep)

@@ -6,15 +6,16 @@
 
 The most valuable part first; each can be asked for alone, and has a share of the time that is left:
 
-    check    every kernel against its plain formula; gradients of small models; a step without a wait for the device
-    profile  one dense and one sparse step: the kernels that take the most time, the share in which the GPU idles
-    steps    training steps of Llama-3-8B and -70B shapes against dense PEFT LoRA, most important first: bf16 and NF4, with
-             and without checkpointing, 1 to 16 thousand tokens, full, padded and packed batches
-    train    launch/train.py on single, fsdp2 and zero3 at one rank, its losses against a run on the CPU; --model and --data
-             add a model beside the demo's
-    liger    plain PEFT with all of Liger, which is what people use today
-    ops      every operation against its roofline, and the indexed products against the vendor's; what they reach goes into
-             the file of rates by which launchers choose (sparselora_kernels.rates)
+    kernels    every kernel against its plain formula
+    gradients  of small models, against the masked dense step; a step without a wait for the device
+    profile    one dense and one sparse step: the kernels that take the most time, the share in which the GPU idles
+    steps      training steps of Llama-3-8B and -70B shapes against dense PEFT LoRA, most important first: bf16 and NF4, with
+               and without checkpointing, 1 to 16 thousand tokens, full, padded and packed batches
+    train      launch/train.py on single, fsdp2 and zero3 at one rank, its losses against a run on the CPU; --model and
+               --data add a model beside the demo's, --at-once N runs N of them side by side
+    liger      plain PEFT with all of Liger, which is what people use today
+    ops        every operation against its roofline, and the indexed products against the vendor's; what they reach goes
+               into the file of rates by which launchers choose (sparselora_kernels.rates)
 
 Every row is appended to --rows as soon as it is measured. A failed tolerance is a row and a name at the end, never an exit;
 the status is then 1. What is not installed (liger-kernel, bitsandbytes, deepspeed) is left out and said so. ``--tiny`` runs
@@ -47,9 +48,9 @@ sys.path.append(str(Path(__file__).resolve().parent))
 
 from gpu_report import Budget, Report
 
-PARTS = {"check": 4.0, "profile": 1.0, "steps": 5.0, "train": 3.0, "liger": 1.0, "ops": 2.0}
-"""Each part, in order, and its weight: it may take that share of the weights still to come from what is left. ``check`` ends
-when it is done."""
+PARTS = {"kernels": 3.0, "gradients": 1.0, "profile": 1.0, "steps": 5.0, "train": 3.0, "liger": 1.0, "ops": 2.0}
+"""Each part, in order, and its weight: it may take that share of the weights still to come from what is left. ``kernels``
+and ``gradients`` end when they are done."""
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "deepspeed", "numpy")
 
 
@@ -63,6 +64,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--model", metavar="FOLDER", help="a model for the part train, beside the demo's")
     parser.add_argument("--data", metavar="FILE", help="rows to train it on")
+    parser.add_argument("--traces", metavar="FOLDER", help="Chrome traces of the part profile")
+    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="runs of the part train side by side (1)")
     parser.add_argument(
         "--memory-70b", action="store_true", help="peak memory of a whole 70B-shaped NF4 model, nothing else"
     )
@@ -94,27 +97,31 @@ def run_part(part: str, report: Report, budget: Budget, device: torch.device, gi
     """One part; each imports what it needs, so that one that cannot be imported leaves the others."""
     dtype = torch.float32 if given.tiny else torch.bfloat16
     layers = 3 if given.tiny else given.layers
-    if part == "check":
-        from gpu_check import run_checks
+    if part == "kernels":
+        from gpu_check import check_kernels
 
-        run_checks(report, device, given.tiny)
+        check_kernels(report, device, given.tiny)
+    elif part == "gradients":
+        from gpu_check import check_small, check_waits
+
+        check_small(report, "tiny" if given.tiny else "small", 3, device)
+        if device.type == "cuda":
+            check_waits(report, device)
     elif part == "profile":
         from gpu_profile import profile_steps
 
-        profile_steps(report, device, given.tiny, layers, budget)
+        _use_liger(report, device)
+        profile_steps(report, device, given.tiny, layers, budget, given.traces)
     elif part == "steps":
         from gpu_step_cases import step_cases, time_steps
 
-        if _liger(report, device):
-            from sparselora_dist.apply.liger import use_liger
-
-            use_liger("llama", cross_entropy=True)
+        _use_liger(report, device)
         cases = [case for case in step_cases(layers, dtype, tiny=given.tiny) if given.only in case.name]
         time_steps(report, cases, budget, device)
     elif part == "train":
         from gpu_train import time_runs
 
-        time_runs(report, budget, tiny=given.tiny, folder=given.model, data=given.data)
+        time_runs(report, budget, tiny=given.tiny, folder=given.model, data=given.data, at_once=given.at_once)
     elif part == "liger":
         if device.type != "cuda" or report.about["liger-kernel"] == "not installed":
             why = "liger-kernel is not installed" if device.type == "cuda" else "Liger's kernels need a GPU"
@@ -135,11 +142,14 @@ def run_part(part: str, report: Report, budget: Budget, device: torch.device, gi
             report.add("rates", {"what": f"launchers choose by the rates in {file} from now on"})
 
 
-def _liger(report: Report, device: torch.device) -> bool:
-    """Whether both sides of the steps use Liger's norm, RoPE and loss; said in a row."""
+def _use_liger(report: Report, device: torch.device) -> None:
+    """Liger's norm, RoPE and loss on both sides of every step from here on, where it is installed; said in a row."""
     liger = report.about["liger-kernel"] != "not installed" and device.type == "cuda"
+    if liger:
+        from sparselora_dist.apply.liger import use_liger
+
+        use_liger("llama", cross_entropy=True)
     report.add("steps use", {"what": f"{'Liger' if liger else 'Transformers'}'s RMS norm, RoPE and loss on both sides"})
-    return liger
 
 
 def run_memory(report: Report, device: torch.device, given: argparse.Namespace) -> None:

@@ -15,8 +15,8 @@ from gpu_steps import Models, Pair, drop
 PROCESSES = max(1, min(8, (os.cpu_count() or 1) // 2))
 
 
-def run_checks(report: Report, device: torch.device, tiny: bool) -> None:
-    """Wrong kernels by name, and the sums of all; rows of ``gradients`` and ``waits``."""
+def check_kernels(report: Report, device: torch.device, tiny: bool) -> None:
+    """Rows of wrong kernels by name, and of the sums of all."""
     rows = []
     for row in gpu_kernels.check_kernels(device, tiny=tiny, processes=1 if tiny else PROCESSES):
         rows.append(row)
@@ -24,9 +24,6 @@ def run_checks(report: Report, device: torch.device, tiny: bool) -> None:
             report.judge("wrong kernels", row, f"kernel {row['kernel']}: {row['problem']}", False)
     for row in gpu_kernels.summary(rows):
         report.add("kernels", row)
-    check_small(report, "tiny" if tiny else "small", 3, device)
-    if device.type == "cuda":
-        check_waits(report, device)
 
 
 def check_small(report: Report, shape: str, layers: int, device: torch.device) -> None:

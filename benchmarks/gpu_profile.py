@@ -5,6 +5,7 @@ One dense and one sparse step of Llama-3-8B shapes, for benchmarks/gpu.py. On a 
 
 from __future__ import annotations
 
+import gzip
 import json
 import tempfile
 from collections import Counter
@@ -19,13 +20,16 @@ from torch.profiler import ProfilerActivity, profile
 
 KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
 OPERATORS = ("cpu_op",)
-TOP = 15
+TOP = 25
 NAME = 90
 """Characters of a kernel's name that are shown."""
 
 
-def profile_steps(report: Report, device: torch.device, tiny: bool, layers: int, budget: Budget) -> None:
-    """Tables ``profile`` (one row a step) and ``top kernels`` (``TOP`` rows a step)."""
+def profile_steps(
+    report: Report, device: torch.device, tiny: bool, layers: int, budget: Budget, traces: str | None = None
+) -> None:
+    """Tables ``profile`` (one row a step) and ``top kernels`` (``TOP`` rows a step); whole Chrome traces into the folder
+    ``traces``."""
     dtype = torch.float32 if tiny else torch.bfloat16
     shape, length = ("tiny", 32) if tiny else ("8b", 2048)
     models = Models(
@@ -41,15 +45,16 @@ def profile_steps(report: Report, device: torch.device, tiny: bool, layers: int,
             side.checkpointing(True)
             for _ in range(3):
                 side.step(batch)
-            events = trace(side, batch, device)
+            keep = Path(traces) / f"{kind}-{tokens}.json.gz" if traces else None
+            events = trace(side, batch, device, keep)
             report.add("profile", {"what": what, **summary(events)})
             for row in top(events):
                 report.add("top kernels", {"what": what, **row})
     drop(models)
 
 
-def trace(side: Any, batch: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
-    """What ran in one step: ``name``, ``ts`` and ``dur`` in µs."""
+def trace(side: Any, batch: dict[str, Any], device: torch.device, keep: Path | None = None) -> list[dict[str, Any]]:
+    """What ran in one step: ``name``, ``ts`` and ``dur`` in µs; the whole trace, compressed, into ``keep``."""
     gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as recorded:
         side.step(batch)
@@ -58,7 +63,11 @@ def trace(side: Any, batch: dict[str, Any], device: torch.device) -> list[dict[s
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
         recorded.export_chrome_trace(str(file))
-        events = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
+        text = file.read_bytes()
+    if keep:
+        keep.parent.mkdir(parents=True, exist_ok=True)
+        keep.write_bytes(gzip.compress(text))
+    events = json.loads(text)["traceEvents"]
     kinds = KERNELS if gpu else OPERATORS
     return [event for event in events if event.get("cat") in kinds and "dur" in event]
 

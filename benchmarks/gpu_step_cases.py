@@ -27,9 +27,12 @@ def step_cases(layers: int, dtype: torch.dtype, *, tiny: bool = False) -> Iterat
             shape=shape, layers=layers, storage=storage, setting=setting, dtype=dtype, length=32 if tiny else LENGTH
         )
 
-    def cases(pair: Pair, *sizes: tuple[int, float], batch: str = "full", rows: int | None = None) -> Iterator[Case]:
+    def cases(
+        pair: Pair, *sizes: tuple[int, float], batch: str = "full", rows: int | None = None, only: bool | None = None
+    ) -> Iterator[Case]:
+        """With and without checkpointing, or ``only`` one of them."""
         for tokens, context in sizes:
-            for checkpointing in (True, False):
+            for checkpointing in (True, False) if only is None else (only,):
                 yield Case(
                     pair=pair, tokens=tokens, context=context, checkpointing=checkpointing, batch=batch, rows=rows
                 )
@@ -47,15 +50,18 @@ def step_cases(layers: int, dtype: torch.dtype, *, tiny: bool = False) -> Iterat
     whole = pair("8b", "plain", "math", layers=32)
     yield Case(pair=whole, tokens=8192, context=0.75, checkpointing=True)
     first, *others = main
-    yield from cases(pair(*first), (8192, 0.75), (2048, 0.75), (1024, 0.75), (16384, 0.75))
+    yield from cases(pair(*first), (8192, 0.75), (2048, 0.75))
+    yield from cases(pair(*first), (8192, 0.25), (8192, 0.5), (8192, 1.0), only=True)
+    yield from cases(pair(*first), (1024, 0.75), (16384, 0.75))
     for batch in ("packed", "padded"):
         yield from cases(pair(*first), (8192, 0.75), (2048, 0.75), batch=batch, rows=SHORT)
-    for some in others:
+    for some in reversed(others):  # 70B in NF4 before all.
         yield from cases(pair(*some), (8192, 0.75))
     for some in others:
         yield from cases(pair(*some), (2048, 0.75), (1024, 0.75), (16384, 0.75))
-    for some in main:
+    for some in others:
         yield from cases(pair(*some), (8192, 1.0), (8192, 0.5))
+    yield from cases(pair(*first), (8192, 1.0), (8192, 0.5), only=False)
     for some in other:
         yield from cases(pair(*some), (8192, 0.75), (8192, 1.0))
     for some in others:

@@ -1,12 +1,12 @@
 """Whole runs of launch/train.py on one GPU, for benchmarks/gpu.py: do all engines learn what the CPU learns, and how fast?
 
 Every run is a process: ``single``, and ``zero3`` (where deepspeed is installed) and ``fsdp2`` at one rank under NCCL. The
-reference is the same run on this machine's CPU under ``single``, with the same rows, in the same call.
+reference is the same run on this machine's CPU under ``single``, with the same rows, in the same call. Several run at once
+where ``--at-once`` says so: most of a short run is starting and compiling. Their speed is then not told.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -16,14 +16,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gpu_models import has
 from gpu_report import Budget, Report
-
-from sparselora_dist.config.run import DataSection
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 12
@@ -68,13 +67,11 @@ class Variant:
 
 
 def variants(tiny: bool) -> Iterator[Variant]:
-    """The most important first. Packing is set only where a run knows the key."""
-    knows = "packing" in {field.name for field in dataclasses.fields(DataSection)}
+    """The most important first."""
     yield Variant(rows=2 if tiny else 16)
     if tiny:
         return
-    yield Variant(dtype="bfloat16")
-    for packing in (True, False) if knows else ():
+    for packing in (True, False):
         yield Variant(dtype="bfloat16", packing=packing)
     yield Variant(dtype="bfloat16", checkpointing=True)
     yield Variant(dtype="bfloat16", nf4=True)
@@ -92,8 +89,10 @@ def model_overrides(folder: str | None, data: str | None) -> list[str]:
     return words + (["--data.train", data] if data else [])
 
 
-def run(engine: str, words: list[str], cpu: bool, seconds: float) -> tuple[dict[str, Any], list[float]]:
-    """One run: a row of what it took or why it failed, and its losses by step."""
+def run(
+    engine: str, words: list[str], cpu: bool, seconds: float, threads: str | None = None
+) -> tuple[dict[str, Any], list[float]]:
+    """One run: a row of what it took or why it failed, and its losses by step; ``threads`` of the CPU."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *(sys.executable, str(ROOT / "launch" / "train.py"), "--config", f"configs/{engine}_sparse.json"),
@@ -101,6 +100,8 @@ def run(engine: str, words: list[str], cpu: bool, seconds: float) -> tuple[dict[
             *("--data.eval", "null", "--train.save_steps", str(STEPS), *words),
         ]
         env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        if threads is not None:
+            env["OMP_NUM_THREADS"] = threads
         if cpu:
             env |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         started = time.monotonic()
@@ -145,40 +146,77 @@ def apart(reference: list[float], losses: list[float]) -> float:
 
 
 def time_runs(
-    report: Report, budget: Budget, *, tiny: bool, folder: str | None = None, data: str | None = None
+    report: Report, budget: Budget, *, tiny: bool, folder: str | None = None, data: str | None = None, at_once: int = 1
 ) -> None:
     """Rows of ``runs``: the CPU's first, then every engine's, of every variant, until the time is up."""
-    for model in dict.fromkeys((None, folder)):
-        for variant in variants(tiny):
-            _time_variant(report, budget, variant, model, data, tiny)
+    threads = str(max(1, (os.cpu_count() or 1) // at_once)) if at_once > 1 else None
+    with ThreadPoolExecutor(at_once) as pool:
+        started = [
+            (variant, model, _start(pool, report, budget, variant, model, data, tiny, threads))
+            for variant in variants(tiny)
+            for model in dict.fromkeys((None, folder))
+        ]
+        for variant, model, runs in started:
+            _judge(report, variant, _name(variant, model), runs, alone=at_once == 1)
 
 
-def _time_variant(
-    report: Report, budget: Budget, variant: Variant, folder: str | None, data: str | None, tiny: bool
-) -> None:
-    model = Path(folder).name if folder else "demo"
-    name = f"{model}, {variant.name}"
+Ran = tuple[dict[str, Any], list[float]] | None
+"""Of :func:`run`; None where no time was left."""
+
+
+def _name(variant: Variant, folder: str | None) -> str:
+    return f"{Path(folder).name if folder else 'demo'}, {variant.name}"
+
+
+def _start(
+    pool: ThreadPoolExecutor,
+    report: Report,
+    budget: Budget,
+    variant: Variant,
+    folder: str | None,
+    data: str | None,
+    tiny: bool,
+    threads: str | None,
+) -> list[tuple[str, bool, Future[Ran]]]:
+    """Engine, whether on the CPU, and what will come of it; the reference first."""
     if variant.nf4 and not has("bitsandbytes"):
-        report.leave_out("train", name, "bitsandbytes is not installed")
-        return
+        report.leave_out("train", _name(variant, folder), "bitsandbytes is not installed")
+        return []
     words = [*model_overrides(folder, data), *variant.overrides()]
-    reference: list[float] = []
+
+    def one(engine: str, cpu: bool) -> Ran:
+        if not budget.allows(1.0):
+            return None
+        found = run(engine, words, cpu, budget.left, threads)
+        budget.took(1.0, found[0]["seconds"])
+        return found
+
+    runs = []
     for engine, cpu in (("single", True), *((engine, tiny) for engine in ENGINES)):
         if engine == "zero3" and not has("deepspeed"):
-            report.leave_out("train", f"{name}, {engine}", "deepspeed is not installed")
+            report.leave_out("train", f"{_name(variant, folder)}, {engine}", "deepspeed is not installed")
             continue
-        if not budget.allows(1.0):
+        runs.append((engine, cpu, pool.submit(one, engine, cpu)))
+    return runs
+
+
+def _judge(report: Report, variant: Variant, name: str, runs: list[tuple[str, bool, Future[Ran]]], alone: bool) -> None:
+    reference: list[float] | None = None
+    for engine, cpu, future in runs:
+        found = future.result()
+        if found is None:
             report.leave_out("train", f"{name}, {engine}", "no time left")
             continue
-        row, losses = run(engine, words, cpu, budget.left)
-        budget.took(1.0, row["seconds"])
+        row, losses = found
+        if not alone:
+            row.pop("tokens/s", None)
         told = {"what": name, "engine": engine, "on": "CPU" if cpu else "GPU", **row}
         told["last loss"] = losses[-1] if losses else None
-        if not reference:
+        if reference is None and cpu:
             reference = losses
             report.judge("runs", told, f"{name} on the CPU: {row['problem']}", not row["problem"])
             continue
-        difference = apart(reference, losses)
+        difference = apart(reference or [], losses)
         told |= {"loss apart": difference, "allowed": variant.tolerance}
         right = not row["problem"] and difference <= variant.tolerance
         report.judge("runs", told, f"{name}, {engine}: {row['problem'] or f'loss apart {difference:.2g}'}", right)

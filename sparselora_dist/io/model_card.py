@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,16 @@ def write_model_card(model: Any, folder: Path, config: RunConfig, summary: dict[
         lora=model.peft_config["default"],
         summary=summary,
         results=_results(summary),
-        versions={name: version(name) for name in ("sparselora-dist", *_PACKAGES)},
+        versions={name: _version(name) for name in ("sparselora-dist", *_PACKAGES)},
     )
     card.save(path)
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # Run from a checkout, without an installation.
+        return "not installed"
 
 
 def _results(summary: dict[str, Any]) -> list[tuple[str, str, str]]:

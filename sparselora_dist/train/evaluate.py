@@ -31,9 +31,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(
-    engine: Engine, context: SparseContext, feed: Feed, batch_size: int, progress: bool = False
-) -> Evaluation:
+def evaluate(engine: Engine, context: SparseContext, feed: Feed, batch_size: int, progress: bool = False) -> Evaluation:
     """Over all rows of ``feed``'s dataset, ``batch_size`` rows a rank where they are padded.
 
     Every rank must call this; one without rows left runs all the same, so that no collective is missed. ``progress`` shows

@@ -40,7 +40,7 @@ def test_all_parts_run(gpu: ModuleType, tmp_path: Path) -> None:
     """But whole runs, which test_gpu_train.py looks at."""
     markdown, measured = tmp_path / "rows.md", tmp_path / "rates.json"
     rates.write(measured, "cpu", {})
-    parts = "check,profile,steps,liger,ops"
+    parts = "kernels,gradients,profile,steps,liger,ops"
     result, tables = _run(tmp_path, "--parts", parts, "--markdown", str(markdown), **{rates.VARIABLE: str(measured)})
     assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-3000:]
     assert result.stdout.rstrip().endswith("0 wrong")
@@ -101,16 +101,14 @@ def test_a_wrong_kernel_is_a_row(
     gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run: Any, told: str, capsys: Any
 ) -> None:
     """Named at the end, and the rest goes on."""
-    import gpu_check
     import gpu_kernels
     from gpu_report import read_rows
 
     right = gpu_kernels.Check("right.one", "float32", lambda: [(torch.ones(2), torch.ones(2))], 1e-5)
     wrong = gpu_kernels.Check("wrong.one", "float32", run, 1e-5)
     monkeypatch.setattr(gpu_kernels, "all_checks", lambda device, sizes: iter([wrong, right]))
-    monkeypatch.setattr(gpu_check, "check_small", lambda *_: None)
     file = tmp_path / "rows.jsonl"
-    assert gpu.main(["--tiny", "--parts", "check,liger", "--rows", str(file)]) == 1
+    assert gpu.main(["--tiny", "--parts", "kernels,liger", "--rows", str(file)]) == 1
     assert f"1 wrong\n  kernel wrong.one: {told}" in capsys.readouterr().out
     tables = read_rows(file)
     assert [(row["kernel"], row["right"]) for row in tables["wrong kernels"]] == [("wrong.one", False)]
@@ -135,14 +133,14 @@ def test_a_part_that_fails_is_a_row(gpu: ModuleType, monkeypatch: pytest.MonkeyP
     from gpu_report import read_rows
 
     def run_part(part: str, *_: Any) -> None:
-        if part == "check":
+        if part == "kernels":
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     seen: list[str] = []
     monkeypatch.setattr(gpu, "run_part", lambda part, *rest: (seen.append(part), run_part(part, *rest)))
     assert gpu.main(["--tiny", "--rows", str(tmp_path / "rows.jsonl")]) == 1
     assert seen == list(gpu.PARTS)
-    assert [row["part"] for row in read_rows(tmp_path / "rows.jsonl")["parts"]] == ["check"]
+    assert [row["part"] for row in read_rows(tmp_path / "rows.jsonl")["parts"]] == ["kernels"]
 
 
 @pytest.fixture

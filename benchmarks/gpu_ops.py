@@ -20,14 +20,15 @@ from gpu_timing import free, timed
 from torch import Tensor
 
 from sparselora_kernels import EncodedWeight
-from sparselora_kernels.choice import prefers_vendor
 from sparselora_kernels.gpu import columns, gated_ffn, gated_gradient, indexed_linear, nf4, score, select
+from sparselora_kernels.gpu.estimate import product_seconds
 from sparselora_kernels.gpu.matrix import NF4Matrix
-from sparselora_kernels.indexed_linear import vendor_nn, vendor_nt
+from sparselora_kernels.indexed_linear import takes_vendor, vendor_nn, vendor_nt
 from sparselora_kernels.nf4 import BLOCK, blocks, scale_bytes
 from sparselora_kernels.operands import NNOperands, NTOperands
 from sparselora_kernels.rates import key_of, rates_of
 from sparselora_kernels.reference.nf4 import LEVELS
+from sparselora_kernels.select import kept_count
 
 # (dense bf16 FLOP/s, bytes/s) of data sheets, by the first part of the device's name that is found.
 PEAKS: tuple[tuple[str, float, float], ...] = (
@@ -66,6 +67,8 @@ class Op:
     """What the rule says now."""
     rate: str = ""
     """Which of the rates that launchers choose by (``sparselora_kernels.rates``) it measures; none if empty."""
+    predicted: float | None = None
+    """Seconds that the launchers expect, by the rate that they have now."""
 
 
 def find_peak(device: torch.device, tiny: bool) -> Peak:
@@ -120,7 +123,9 @@ def _row(op: Op, peak: Peak, device: torch.device, flush: Tensor, repeats: int) 
         "bound by": "compute" if compute > memory else "memory",
     }
     if op.rate:
-        row |= {"rate": op.rate, "reached": (op.flops or op.bytes) / took}
+        # Of a product: the rate by which its tiles would have been expected to take this long.
+        known = rates_of(device)[op.rate]
+        row |= {"rate": op.rate, "reached": known * op.predicted / took if op.predicted else op.bytes / took}
     if op.vendor is not None:
         vendor = _median(op.vendor, device, flush, repeats)
         row |= {
@@ -170,7 +175,7 @@ def all_ops(device: torch.device, tiny: bool) -> Iterator[Op]:
             for n in (512, 1536, 6144, 16384)
         )
     for hidden, width, kv, tokens in layers:
-        kept, context = max(4, -(-width // 100)), tokens * 3 // 4
+        kept, context = max(4, kept_count(width, 0.99)), tokens * 3 // 4
         for kind in ("plain", "nf4"):
             yield from _ffn_ops(Data(_size(tokens, hidden, width, context, kept), device, dtype), kind)
             yield from _attention_ops(Data(_size(tokens, hidden, hidden, context, hidden // 4), device, dtype), kind)
@@ -221,7 +226,7 @@ def _ffn_ops(data: Data, kind: str) -> Iterator[Op]:
     yield Op(
         "gated_forward", what, 4 * n * k * h, n * h * e + 2 * k * row + 3 * n * k * e,
         lambda: gated_ffn.gated_forward(x, data.rows, gate, up, data.channels, activation="silu"),
-        vendor_forward, _rule(data, kind, "gated"), _rate(data, kind, "gated"),
+        vendor_forward, _rule(data, kind, "gated"), _rate(data, kind, "gated"), _predicted(data, kind, "gated"),
     )  # fmt: skip
     dh, g, u = (data.normal(n, k) for _ in range(3))
     if kind == "plain":
@@ -231,13 +236,13 @@ def _ffn_ops(data: Data, kind: str) -> Iterator[Op]:
         "gated_input_gradient", what, 4 * n * k * h, n * h * e + 2 * k * row + 2 * n * k * e,
         lambda: gated_gradient.gated_input_gradient(g, u, gate, up, data.rows, data.channels, out),
         lambda: out.index_copy_(0, data.rows, torch.addmm(g @ rows_of_gate(), u, rows_of_up())),
-        _rule(data, kind, "gradient"), _rate(data, kind, "gradient"),
+        _rule(data, kind, "gradient"), _rate(data, kind, "gradient"), _predicted(data, kind, "gradient"),
     )  # fmt: skip
     yield Op(
         "indexed_nn (down)", what, 2 * n * k * h, n * h * e + k * row + n * k * e,
         lambda: indexed_linear.indexed_nn(NNOperands(g, data.rows, data.channels, out), up),
         lambda: vendor_nn(NNOperands(g, data.rows, None, out), EncodedWeight((rows_of_up(),))),
-        _rule(data, kind, "nn"), _rate(data, kind, "nn"),
+        _rule(data, kind, "nn"), _rate(data, kind, "nn"), _predicted(data, kind, "nn"),
     )  # fmt: skip
 
 
@@ -252,13 +257,13 @@ def _attention_ops(data: Data, kind: str) -> Iterator[Op]:
         "indexed_nt (q, k, v)", what, 2 * n * k * h, n * h * e + k * row + n * k * e,
         lambda: indexed_linear.indexed_nt(NTOperands(x, data.rows, data.channels), weight),
         lambda: vendor_nt(NTOperands(x, data.rows, None), EncodedWeight((rows_of(),))),
-        _rule(data, kind, "nt"), _rate(data, kind, "nt"),
+        _rule(data, kind, "nt"), _rate(data, kind, "nt"), _predicted(data, kind, "nt"),
     )  # fmt: skip
     yield Op(
         "indexed_nn (o)", what, 2 * n * k * h, n * h * e + k * row + n * k * e,
         lambda: indexed_linear.indexed_nn(NNOperands(compact, data.rows, data.channels, out), weight),
         lambda: vendor_nn(NNOperands(compact, data.rows, None, out), EncodedWeight((rows_of(),))),
-        _rule(data, kind, "nn"), _rate(data, kind, "nn"),
+        _rule(data, kind, "nn"), _rate(data, kind, "nn"), _predicted(data, kind, "nn"),
     )  # fmt: skip
     if kind == "plain":
         lists = data.rows, data.channels
@@ -281,20 +286,24 @@ def _vendor_ops(data: Data, kind: str) -> Iterator[Op]:
         "indexed_nt (grid)", what, flops, moved,
         lambda: indexed_linear.indexed_nt(NTOperands(x, data.rows, data.channels), weight),
         lambda: vendor_nt(NTOperands(x, data.rows, None), EncodedWeight((rows_of(),))),
-        _rule(data, kind, "nt"), _rate(data, kind, "nt"),
+        _rule(data, kind, "nt"), _rate(data, kind, "nt"), _predicted(data, kind, "nt"),
     )  # fmt: skip
     yield Op(
         "indexed_nn (grid)", what, flops, moved,
         lambda: indexed_linear.indexed_nn(NNOperands(hidden, data.rows, data.channels, out), weight),
         lambda: vendor_nn(NNOperands(hidden, data.rows, None, out), EncodedWeight((rows_of(),))),
-        _rule(data, kind, "nn"), _rate(data, kind, "nn"),
+        _rule(data, kind, "nn"), _rate(data, kind, "nn"), _predicted(data, kind, "nn"),
     )  # fmt: skip
 
 
 def _rule(data: Data, kind: str, product: str) -> bool:
     size = data.size
-    nf4, rates = kind == "nf4", rates_of(data.device)
-    return prefers_vendor(product, size.n, size.k, size.H, data.dtype, nf4=nf4, rates=rates)
+    return takes_vendor(product, size.n, size.k, size.H, data.dtype, data.device, nf4=kind == "nf4")
+
+
+def _predicted(data: Data, kind: str, product: str) -> float:
+    size = data.size
+    return product_seconds(product, size.n, size.k, size.H, data.dtype, nf4=kind == "nf4", device=data.device)
 
 
 def _rate(data: Data, kind: str, product: str) -> str:

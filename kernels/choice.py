@@ -3,7 +3,8 @@
 A rule by arithmetic from the rates of a device (:mod:`.rates`): for n tokens, k channels, the other side ``length``, and
 s matrices (two of the gated FFN, else one),
 
-    ours      the longer of  2·s·n·k·length / rate  and  bytes / memory
+    ours      the longer of  2·s·n·k·length / rate  and  bytes / memory;  the first by whole tiles and whole rounds of them
+              where the launchers' tables are at hand (``compute``, :mod:`.gpu.estimate`)
     vendor    the longer of  2·s·n·k·length / vendor  and  bytes / memory,  + copies / copy  + launches · launch
 
 Bytes are what each must read and write once. Copies are what the vendor's form reads and writes besides: the rows of X, or
@@ -33,6 +34,7 @@ def prefers_vendor(
     nf4: bool = False,
     copies_rows: bool = True,
     updates: bool = False,
+    compute: float | None = None,
     rates: Mapping[str, float] = DEFAULTS,
 ) -> bool:
     """Whether the vendor's form of a product is the faster one.
@@ -42,6 +44,7 @@ def prefers_vendor(
         nf4: how the matrix is stored.
         copies_rows: tokens are given by index; otherwise all are taken, and none is copied.
         updates: a low-rank update is added.
+        compute: seconds that our product's programs take; by default its operations at its rate.
     """
     size = dtype.itemsize
     matrices = 2 if product in ("gated", "gradient") else 1
@@ -50,7 +53,9 @@ def prefers_vendor(
     narrow = n * k * size * (3 if product == "gated" else matrices)
     stored = matrices * k * length * (NF4_BYTES if nf4 else size)
     moved = (wide + narrow + stored) / rates["memory"]
-    ours = max(operations / rates[key_of(product, dtype, nf4=nf4)], moved) + rates["launch"]
+    if compute is None:
+        compute = operations / rates[key_of(product, dtype, nf4=nf4)]
+    ours = max(compute, moved) + rates["launch"]
     copies = stored + matrices * k * length * size
     launches = 2 * matrices
     if copies_rows:

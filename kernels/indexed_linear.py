@@ -13,6 +13,7 @@ kernel that reads rows by index (:mod:`sparselora_kernels.gpu.indexed_linear`); 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,6 +64,19 @@ def triton_matrix(weight: EncodedWeight, channels: Tensor | None, x: Tensor) -> 
     return NF4Matrix(codes, row_absmax(scales, channels, length, bool(double_quant)), levels(codes.device), length)
 
 
+@lru_cache(4096)  # Layers ask for the same again and again.
+def takes_vendor(
+    product: str, n: int, k: int, length: int, dtype: torch.dtype, device: torch.device, *, nf4: bool, **options: bool
+) -> bool:
+    """:func:`~sparselora_kernels.choice.prefers_vendor` by the rates of a device and the launchers' tiles."""
+    from .gpu.estimate import product_seconds
+
+    compute = product_seconds(product, n, k, length, dtype, nf4=nf4, device=device) if n and k else 0.0
+    return prefers_vendor(
+        product, n, k, length, dtype, nf4=nf4, compute=compute, rates=rates_of(device), **options
+    )
+
+
 def triton_choice(
     product: str, x: Tensor, matrices: Sequence[EncodedWeight], tokens: int, channels: Tensor | None, **options: bool
 ) -> list[Matrix] | None:
@@ -72,8 +86,7 @@ def triton_choice(
         return None
     first = matrices[0]
     k = first.channels if channels is None else channels.shape[0]
-    options["nf4"] = not first.plain
-    if prefers_vendor(product, tokens, k, first.length, x.dtype, rates=rates_of(x.device), **options):
+    if takes_vendor(product, tokens, k, first.length, x.dtype, x.device, nf4=not first.plain, **options):
         return None
     found = [matrix for weight in matrices if (matrix := triton_matrix(weight, channels, x)) is not None]
     return found if len(found) == len(matrices) and len({weight.plain for weight in matrices}) == 1 else None

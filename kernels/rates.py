@@ -1,7 +1,7 @@
 """What a device reaches in each kind of product and copy: by these numbers launchers choose, and a benchmark measures them.
 
-The defaults are those of an H100 by data sheets, published measurements and a reading of the compiled kernels; none was
-measured with this code. ``benchmarks/gpu.py`` writes a file for the device that it runs on. Names:
+The defaults are those of an H200, by which the rule of :mod:`.choice` was right for all but a few of 182 measured pairs of
+products (docs/performance.md). ``benchmarks/gpu.py`` writes a file for the device that it runs on. Names:
 
     vendor 16, vendor 32                       the vendor's GEMM, FLOP/s, in bf16 and in fp32
     nt, nn, gated, gradient  16, 32, 16 nf4    our products, FLOP/s
@@ -28,20 +28,20 @@ PRODUCTS = ("nt", "nn", "gated", "gradient")
 """Of :mod:`.gpu.indexed_linear`, and forward and input gradient of the gated FFN."""
 
 DEFAULTS: Mapping[str, float] = {
-    # 989 and 67 TFLOP/s by the data sheet; large cuBLAS products reach some 70 %.
-    "vendor 16": 700e12,
+    # Large products reach 800 there, those of a layer about 700; fp32 by the data sheet.
+    "vendor 16": 720e12,
     "vendor 32": 50e12,
-    # Tiles of 128 x 128 and 128 x 256 by wgmma, without TMA or specialised warps: 60 to 65 % of the vendor's.
+    # Full tiles of 128 x 128 and 128 x 256 by wgmma, without TMA or specialised warps.
     **{f"{product} 16": 450e12 for product in PRODUCTS},
     # Every tile of tokens decodes its rows again, outside the matrix units.
     **{f"{product} 16 nf4": 200e12 for product in PRODUCTS},
-    # IEEE fp32 has no matrix unit, and keeps its operands in registers.
+    # IEEE fp32 has no matrix unit, and keeps its operands in registers. Not measured.
     **{f"{product} 32": 20e12 for product in PRODUCTS},
     **{f"{product} 32 nf4": 20e12 for product in PRODUCTS},
-    # Between 3.35 TB/s (H100) and 4.8 (H200) by data sheets, 90 % of it reached by streams.
-    "memory": 4.0e12,
-    # Rows of 8 KiB and more by index: nearly a stream, but an index to wait for.
-    "copy": 3.0e12,
+    # A large copy; 3.0 on an H100.
+    "memory": 4.2e12,
+    # Rows of 8 KiB by index, read and put back: 3.4 where they are only read.
+    "copy": 2.2e12,
     # Published measurements of H100: 5.5 to 6 TB/s.
     "l2": 5.5e12,
     "launch": 3e-6,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -44,19 +44,11 @@ def kind_of(dtype: torch.dtype, *, nf4: bool, ragged: bool = False) -> str:
     return " ".join(words)
 
 
-def choose(
-    tables: dict[str, tuple[Tile, ...]], kind: str, product: str, n: int, width: int, device: torch.device
-) -> Tile:
-    """The tile of a table that covers n × width results soonest, by the rates of the device (``product``: one's name there).
-
-    The longer of two times counts, both for a step of the sum: the multiprocessors' rounds of programs, and what all
-    programs together read through L2, their rows of tokens and of the matrices. Few channels make small tiles wait for
-    the second: 6144 tokens by 144 channels of gate and up are 144 programs of 128 × 64 or 288 of 64 × 64, which read
-    1.5 times as much.
-    """
-    tiles = tables[kind]
-    if len(tiles) == 1:
-        return tiles[0]
+@lru_cache(4096)  # Layers ask for the same again and again.
+def _best(
+    tiles: tuple[Tile, ...], kind: str, product: str, n: int, width: int, device: torch.device
+) -> tuple[float, Tile]:
+    """Seconds for each step of the sum, and the tile that takes them."""
     rates, processors = rates_of(device), multiprocessors(device)
     dtype, nf4 = (torch.bfloat16 if kind.startswith("16") else torch.float32), "nf4" in kind
     rate = rates[key_of(product, dtype, nf4=nf4)] / processors
@@ -69,7 +61,36 @@ def choose(
         compute = triton.cdiv(programs, processors) * 2 * matrices * tile.m * tile.n * tile.cost / rate
         return max(compute, programs * (tile.m * of_tokens + tile.n * of_matrices) / rates["l2"])
 
-    return min(tiles, key=time)
+    tile = min(tiles, key=time)
+    return time(tile), tile
+
+
+def choose(
+    tables: dict[str, tuple[Tile, ...]], kind: str, product: str, n: int, width: int, device: torch.device
+) -> Tile:
+    """The tile of a table that covers n × width results soonest, by the rates of the device (``product``: one's name there).
+
+    The longer of two times counts, both for a step of the sum: the multiprocessors' rounds of programs, and what all
+    programs together read through L2, their rows of tokens and of the matrices. Few channels make small tiles wait for
+    the second: 6144 tokens by 144 channels of gate and up are 144 programs of 128 × 64 or 288 of 64 × 64, which read
+    1.5 times as much.
+    """
+    tiles = tables[kind]
+    return tiles[0] if len(tiles) == 1 else _best(tiles, kind, product, n, width, device)[1]
+
+
+def predict(
+    tables: dict[str, tuple[Tile, ...]],
+    kind: str,
+    product: str,
+    n: int,
+    width: int,
+    summed: int,
+    device: torch.device,
+) -> float:
+    """Seconds of the tile that :func:`choose` takes, for a sum over ``summed`` values."""
+    seconds, tile = _best(tables[kind], kind, product, n, width, device)
+    return seconds * triton.cdiv(summed, tile.k) * tile.k
 
 
 def constants_of(tile: Tile, absent: tuple[str, ...]) -> dict[str, object]:

@@ -11,6 +11,7 @@ The most valuable part first; each can be asked for alone, and has a share of th
     profile    one dense and one sparse step: the kernels that take the most time, the share in which the GPU idles
     steps      training steps of Llama-3-8B and -70B shapes against dense PEFT LoRA, most important first: bf16 and NF4, with
                and without checkpointing, 1 to 16 thousand tokens, full, padded and packed batches
+    graphs     the same as a CUDA graph: what the host's part of a step is
     train      launch/train.py on single, fsdp2 and zero3 at one rank, its losses against a run on the CPU; --model and
                --data add a model beside the demo's, --at-once N runs N of them side by side
     liger      plain PEFT with all of Liger, which is what people use today
@@ -48,7 +49,16 @@ sys.path.append(str(Path(__file__).resolve().parent))
 
 from gpu_report import Budget, Report
 
-PARTS = {"kernels": 3.0, "gradients": 1.0, "profile": 1.0, "steps": 5.0, "train": 3.0, "liger": 1.0, "ops": 2.0}
+PARTS = {
+    "kernels": 3.0,
+    "gradients": 1.0,
+    "profile": 1.0,
+    "steps": 5.0,
+    "graphs": 2.0,
+    "train": 3.0,
+    "liger": 1.0,
+    "ops": 2.0,
+}
 """Each part, in order, and its weight: it may take that share of the weights still to come from what is left. ``kernels``
 and ``gradients`` end when they are done."""
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "deepspeed", "numpy")
@@ -102,11 +112,12 @@ def run_part(part: str, report: Report, budget: Budget, device: torch.device, gi
 
         check_kernels(report, device, given.tiny)
     elif part == "gradients":
-        from gpu_check import check_small, check_waits
+        from gpu_check import check_small, check_waits, check_wide
 
         check_small(report, "tiny" if given.tiny else "small", 3, device)
         if device.type == "cuda":
             check_waits(report, device)
+            check_wide(report, device)
     elif part == "profile":
         from gpu_profile import profile_steps
 
@@ -118,6 +129,14 @@ def run_part(part: str, report: Report, budget: Budget, device: torch.device, gi
         _use_liger(report, device)
         cases = [case for case in step_cases(layers, dtype, tiny=given.tiny) if given.only in case.name]
         time_steps(report, cases, budget, device)
+    elif part == "graphs":
+        if device.type != "cuda":
+            report.leave_out("graphs", "CUDA graphs", "they need a GPU")
+            return
+        from gpu_graphs import time_graphs
+
+        _use_liger(report, device, loss=False)  # Liger's loss waits for the number of labels.
+        time_graphs(report, budget, layers, device)
     elif part == "train":
         from gpu_train import time_runs
 
@@ -142,14 +161,15 @@ def run_part(part: str, report: Report, budget: Budget, device: torch.device, gi
             report.add("rates", {"what": f"launchers choose by the rates in {file} from now on"})
 
 
-def _use_liger(report: Report, device: torch.device) -> None:
-    """Liger's norm, RoPE and loss on both sides of every step from here on, where it is installed; said in a row."""
+def _use_liger(report: Report, device: torch.device, *, loss: bool = True) -> None:
+    """Liger's norm, RoPE and ``loss`` on both sides of every step from here on, where it is installed; said in a row."""
     liger = report.about["liger-kernel"] != "not installed" and device.type == "cuda"
     if liger:
         from sparselora_dist.apply.liger import use_liger
 
-        use_liger("llama", cross_entropy=True)
-    report.add("steps use", {"what": f"{'Liger' if liger else 'Transformers'}'s RMS norm, RoPE and loss on both sides"})
+        use_liger("llama", cross_entropy=loss)
+    parts = "RMS norm, RoPE and loss" if loss else "RMS norm and RoPE"
+    report.add("steps use", {"what": f"{'Liger' if liger else 'Transformers'}'s {parts} on both sides"})
 
 
 def run_memory(report: Report, device: torch.device, given: argparse.Namespace) -> None:

@@ -40,6 +40,17 @@ def check_small(report: Report, shape: str, layers: int, device: torch.device) -
             forget_parts()
 
 
+def check_wide(report: Report, device: torch.device) -> None:
+    """Gradients at the widths of Llama-3-8B in fp32, where a wrong channel cannot hide in rounding."""
+    for storage in ("plain", "nf4") if has("bitsandbytes") else ("plain",):
+        pair = Pair(shape="8b", layers=4, storage=storage, setting="math", dtype=torch.float32, length=512)
+        models = Models(pair, device)
+        row = models.check(tokens=1024, context=0.75)
+        right = row.pop("right")
+        report.judge("gradients", row, f"gradients of {pair.name}", right)
+        drop(models)
+
+
 def check_waits(report: Report, device: torch.device) -> None:
     for storage in ("plain", "nf4") if has("bitsandbytes") else ("plain",):
         pair = Pair(shape="small", layers=3, storage=storage, setting="math", dtype=torch.bfloat16, length=256)

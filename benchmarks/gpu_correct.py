@@ -15,9 +15,9 @@ from sparselora_dist import selection
 from sparselora_dist.families import base_linear, decoder_layers, geometry
 from sparselora_dist.method.tokens import partition_tokens
 
-TOLERANCE = {torch.float32: (1e-3, 1e-3), torch.bfloat16: (0.25, 0.05)}
-"""Of a gradient's norm: the worst matrix, and all of them together. bf16 against fp32 is 4 % and 2 % apart in 32 layers of
-hidden 512, by rounding alone; a wrong channel shows in fp32."""
+TOLERANCE = {torch.float32: (1e-3, 1e-3), torch.bfloat16: (0.25, 0.1)}
+"""Of a gradient's norm: the worst matrix, and all of them together. Two ways to sum in bf16 are 12 % and 7 % apart in the 32
+layers of Llama-3-8B's shape, by rounding alone; a wrong channel shows in fp32."""
 
 
 def check_step(dense: Side, sparse: Side, batch: dict[str, Tensor]) -> tuple[float, float]:

@@ -24,6 +24,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parent))
 
 from gpu_models import build
+from gpu_profile import busy_seconds
 from gpu_report import Report
 from gpu_sides import Side, make_batch
 from gpu_timing import free, rounded, start_peak, timed
@@ -73,7 +74,13 @@ def _time(side: Side, batch: dict[str, Any], device: torch.device) -> dict[str, 
         start_peak(device)
         times = [timed(lambda: side.step(batch), device) for _ in range(5 if device.type == "cuda" else 1)]
         peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
-        return {"ms": rounded(statistics.median(times), 1e3), "gb": rounded(peak), "why": ""}
+        busy = busy_seconds(side, batch, device)
+        return {
+            "ms": rounded(statistics.median(times), 1e3),
+            "busy_ms": rounded(busy, 1e3),
+            "gb": rounded(peak),
+            "why": "",
+        }
     except torch.OutOfMemoryError:
         pass
     side.clear()

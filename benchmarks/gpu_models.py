@@ -123,8 +123,9 @@ def build(
 
 @cache
 def _nf4_parts(channels: int, length: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """One matrix, encoded: the scales of all matrices of its shape."""
-    values = torch.empty(channels, length, device=device, dtype=dtype).normal_(std=0.02)
+    """One matrix, encoded: the scales of all matrices of its shape. An even choice of levels has 1.6 times the deviation of
+    a normal one: values of std 0.02 come out, as of a plain matrix."""
+    values = torch.empty(channels, length, device=device, dtype=dtype).normal_(std=0.02 / 1.6)
     return NF4Codec().encode(values, 0)
 
 
@@ -136,7 +137,6 @@ def forget_parts() -> None:
 def _nf4_linear(linear: nn.Linear, transposed: bool, device: torch.device, dtype: torch.dtype) -> FrozenLinear:
     channels, length = tuple(linear.weight.shape)[:: -1 if transposed else 1]
     parts = {name: part.clone() for name, part in _nf4_parts(channels, length, device, dtype).items()}
-    # Other codes under the same scales; an even choice of levels has 1.6 times the deviation of a normal one.
     parts["codes"].random_(0, 256)
     frozen = {name: nn.Parameter(part, requires_grad=False) for name, part in parts.items()}
     return FrozenLinear(linear.in_features, linear.out_features, None, NF4Codec(), frozen, transposed=transposed)

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from gpu_report import Budget, Report
-from gpu_steps import Models, Pair, drop
 from torch.profiler import ProfilerActivity, profile
 
 KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -30,6 +29,8 @@ def profile_steps(
 ) -> None:
     """Tables ``profile`` (one row a step) and ``top kernels`` (``TOP`` rows a step); whole Chrome traces into the folder
     ``traces``."""
+    from gpu_steps import Models, Pair, drop  # Which measures how busy the device is by this module.
+
     dtype = torch.float32 if tiny else torch.bfloat16
     shape, length = ("tiny", 32) if tiny else ("8b", 2048)
     models = Models(
@@ -70,6 +71,14 @@ def trace(side: Any, batch: dict[str, Any], device: torch.device, keep: Path | N
     events = json.loads(text)["traceEvents"]
     kinds = KERNELS if gpu else OPERATORS
     return [event for event in events if event.get("cat") in kinds and "dur" in event]
+
+
+def busy_seconds(side: Any, batch: dict[str, Any], device: torch.device) -> float | None:
+    """Seconds of one step in which a kernel runs; ``None`` on a CPU."""
+    if device.type != "cuda":
+        return None
+    found = summary(trace(side, batch, device))
+    return None if found["ms"] is None else found["ms"] * (1 - found["idle share"]) / 1e3
 
 
 def summary(events: Iterable[dict[str, Any]]) -> dict[str, Any]:

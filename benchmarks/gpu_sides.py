@@ -9,6 +9,9 @@ from gpu_models import autocast, held_bytes
 from gpu_timing import free
 from torch import Tensor
 
+from sparselora_dist.apply import find_state
+from sparselora_dist.method.tokens import TokenPartition, partition_tokens
+
 KINDS = ("full", "padded", "packed")
 """Rows of full length; rows between a half and the whole of it, padded on the right, with their attention mask; the same
 rows one after another in one line, with position ids."""
@@ -20,23 +23,40 @@ class Side:
     def __init__(self, model: Any, device: torch.device, dtype: torch.dtype) -> None:
         self.model, self.device, self.dtype = model, device, dtype
         trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-5)
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=device.type == "cuda")
+        state = find_state(model)
+        self.context = None if state is None else state.context
+        self._partition: tuple[Tensor, TokenPartition] | None = None
 
     def gradients(self, batch: dict[str, Tensor]) -> Tensor:
-        """Forward and backward; the loss."""
+        """Forward and backward; the loss. As in a run of ours, the partition was made on the host, and masks are not
+        compared before the step."""
+        if self.context is not None:
+            self.context.check_masks = "caller"
+            self.context.hand_over(batch["labels"], self._split(batch))
         with autocast(self.device, self.dtype):
             loss = self.model(**batch).loss
         loss.backward()
         return loss.detach()
 
+    def _split(self, batch: dict[str, Tensor]) -> TokenPartition:
+        labels, mask = batch["labels"], batch.get("attention_mask")
+        if self._partition is None or self._partition[0] is not labels:
+            split = partition_tokens(labels.cpu(), None if mask is None else mask.cpu())
+            self._partition = labels, split.to(self.device)
+        return self._partition[1]
+
     def step(self, batch: dict[str, Tensor]) -> None:
         self.gradients(batch)
+        if self.context is not None:
+            self.context.sync.check()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def checkpointing(self, on: bool) -> None:
         if on:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            options = {"use_reentrant": False, "preserve_rng_state": False}  # Nothing drops out.
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         else:
             self.model.gradient_checkpointing_disable()
 

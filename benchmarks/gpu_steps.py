@@ -1,8 +1,9 @@
 """Whole training steps for benchmarks/gpu.py: SparseLoRA against dense PEFT LoRA, checked before they are timed.
 
-FLOPs (``ideal``, ``dense_tflops``) are those of the step without the recomputation of activation checkpointing. ``dense_gb``
-and ``sparse_gb`` are the peaks that each side would have alone: both models are on the device, and what belongs to the
-other is taken off.
+``busy`` is the time in which a kernel runs: what is missing to the step's own time is the host's, which came too late with
+the next one. FLOPs (``ideal``, ``dense_tflops``) are those of the step without the recomputation of activation
+checkpointing. ``dense_gb`` and ``sparse_gb`` are the peaks that each side would have alone: both models are on the device,
+and what belongs to the other is taken off.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from gpu_correct import TOLERANCE, check_step
 from gpu_models import SETTINGS, forget_parts, make_pair, plain_copy, sparse_state
+from gpu_profile import busy_seconds
 from gpu_sides import Side, make_batch
 from gpu_timing import free, rounded, start_peak, timed
 from shapes import SHAPES
@@ -117,7 +119,8 @@ class Models:
         while alive and (len(next(iter(times[name] for name in alive))) < 3 or time.perf_counter() - started < seconds):
             for name, side in alive.items():
                 times[name].append(timed(lambda side=side: side.step(batch), self.device))
-        return self._row(case, batch, times, peaks)
+        busy = {name: busy_seconds(side, batch, self.device) for name, side in alive.items()}
+        return self._row(case, batch, times, peaks, busy)
 
     def _warm_up(self, side: Side, batch: dict[str, Tensor]) -> tuple[bool, float | None]:
         """Whether a step fits, and the peak of memory that this side alone needs, in GB."""
@@ -135,7 +138,12 @@ class Models:
         return False, None
 
     def _row(
-        self, case: Case, batch: dict[str, Tensor], times: dict[str, list[float]], peaks: dict[str, float | None]
+        self,
+        case: Case,
+        batch: dict[str, Tensor],
+        times: dict[str, list[float]],
+        peaks: dict[str, float | None],
+        busy: dict[str, float | None],
     ) -> dict[str, Any]:
         mask = batch.get("attention_mask")
         split = partition_tokens(batch["labels"].cpu(), None if mask is None else mask.cpu())
@@ -157,6 +165,8 @@ class Models:
             "speedup": rounded(speedup),
             "ideal": rounded(ideal),
             "efficiency": rounded(speedup / ideal if speedup else None),
+            "dense_busy_ms": rounded(busy.get("dense"), 1e3),
+            "sparse_busy_ms": rounded(busy.get("sparse"), 1e3),
             "dense_tflops": rounded(whole / dense / 1e12 if dense else None),
             "dense_gb": rounded(peaks["dense"]),
             "sparse_gb": rounded(peaks["sparse"]),

@@ -72,9 +72,7 @@ def takes_vendor(
     from .gpu.estimate import product_seconds
 
     compute = product_seconds(product, n, k, length, dtype, nf4=nf4, device=device) if n and k else 0.0
-    return prefers_vendor(
-        product, n, k, length, dtype, nf4=nf4, compute=compute, rates=rates_of(device), **options
-    )
+    return prefers_vendor(product, n, k, length, dtype, nf4=nf4, compute=compute, rates=rates_of(device), **options)
 
 
 def triton_choice(

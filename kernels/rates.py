@@ -70,7 +70,9 @@ def read(file: Path) -> dict[str, float]:
         found = json.loads(file.read_text())["rates"]
         wrong = [name for name, rate in found.items() if name not in DEFAULTS or not 0 < float(rate) < float("inf")]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RatesError(f"{file}: no rates of kernels ({error}); remove it, or write it with benchmarks/gpu.py") from error
+        raise RatesError(
+            f"{file}: no rates of kernels ({error}); remove it, or write it with benchmarks/gpu.py"
+        ) from error
     if wrong:
         raise RatesError(f"{file}: {', '.join(wrong)}: unknown, or no positive number; known: {', '.join(DEFAULTS)}")
     return {**DEFAULTS, **{name: float(rate) for name, rate in found.items()}}

@@ -17,7 +17,7 @@ LIBRARY = Path(__file__).parents[1] / "lib"
 
 # What the interpreter computes, and the list of variants may compile: a stride of one is a number of the compiler's to
 # Triton, not a tensor; and four operands of 64 KiB each.
-BROKEN = '''
+BROKEN = """
 import torch
 import triton
 import triton.language as tl
@@ -60,7 +60,7 @@ def cases():
     yield "stride one", lambda: strided(1)
     yield "vast", vast
     yield "spilling", lambda: sort_kernel[(1,)](empty(8192).float(), 8191, SIZE=8192, num_warps=1)
-'''
+"""
 
 
 def launch(arch: int, folder: Path, module: str | None = None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from .backend import use_triton
 from .columns import gather, scatter
 from .indexed_linear import indexed_nn, indexed_nt, linear, matmul
 from .lora_linear import scaled_product
+from .masters import cast, stack
 from .operands import NNOperands, NTOperands
 from .operator import held, hold, register, register_with_gradient
 from .stored import PLAIN, EncodedWeight, Weight, refuse_trainable, unpack
@@ -39,8 +40,8 @@ def _matrices(parts: Sequence[Tensor], layouts: Sequence[int]) -> list[EncodedWe
 def _low(x: Tensor, a: list[Tensor]) -> Tensor:
     """``x·[A]ᵀ``. On a CPU one by one: narrow products are summed in another order there, and are more exact in fp32."""
     if use_triton(x):
-        return linear(x, torch.cat(a))
-    return torch.cat([linear(x, factor) for factor in a], 1)
+        return linear(x, stack(a, x.dtype))
+    return torch.cat([linear(x, factor) for factor in cast(a, x.dtype)], 1)
 
 
 def _forward(
@@ -65,7 +66,7 @@ def _forward(
     some_dense = dense_rows is not None and dense_rows.numel() > 0
     dense = x.index_select(0, dense_rows) if some_dense and dense_rows is not None else None
     outputs = []
-    for i, (weight, b) in enumerate(zip(_matrices(parts, layouts), (b_q, b_k, b_v))):
+    for i, (weight, b) in enumerate(zip(_matrices(parts, layouts), cast((b_q, b_k, b_v), x.dtype))):
         kept, scaling, bias = channels[i], scalings[i], biases[i]
         if kept is None:
             y = linear(x, weight.decode(None, x.dtype), bias).addmm_(lows[i], b.t(), alpha=scaling)
@@ -103,21 +104,24 @@ def _backward(
     context_rows: Tensor | None,
     channels: list[Tensor | None],
     needs_input: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of ``x`` (empty where it needs none), of ``[A]`` (Σ r_i, in) and of the three ``B``."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``x`` (empty where it needs none), of ``[A]`` (Σ r_i, in), and of the three ``B`` one after another
+    (Σ out_i·r_i,)."""
     grads, weights = (grad_q, grad_k, grad_v), _matrices(parts, layouts)
     z = torch.empty_like(low)
     ranks = [a.shape[0] for a in (a_q, a_k, a_v)]
-    columns, lows, grad_bs = z.split(ranks, 1), low.split(ranks, 1), []
-    for i, b in enumerate((b_q, b_k, b_v)):
+    columns, lows = z.split(ranks, 1), low.split(ranks, 1)
+    grad_b = low.new_empty(sum(b.numel() for b in (b_q, b_k, b_v)))
+    places = [place.view(b.shape) for place, b in zip(_split(grad_b, (b_q, b_k, b_v)), (b_q, b_k, b_v))]
+    for i, b in enumerate(cast((b_q, b_k, b_v), low.dtype)):
         columns[i].addmm_(grads[i], b, beta=0, alpha=scalings[i])
-        grad_bs.append(scaled_product(grads[i].t(), lows[i], scalings[i]))
-    grad_a = torch.mm(z.t(), x)
+        places[i].addmm_(grads[i].t(), lows[i], beta=0, alpha=scalings[i])
+    grad_a, grad_b = torch.mm(z.t(), x).to(a_q.dtype), grad_b.to(b_q.dtype)
     if not needs_input:
-        return grad_q.new_empty(0), grad_a, *grad_bs
+        return grad_q.new_empty(0), grad_a, grad_b
     some_dense = dense_rows is not None and dense_rows.numel() > 0
     weights = [weight.once(kept is None or some_dense, low.dtype) for weight, kept in zip(weights, channels)]
-    grad_x = torch.mm(z, torch.cat([a_q, a_k, a_v]))
+    grad_x = torch.mm(z, stack((a_q, a_k, a_v), z.dtype))
     dense: Tensor | None = None
     for grad, weight, kept in zip(grads, weights, channels):
         if kept is None:
@@ -130,13 +134,17 @@ def _backward(
         indexed_nn(NNOperands(compact, context_rows, kept, grad_x, accumulate=True), weight)
     if dense is not None and dense_rows is not None:
         grad_x.index_add_(0, dense_rows, dense)
-    return grad_x, grad_a, *grad_bs
+    return grad_x, grad_a, grad_b
+
+
+def _split(flat: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
+    return flat.split([tensor.numel() for tensor in like])
 
 
 def _backward_fake(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    x, low, bs, needs_input = inputs[2], inputs[3], inputs[7:10], inputs[-1]
+    x, low, a, bs, needs_input = inputs[2], inputs[3], inputs[4], inputs[7:10], inputs[-1]
     grad_x = torch.empty_like(x) if needs_input else grad.new_empty(0)
-    return grad_x, x.new_empty(low.shape[1], x.shape[1]), *(torch.empty_like(b) for b in bs)
+    return grad_x, a.new_empty(low.shape[1], x.shape[1]), bs[0].new_empty(sum(b.numel() for b in bs))
 
 
 _run_backward = register("lora_joined_backward", _backward, _backward_fake)
@@ -164,10 +172,11 @@ def _gradients(ctx: Any, *output_grads: Tensor | None) -> tuple:
     pairs = zip(output_grads, factors[COUNT:])  # An output that nobody read has no gradient.
     grads = [x.new_zeros(x.shape[0], b.shape[0]) if grad is None else grad.contiguous() for grad, b in pairs]
     lists = ctx.scalings, *held(ctx, "rows"), channels
-    grad_x, grad_a, *grad_bs = _run_backward(
+    grad_x, grad_a, grad_b = _run_backward(
         *grads, x, low, *factors, parts, ctx.layouts, *lists, ctx.needs_input_grad[0]
     )
     grad_as = grad_a.split([a.shape[0] for a in factors[:COUNT]])
+    grad_bs = [part.view(b.shape) for part, b in zip(_split(grad_b, factors[COUNT:]), factors[COUNT:])]
     return grad_x if ctx.needs_input_grad[0] else None, *grad_as, *grad_bs, *none
 
 
@@ -192,7 +201,7 @@ def lora_joined(
         x: (T, in); any T, zero included.
         weights: three of (out_i, in). Frozen; decoded to ``x.dtype``.
         biases: three of (out_i,), frozen, or ``None``.
-        a, b: three of (r_i, in) and of (out_i, r_i) in ``x.dtype``, all of them trained or none.
+        a, b: three of (r_i, in) and of (out_i, r_i), all of them trained or none, of one dtype; cast to ``x.dtype``.
         scalings: of the branches.
         dense_rows, context_rows: as in :func:`sparselora_kernels.lora_linear`; needed where ``channels`` has some.
         channels: the (k_i,) ascending int64 rows that context tokens take of each; ``None`` for one that is whole for all

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from .columns import gather, scatter
 from .indexed_linear import indexed_nn, indexed_nt, linear, matmul
+from .masters import cast
 from .operands import NNOperands, NTOperands
-from .operator import register, register_with_gradient
+from .operator import held, hold, register, register_with_gradient
 from .stored import EncodedWeight, Weight, refuse_trainable, unpack
 
 Backward = Literal["through_rank", "through_weight"]
@@ -80,6 +81,7 @@ def _forward(
     low = x.new_empty(0)
     merged = False
     if a is not None and b is not None:
+        a, b = cast((a, b), x.dtype)
         merged, backward = _order(x, weight, a, b, context_rows is not None, merge)
         if not merged:
             low = linear(x, a)
@@ -147,9 +149,11 @@ def _backward(
     # Results of a registered operator must not share memory: an empty tensor for each.
     none, grad_a, grad_b = (grad.new_empty(0) for _ in range(3))
     z, trained = none, x is not None
+    dtypes = [factor.dtype if factor is not None else grad.dtype for factor in (a, b)]
     sparse = dense_rows is not None and context_rows is not None and channels is not None
     merged = False
     if a is not None and b is not None:
+        a, b = cast((a, b), grad.dtype)
         merged, order = _order(grad, weight, a, b, sparse, merge)
         if not merged or (trained and order == "through_rank"):
             z = scaled_product(grad, b, scaling)
@@ -160,6 +164,7 @@ def _backward(
         else:
             update = scaled_product(grad.t(), x, scaling)
             grad_a, grad_b = torch.mm(b.t(), update), torch.mm(update, a.t())
+        grad_a, grad_b = grad_a.to(dtypes[0]), grad_b.to(dtypes[1])
     if not needs_input:
         return none, grad_a, grad_b
     product = linear if transposed else matmul
@@ -209,13 +214,17 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     # The input is read by the branch's gradient only: without a trained branch no activation is kept.
     trained = a is not None and any(ctx.needs_input_grad[4:6])
-    ctx.save_for_backward(x if trained else None, output[1], a, b, *rest[1:4], *parts)
+    ctx.save_for_backward(x if trained else None, output[1], a, b)
+    hold(ctx, "parts", parts)
+    hold(ctx, "lists", rest[1:4])
     ctx.layout, ctx.scaling, ctx.transposed, ctx.merge = layout, rest[0], rest[4], rest[5]
 
 
 def _gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple:
     none: list[Any] = [None] * 12
-    x, low, a, b, dense_rows, context_rows, channels, *parts = ctx.saved_tensors
+    x, low, a, b = ctx.saved_tensors
+    parts = held(ctx, "parts")
+    dense_rows, context_rows, channels = held(ctx, "lists")
     none[1] = [None] * len(parts)  # The structure of the inputs is asked for.
     if grad is None:
         return tuple(none)
@@ -263,7 +272,7 @@ def lora_linear(
         x: (T, in); any T, zero included.
         weight: (out, in), or (in, out) when transposed: the channel is dim 0. Frozen; decoded to ``x.dtype``.
         bias: (out,), frozen.
-        a, b: (r, in) and (out, r) in ``x.dtype``; both or neither.
+        a, b: (r, in) and (out, r), cast to ``x.dtype``; both or neither.
         scaling: of the branch.
         dense_rows, context_rows, channels: all three, or none for all tokens whole. Disjoint int64 rows of ``x``, and
             the (k,) ascending int64 rows of ``weight`` that context tokens take. Rows in neither list get the LoRA

@@ -19,10 +19,15 @@ Branch = tuple[Tensor, Tensor, float]
 """A LoRA branch: ``A`` (r, in), ``B`` (out, r) and its scaling."""
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that autocast asks for; that of ``x`` without autocast."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def compute_input(x: Tensor) -> Tensor:
     """``x`` in the dtype that autocast asks for; as it is without autocast."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    return x.to(compute_dtype(x))
 
 
 class FrozenLinear(nn.Linear):

@@ -74,13 +74,15 @@ class JoinedLoRA:
             return None
         lists = [{} if base is None else base.lists(flat) for base in ours]
         rows = next((found for found in lists if found), {})
-        factors = [fused.factors(branch) for fused, branch in zip(self.fused, branches) if branch]
+        pairs = [(branch.a.weight, branch.b.weight) for branch in branches if branch]
+        if len({factor.dtype for pair in pairs for factor in pair}) > 1:
+            return None
         outputs = lora_joined(
             flat,
             [base.weight if own is None else own.stored for base, own in zip(bases, ours)],
             [base.bias for base in bases],
-            [a for a, _ in factors],
-            [b for _, b in factors],
+            [a for a, _ in pairs],
+            [b for _, b in pairs],
             [branch.scaling for branch in branches if branch],
             dense_rows=rows.get("dense_rows"),
             context_rows=rows.get("context_rows"),

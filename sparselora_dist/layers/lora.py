@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from sparselora_kernels import lora_linear
 
-from ..codecs.linear import FrozenLinear, compute_input
+from ..codecs.linear import FrozenLinear, compute_dtype, compute_input
 from ..sharding.parameters import is_dtensor
-from .casts import CastOnce
 
 PLAIN_ONLY = "plain LoRA is supported in sparse layers"
 
@@ -132,7 +131,6 @@ class FusedLoRA:
 
     def __init__(self, layer: LoraLayer, *, merge: bool) -> None:
         self.layer, self.merge = layer, merge
-        self._casts = CastOnce(), CastOnce()
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.layer.base_layer
@@ -140,16 +138,12 @@ class FusedLoRA:
         branch = None if args or kwargs else self.branch(compute)
         if branch is None:
             return type(self.layer).forward(self.layer, x, *args, **kwargs)
-        factors = *self.factors(branch), branch.scaling
+        factors = branch.a.weight, branch.b.weight, branch.scaling
         if isinstance(base, FrozenLinear):
             # Not as a module: ZeRO-3 would hand the module copies of the factors that live until backward.
             return base.product(x, factors, merge=self.merge)
         y = lora_linear(compute.reshape(-1, x.shape[-1]), base.weight, base.bias, *factors, merge=self.merge)
         return y.view(*x.shape[:-1], y.shape[-1])
-
-    def factors(self, branch: LoRABranch) -> tuple[Tensor, Tensor]:
-        """``A`` and ``B`` in the dtype of the computation."""
-        return self._casts[0](branch.a.weight), self._casts[1](branch.b.weight)
 
     def branch(self, x: Tensor) -> LoRABranch | None:
         """The one branch that can be computed with the base, for an input in the dtype of the computation."""
@@ -160,7 +154,7 @@ class FusedLoRA:
 def _together(base: nn.Module, branch: LoRABranch, compute: Tensor) -> bool:
     if branch.drops or branch.b.bias is not None or any(map(_replaced, (base, branch.a, branch.b))):
         return False
-    if compute_input(branch.a.weight[:0]).dtype != compute.dtype or is_dtensor(branch.a.weight):
+    if compute_dtype(branch.a.weight) != compute.dtype or is_dtensor(branch.a.weight):
         return False  # A DTensor is gathered by its own module's forward.
     if isinstance(base, FrozenLinear):
         return not is_dtensor(base.parts[0])

@@ -27,7 +27,7 @@ from gpu_models import build
 from gpu_profile import busy_seconds
 from gpu_report import Report
 from gpu_sides import Side, make_batch
-from gpu_timing import free, rounded, start_peak, timed
+from gpu_timing import free, no_collection, rounded, start_peak, timed
 from shapes import SHAPES, stack
 
 CONTEXT = 0.75
@@ -72,7 +72,8 @@ def _time(side: Side, batch: dict[str, Any], device: torch.device) -> dict[str, 
             free()
             side.step(batch)
         start_peak(device)
-        times = [timed(lambda: side.step(batch), device) for _ in range(5 if device.type == "cuda" else 1)]
+        with no_collection():
+            times = [timed(lambda: side.step(batch), device) for _ in range(7 if device.type == "cuda" else 1)]
         peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
         busy = busy_seconds(side, batch, device)
         return {

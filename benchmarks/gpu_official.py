@@ -31,7 +31,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from gpu_models import SETTINGS, build, make_sparse
 from gpu_profile import busy_seconds
 from gpu_sides import Side, make_batch
-from gpu_timing import free, rounded, start_peak, timed
+from gpu_timing import free, no_collection, rounded, start_peak, timed
 from shapes import llama
 
 from sparselora_dist.families import decoder_layers
@@ -115,7 +115,8 @@ def measure(side: Side, batch: dict[str, Tensor], device: torch.device) -> dict[
         free()
         side.step(batch)
     before = start_peak(device)
-    times = [timed(lambda: side.step(batch), device) for _ in range(7 if device.type == "cuda" else 1)]
+    with no_collection():
+        times = [timed(lambda: side.step(batch), device) for _ in range(7 if device.type == "cuda" else 1)]
     peak = None if before is None else torch.cuda.max_memory_allocated() / 1e9
     return {
         "ms": rounded(statistics.median(times), 1e3),

@@ -50,13 +50,15 @@ def step_cases(layers: int, dtype: torch.dtype, *, tiny: bool = False) -> Iterat
     whole = pair("8b", "plain", "math", layers=32)
     yield Case(pair=whole, tokens=8192, context=0.75, checkpointing=True)
     first, *others = main
-    yield from cases(pair(*first), (8192, 0.75), (2048, 0.75))
+    yield from cases(pair(*first), (8192, 0.75), (16384, 0.75), (2048, 0.75))
     yield from cases(pair(*first), (8192, 0.25), (8192, 0.5), (8192, 1.0), only=True)
-    yield from cases(pair(*first), (1024, 0.75), (16384, 0.75))
-    for batch in ("packed", "padded"):
-        yield from cases(pair(*first), (8192, 0.75), (2048, 0.75), batch=batch, rows=SHORT)
-    for some in reversed(others):  # 70B in NF4 before all.
+    yield from cases(pair(*first), (8192, 0.75), batch="packed", rows=SHORT)
+    others.reverse()  # 70B in NF4 before all.
+    for some in others:
         yield from cases(pair(*some), (8192, 0.75))
+    yield from cases(pair(*first), (1024, 0.75))
+    yield from cases(pair(*first), (2048, 0.75), batch="packed", rows=SHORT)
+    yield from cases(pair(*first), (8192, 0.75), (2048, 0.75), batch="padded", rows=SHORT)
     for some in others:
         yield from cases(pair(*some), (2048, 0.75), (1024, 0.75), (16384, 0.75))
     for some in others:

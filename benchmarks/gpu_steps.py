@@ -18,7 +18,7 @@ from gpu_correct import TOLERANCE, check_step
 from gpu_models import SETTINGS, forget_parts, make_pair, plain_copy, sparse_state
 from gpu_profile import busy_seconds
 from gpu_sides import Side, make_batch
-from gpu_timing import free, rounded, start_peak, timed
+from gpu_timing import free, no_collection, rounded, start_peak, timed
 from shapes import SHAPES
 from torch import Tensor, nn
 
@@ -116,9 +116,10 @@ class Models:
                 alive[name] = side
         times: dict[str, list[float]] = {name: [] for name in sides}
         started = time.perf_counter()
-        while alive and (len(next(iter(times[name] for name in alive))) < 3 or time.perf_counter() - started < seconds):
-            for name, side in alive.items():
-                times[name].append(timed(lambda side=side: side.step(batch), self.device))
+        with no_collection():
+            while alive and (len(times[next(iter(alive))]) < 3 or time.perf_counter() - started < seconds):
+                for name, side in alive.items():
+                    times[name].append(timed(lambda side=side: side.step(batch), self.device))
         busy = {name: busy_seconds(side, batch, self.device) for name, side in alive.items()}
         return self._row(case, batch, times, peaks, busy)
 

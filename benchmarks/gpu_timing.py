@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +33,17 @@ def timed(work: Callable[[], Any], device: torch.device, *, hide: bool = False) 
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Python's collector waits: a run of ours collects between steps."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def free() -> None:

@@ -39,7 +39,14 @@ def test_kernels_know_torch_and_triton_only() -> None:
 def test_the_method_knows_neither_ranks_nor_models() -> None:
     for path in sources("sparselora_dist/method"):
         for name in imports(path):
-            forbidden = ("torch.distributed", "transformers", "peft", "deepspeed", "accelerate", "sparselora_dist.config")
+            forbidden = (
+                "torch.distributed",
+                "transformers",
+                "peft",
+                "deepspeed",
+                "accelerate",
+                "sparselora_dist.config",
+            )
             assert not within(name, *forbidden), f"{path.name} imports {name}"
 
 

@@ -56,7 +56,9 @@ def test_as_if_they_had_been_cast(operation: Callable[..., Tensor], sparse: bool
     for mine, theirs in zip(*found):
         assert (mine is None) == (theirs is None)
         assert mine is None or (mine.dtype == theirs.dtype and torch.equal(mine, theirs))
-    assert sum(grad is not None and grad.dtype == torch.float32 for grad in found[0][2:]) == (2 if operation is one else 6)
+    assert sum(grad is not None and grad.dtype == torch.float32 for grad in found[0][2:]) == (
+        2 if operation is one else 6
+    )
 
 
 def test_one_buffer_and_no_copy_where_none_is_needed() -> None:
@@ -65,4 +67,6 @@ def test_one_buffer_and_no_copy_where_none_is_needed() -> None:
     narrow = cast(a, torch.bfloat16)
     assert len({part.untyped_storage().data_ptr() for part in narrow}) == 1
     assert all(torch.equal(part, master.bfloat16()) and not part.requires_grad for part, master in zip(narrow, a))
-    assert torch.equal(stack(a, torch.bfloat16), torch.cat(narrow)) and torch.equal(stack(a, torch.float32), torch.cat(a))
+    assert torch.equal(stack(a, torch.bfloat16), torch.cat(narrow)) and torch.equal(
+        stack(a, torch.float32), torch.cat(a)
+    )

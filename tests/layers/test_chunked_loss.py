@@ -107,7 +107,11 @@ def test_no_label_at_all_gives_zero_and_reaches_every_adapter() -> None:
 
 @pytest.mark.parametrize("chunked", [True, False])
 def test_no_logits_of_all_labels_are_made(chunked: bool) -> None:
-    model, inputs, sizes = applied(tiny_lora(), chunked), batch(rows=10, length=60), []  # More labels than the head is wide.
+    model, inputs, sizes = (
+        applied(tiny_lora(), chunked),
+        batch(rows=10, length=60),
+        [],
+    )  # More labels than the head is wide.
     head = model.get_base_model().lm_head
     forward = head.forward
 

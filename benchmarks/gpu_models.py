@@ -123,9 +123,8 @@ def build(
 
 @cache
 def _nf4_parts(channels: int, length: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """One matrix, encoded: the scales of all matrices of its shape. An even choice of levels has 1.6 times the deviation of
-    a normal one: values of std 0.02 come out, as of a plain matrix."""
-    values = torch.empty(channels, length, device=device, dtype=dtype).normal_(std=0.02 / 1.6)
+    """One matrix, encoded: what all matrices of its shape are made of."""
+    values = torch.empty(channels, length, device=device, dtype=dtype).normal_(std=0.02)
     return NF4Codec().encode(values, 0)
 
 
@@ -135,10 +134,12 @@ def forget_parts() -> None:
 
 
 def _nf4_linear(linear: nn.Linear, transposed: bool, device: torch.device, dtype: torch.dtype) -> FrozenLinear:
+    """The same rows in an order of their own. Random codes instead would have a mean, because NF4's levels have one: a
+    direction that every layer amplifies, and rounding with it."""
     channels, length = tuple(linear.weight.shape)[:: -1 if transposed else 1]
-    parts = {name: part.clone() for name, part in _nf4_parts(channels, length, device, dtype).items()}
-    parts["codes"].random_(0, 256)
-    frozen = {name: nn.Parameter(part, requires_grad=False) for name, part in parts.items()}
+    order = torch.randperm(channels, device=device)
+    whole = _nf4_parts(channels, length, device, dtype)
+    frozen = {name: nn.Parameter(part.index_select(0, order), requires_grad=False) for name, part in whole.items()}
     return FrozenLinear(linear.in_features, linear.out_features, None, NF4Codec(), frozen, transposed=transposed)
 
 

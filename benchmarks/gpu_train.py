@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from gpu_models import has
 from gpu_report import Budget, Report
 
@@ -193,8 +194,8 @@ def _start(
 
     runs = []
     for engine, cpu in (("single", True), *((engine, tiny) for engine in ENGINES)):
-        if engine == "zero3" and not has("deepspeed"):
-            report.leave_out("train", f"{_name(variant, folder)}, {engine}", "deepspeed is not installed")
+        if why := _unable(engine, variant):
+            report.leave_out("train", f"{_name(variant, folder)}, {engine}", why)
             continue
         runs.append((engine, cpu, pool.submit(one, engine, cpu)))
     return runs

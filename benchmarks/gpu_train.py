@@ -146,6 +146,15 @@ def apart(reference: list[float], losses: list[float]) -> float:
     return max(abs(a - b) / max(abs(a), 1e-6) for a, b in zip(reference, losses))
 
 
+def _unable(engine: str, variant: Variant) -> str:
+    """Why an engine cannot run a variant here; empty if it can."""
+    if engine == "zero3" and not has("deepspeed"):
+        return "deepspeed is not installed"
+    if engine == "fsdp2" and variant.nf4 and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12):
+        return "FSDP2 shards NF4 from torch 2.12 on"
+    return ""
+
+
 def time_runs(
     report: Report, budget: Budget, *, tiny: bool, folder: str | None = None, data: str | None = None, at_once: int = 1
 ) -> None:

@@ -11,16 +11,20 @@ import torch
 from sparselora_dist.config import ConfigError, EngineSection
 from support.compare import assert_close
 from support.harness import run_ranks
+from support.versions import can_nf4, nf4_case
 
 ENDINGS = ("codes", "scales", "_a", "_b")
+ENGINES = {"hsdp": "fsdp2", "replicated": "fsdp2", "hpz": "zero3"}
+SHARDS = {"hsdp": 2, "replicated": 1, "hpz": 4}
 
 
 @pytest.fixture(scope="module")
 def four(base: Path) -> list[dict[str, Any]]:
-    return run_ranks("support.nf4_workers:layouts", 4, str(base))
+    names = [layout for layout, engine in ENGINES.items() if can_nf4(engine)]
+    return run_ranks("support.nf4_workers:layouts", 4, str(base), names)
 
 
-@pytest.mark.parametrize("layout", ["hsdp", "replicated", "hpz"])
+@pytest.mark.parametrize("layout", [nf4_case(engine, layout) for layout, engine in ENGINES.items()])
 def test_trains_as_one_process(four: Any, single: Any, layout: str) -> None:
     reference = single[0]["sparse"]
     for rank in four:
@@ -33,8 +37,9 @@ def test_trains_as_one_process(four: Any, single: Any, layout: str) -> None:
             assert torch.equal(rank[layout]["parts"][name], part), name
 
 
-@pytest.mark.parametrize(("layout", "shards"), [("hsdp", 2), ("replicated", 1), ("hpz", 4)])
-def test_holds_what_the_layout_says(four: Any, layout: str, shards: int) -> None:
+@pytest.mark.parametrize("layout", [nf4_case(engine, layout) for layout, engine in ENGINES.items()])
+def test_holds_what_the_layout_says(four: Any, layout: str) -> None:
+    shards = SHARDS[layout]
     for rank in four:
         for name, p in rank[layout]["held"].items():
             if name.endswith(ENDINGS):

@@ -1,6 +1,6 @@
 """What does a rank hold while it loads, and how long does loading take?
 
-    python benchmarks/streaming_load.py [--gigabytes 1.2] [--json]
+    python benchmarks/streaming_load.py [--gigabytes 1.2] [--ways "zero3 nf4" ...] [--json]
 
 Makes a Llama of random weights (bf16, several safetensors files), loads it on 2 ranks under each engine, plain and as
 NF4, and watches every rank's resident memory from outside, file pages included. The limit beside it: the rank's part
@@ -162,14 +162,14 @@ def measure(way: str, folder: Path) -> dict[str, float]:
     }
 
 
-def run(gigabytes: float, others: bool) -> dict[str, Any]:
-    """All ways on one checkpoint; sizes in bytes."""
+def run(gigabytes: float, ways: list[str]) -> dict[str, Any]:
+    """These ways on one checkpoint; sizes in bytes."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_checkpoint(folder, gigabytes)
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        rows = {way: measure(way, folder) for way in (*WAYS, *(OTHERS if others else ()))}
-    for way in WAYS:
+        rows = {way: measure(way, folder) for way in ways}
+    for way in set(WAYS).intersection(ways):
         rows[way]["limit"] = rows[way]["kept"] + 0.15 * size + rows[way]["base"]
     return {"checkpoint": size, "ranks": RANKS, "ways": rows}
 
@@ -179,10 +179,10 @@ def main() -> None:
         return worker(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=1.2)
-    parser.add_argument("--ours-only", action="store_true")
+    parser.add_argument("--ways", nargs="+", default=[*WAYS, *OTHERS], choices=[*WAYS, *OTHERS], metavar="WAY")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    result = run(options.gigabytes, not options.ours_only)
+    result = run(options.gigabytes, options.ways)
     if options.json:
         return print(json.dumps(result))
     print(f"Checkpoint of {result['checkpoint'] / 1e9:.2f} GB, {RANKS} ranks.\n")

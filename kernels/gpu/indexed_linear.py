@@ -100,7 +100,6 @@ def nn_kernel(
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     compact = tl.where(m < n, m, 0).to(tl.int64)
-    h_row = h + compact[:, None] * h_stride
     # What is added first and the zero: see nt_kernel.
     place, inside = places(out, rows, m, j, n * accumulate, length, out_stride, has_rows)
     sums = tl.load(place, mask=inside, other=0.0).to(tl.float32)
@@ -108,6 +107,7 @@ def nn_kernel(
     sums = low_rank(
         sums, low, b, compact, j.to(tl.int64), m < n, j < length, rank, low_stride, b_stride, RANK_STEP
     )  # fmt: skip
+    h_row = h + compact[:, None] * h_stride
     for start in range(0, k, BLOCK_K):
         c = start + tl.arange(0, BLOCK_K)
         channel = index_at(channels, c, k, has_channels)

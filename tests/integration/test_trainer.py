@@ -185,7 +185,7 @@ def sft(tiny: Tiny, folder: Path, **settings: Any) -> tuple[list[dict[str, float
     model = make_sparse(AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float32))
     model.enable_input_require_grads()  # TRL turns gradient checkpointing on by default.
     given: set[str] = set()
-    model.get_base_model().register_forward_pre_hook(
+    model.register_forward_pre_hook(  # Up to PEFT 0.20 it calls the base model past its hooks.
         lambda _, args, kwargs: given.update(name for name, value in kwargs.items() if value is not None),
         with_kwargs=True,
     )

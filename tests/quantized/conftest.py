@@ -10,6 +10,7 @@ import pytest
 from support.harness import run_ranks
 from support.models import tiny_base
 from support.nf4_workers import SHAPE
+from support.versions import nf4_case
 
 Results = list[dict[str, Any]]
 
@@ -29,7 +30,8 @@ def single(base: Path) -> Results:
 
 
 @pytest.fixture(
-    scope="session", params=[("zero3", 2), ("fsdp2", 2), ("zero3", 4), ("fsdp2", 4)], ids=lambda p: f"{p[0]}-{p[1]}"
+    scope="session",
+    params=[nf4_case(name, (name, ranks), id=f"{name}-{ranks}") for ranks in (2, 4) for name in ("zero3", "fsdp2")],
 )
 def sharded(request: pytest.FixtureRequest, base: Path) -> Results:
     name, ranks = request.param

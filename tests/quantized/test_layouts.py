@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from sparselora_dist.config import ConfigError, EngineSection
+from sparselora_dist.engines.fsdp2 import FSDP2Engine
 from support.compare import assert_close
 from support.harness import run_ranks
+from support.nf4_workers import nf4_config
+from support.versions import can_nf4, nf4_case
 
 ENDINGS = ("codes", "scales", "_a", "_b")
+ENGINES = {"hsdp": "fsdp2", "replicated": "fsdp2", "hpz": "zero3"}
+SHARDS = {"hsdp": 2, "replicated": 1, "hpz": 4}
 
 
 @pytest.fixture(scope="module")
 def four(base: Path) -> list[dict[str, Any]]:
-    return run_ranks("support.nf4_workers:layouts", 4, str(base))
+    names = [layout for layout, engine in ENGINES.items() if can_nf4(engine)]
+    return run_ranks("support.nf4_workers:layouts", 4, str(base), names)
 
 
-@pytest.mark.parametrize("layout", ["hsdp", "replicated", "hpz"])
+@pytest.mark.parametrize("layout", [nf4_case(engine, layout) for layout, engine in ENGINES.items()])
 def test_trains_as_one_process(four: Any, single: Any, layout: str) -> None:
     reference = single[0]["sparse"]
     for rank in four:
@@ -33,8 +40,9 @@ def test_trains_as_one_process(four: Any, single: Any, layout: str) -> None:
             assert torch.equal(rank[layout]["parts"][name], part), name
 
 
-@pytest.mark.parametrize(("layout", "shards"), [("hsdp", 2), ("replicated", 1), ("hpz", 4)])
-def test_holds_what_the_layout_says(four: Any, layout: str, shards: int) -> None:
+@pytest.mark.parametrize("layout", [nf4_case(engine, layout) for layout, engine in ENGINES.items()])
+def test_holds_what_the_layout_says(four: Any, layout: str) -> None:
+    shards = SHARDS[layout]
     for rank in four:
         for name, p in rank[layout]["held"].items():
             if name.endswith(ENDINGS):
@@ -59,3 +67,11 @@ def test_sizes_that_do_not_make_up_the_ranks_are_refused() -> None:
     assert EngineSection(name="fsdp2").fsdp_mesh(6) == (1, 6)
     with pytest.raises(ConfigError, match="dp_shard_size"):
         EngineSection(name="fsdp2", fsdp={"fsdp_version": 2, "dp_shard_size": 0})
+
+
+def test_fsdp2_refuses_nf4_before_torch_2_12(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its weights would go is asked first: nothing has been loaded then."""
+    engine: Any = SimpleNamespace(config=nf4_config("fsdp2", "tiny"))
+    monkeypatch.setattr(torch, "__version__", "2.11.0")
+    with pytest.raises(ValueError, match=r"'fsdp2' .* needs torch 2\.12 \(this is 2\.11\.0.*use engine.name 'zero3'"):
+        FSDP2Engine.placement(engine)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from support.harness import run_ranks
 from support.merging import load, logits, save_base
 from support.nf4_workers import SHAPE
+from support.versions import nf4_case
 
 Results = list[dict[str, Any]]
 
@@ -49,7 +50,7 @@ def single(folders: dict[str, str], out: Path) -> Results:
     return run_ranks("support.load_workers:run", 1, "single", folders, str(out))
 
 
-@pytest.fixture(scope="module", params=["zero3", "fsdp2"])
+@pytest.fixture(scope="module", params=[nf4_case(name, name) for name in ("zero3", "fsdp2")])
 def sharded(request: pytest.FixtureRequest, folders: dict[str, str], out: Path) -> tuple[str, Results]:
     return request.param, run_ranks("support.load_workers:run", 2, request.param, folders, str(out))
 

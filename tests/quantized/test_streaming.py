@@ -10,17 +10,23 @@ from typing import Any
 import pytest
 
 from support.harness import ROOT
+from support.versions import can_nf4, nf4_case
+
+ENGINES = ("zero3", "fsdp2")
 
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Any]:
-    command = [sys.executable, str(ROOT / "benchmarks" / "streaming_load.py"), "--ours-only", "--json"]
+    ways = [f"{engine} bf16" for engine in ENGINES] + [f"{engine} nf4" for engine in ENGINES if can_nf4(engine)]
+    command = [sys.executable, str(ROOT / "benchmarks" / "streaming_load.py"), "--json", "--ways", *ways]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("way", ["zero3 bf16", "zero3 nf4", "fsdp2 bf16", "fsdp2 nf4"])
+@pytest.mark.parametrize(
+    "way", ["zero3 bf16", "fsdp2 bf16", *(nf4_case(engine, f"{engine} nf4") for engine in ENGINES)]
+)
 def test_peak_memory(measured: dict[str, Any], way: str) -> None:
     """Its part after encoding, 15 % of the checkpoint, and what the process held before."""
     assert measured["checkpoint"] > 1e9

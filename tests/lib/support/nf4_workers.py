@@ -169,14 +169,16 @@ def _factors_of_shards(name: str, folder: str) -> dict[str, Tensor] | None:
     return {matrix_name(*matrix): weights.get(*matrix) for matrix in MATRICES}
 
 
-def layouts(folder: str) -> dict[str, Any]:
-    """Four ranks as two nodes of two: sharded inside a node, and replicated everywhere."""
+def layouts(folder: str, names: list[str]) -> dict[str, Any]:
+    """Four ranks as two nodes of two: sharded inside a node, and replicated everywhere; those that are named."""
     seen: dict[str, Any] = {}
     for layout, settings in {
         "hsdp": {"name": "fsdp2", "fsdp": {"fsdp_version": 2, "dp_shard_size": 2}},
         "replicated": {"name": "fsdp2", "fsdp": {"fsdp_version": 2, "dp_replicate_size": 4}},
         "hpz": {"name": "zero3", "deepspeed": _with_hpz(2)},
     }.items():
+        if layout not in names:
+            continue
         config = replace(nf4_config(settings["name"], folder), engine=EngineSection.from_dict(settings))
         engine, model = stream(config)
         seen[layout] = {"held": held(model), "run": follow(engine, model), "parts": gathered(model)}

@@ -94,7 +94,7 @@ def build(
         stack(shape, layers), max_position_embeddings=length, use_cache=False, attn_implementation="sdpa"
     )
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.requires_grad_(False)
     if storage != "plain":
         for layer in decoder_layers(model):

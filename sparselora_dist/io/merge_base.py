@@ -14,6 +14,7 @@ from ..codecs import NF4Codec
 from ..families import check_family, matrix_name
 from ..method.channels import ATTENTION, FFN, TRANSPOSED
 from .manifest import CorruptFileError
+from .pretrained import read_config
 from .shard_files import TensorFiles, read_json
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -184,15 +185,15 @@ class BaseWeights:
 
 def _expected(folder: Path) -> tuple[Any, dict[str, tuple[int, ...]]]:
     """The model's config, and the shape of every tensor of the model, without making any."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        config = read_config(str(folder))
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'} is not a config that Transformers knows: {error!r}") from error
     check_family(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return config, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -30,6 +30,8 @@ from .manifest import CorruptFileError, file_sha256, publish, read_safetensors
 FORMAT = "sparselora-checkpoint/1"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _MANIFEST = "manifest.json"
+_GUARDED = (f"adapter/{ADAPTER_FILE}", "optimizer.safetensors", "ranks.safetensors", "state.json")
+"""What a manifest must name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,8 +148,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     try:
         manifest: dict[str, str] = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        unnamed = [name for name in _GUARDED if not isinstance(manifest.get(name), str)]
+    except (OSError, ValueError, AttributeError) as error:
         raise CorruptFileError(f"{path / _MANIFEST} cannot be read: {error}") from error
+    if unnamed:
+        raise CorruptFileError(
+            f"{path / _MANIFEST} has no SHA-256 of {', '.join(unnamed)}: nothing vouches for them. Resume from an older "
+            "checkpoint"
+        )
     for name, expected in manifest.items():
         file = path / name
         if not file.is_file():

@@ -213,6 +213,7 @@ class _Stream:
         else:
             rows = self.checkpoint.read(key, slice(start, stop))
         rows = rows.to(self.dtype).contiguous().to(self.placement.device)
+        self.checkpoint.check_finite(key, rows)
         try:
             return codec.encode(rows, start, share)
         except OtherRankError:
@@ -257,6 +258,7 @@ class _Stream:
         placement = Placement(self.placement.device) if whole else self.placement
         start, stop = placement.rows(shape[0], [shape[1:].numel()])
         rows = self.checkpoint.read(key, slice(start, stop)).to(self.placement.device, self.dtype)
+        self.checkpoint.check_finite(key, rows)
         self.kept += rows.nbytes
         return placement.parameter(rows, start, shape)
 

@@ -14,7 +14,6 @@ from ..codecs import NF4Codec
 from ..families import check_family, matrix_name
 from ..method.channels import ATTENTION, FFN, TRANSPOSED
 from .manifest import CorruptFileError
-from .pretrained import read_config
 from .shard_files import TensorFiles, read_json
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -185,10 +184,10 @@ class BaseWeights:
 
 def _expected(folder: Path) -> tuple[Any, dict[str, tuple[int, ...]]]:
     """The model's config, and the shape of every tensor of the model, without making any."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = read_config(str(folder))
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'} is not a config that Transformers knows: {error!r}") from error
     check_family(config)

@@ -50,6 +50,8 @@ class RunState:
     scheduler: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     """Running sums of the run's summary."""
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    """What decided its numbers, by key; empty of an older version."""
     optim: str = "adamw_torch"
     """The optimizer that ran, by its name in ``train.optim``; "deepspeed ..." where DeepSpeed's JSON made it."""
     format: str = FORMAT
@@ -138,6 +140,11 @@ def resolve_resume(resume: bool | str, output_dir: Path) -> Path | None:
             "without train.resume"
         )
     return found[-1] if found else None
+
+
+def checkpoint_digest(path: Path) -> str:
+    """A short hash of all that a checkpoint holds."""
+    return file_sha256(path / _MANIFEST)[:16]
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

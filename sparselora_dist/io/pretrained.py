@@ -50,3 +50,23 @@ def _refuse_code(given: dict[str, Any], name_or_path: str, file: str) -> None:
             f"{file} of {name_or_path} names code of its own ('auto_map': {', '.join(map(str, named))}): it is never run "
             "here. Use a model that Transformers itself implements; if this is one, remove 'auto_map'"
         )
+
+
+def check_positions(config: Any, max_length: int) -> None:
+    """Of a model's config.
+
+    Raises:
+        ConfigError: rows may be longer than the positions that the model was made for.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if not isinstance(positions, int):
+        return
+    # YaRN and others stretch the positions by a factor, which some configs have multiplied in already.
+    original = rope.get("original_max_position_embeddings") or positions
+    reach = max(positions, int(original * float(rope.get("factor") or 1)))
+    if max_length > reach:
+        raise ConfigError(
+            f"'data.max_length' is {max_length}, but the model was made for {reach} positions (max_position_embeddings): "
+            f"allowed: integers from 2 to {reach}"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,17 @@ from ..config.run import RunConfig
 from ..data import GlobalBatchSampler, TokenDataset, load_dataset_tokens, padding_id
 from ..engines import Engine, make_engine
 from ..io.adapter import save_adapter
-from ..io.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, resolve_resume
+from ..io.checkpoint import Checkpoint, load_checkpoint, resolve_resume
 from ..io.load import LoadReport, check_model, load_tokenizer
 from ..io.manifest import make_writable, write_text
 from ..io.model_card import write_model_card
+from ..io.pretrained import check_positions
+from ..io.run_folder import claim_folder
+from ..io.run_lock import RunLock
 from ..io.weights import checkpoint_folder
 from ..sharding.placement import Placement
+from .disk import check_space
+from .fingerprint import fingerprint, on_all_ranks, same_as_saved
 from .loop import TrainingLoop
 from .metrics import flop_model
 from .trackers import Trackers, chosen_trackers
@@ -52,43 +57,49 @@ def _run(config: RunConfig, engine: Engine) -> dict[str, Any]:
     output_dir = Path(config.train.output_dir)
     if not engine.is_main:
         disable_progress_bar()
-    family = check_model(config.model).model_type
+    base = check_model(config.model)
     if config.train.use_liger_kernel:
-        liger_patch(family)  # Refuses what cannot work.
-    # What rank 0 alone finds wrong must end all ranks.
+        liger_patch(base.model_type)  # Refuses what cannot work.
+    check_positions(base, config.data.max_length)
+    # What one rank finds wrong must end all ranks.
     together = Placement(engine.device, group=dist.group.WORLD).together
-    with together():
-        if engine.is_main:
-            chosen_trackers(config.train)
-            make_writable(output_dir, "train.output_dir")
-            if config.train.logging_dir:
-                make_writable(Path(config.train.logging_dir), "train.logging_dir")
-    tokenizer = load_tokenizer(config.model)
-    train_data, eval_data = _datasets(config, tokenizer)
-    sampler = GlobalBatchSampler(
-        train_data.lengths,
-        config.train.per_device_train_batch_size,
-        engine.ranks.world_size,
-        config.train.gradient_accumulation_steps,
-        config.train.seed,
-        config.train.group_by_length,
-    )
-    total_steps = _total_steps(config, sampler)
-    path = resolve_resume(config.train.resume, output_dir)
-    resumed = load_checkpoint(path) if path else None
-    if resumed:
-        _check_resume(resumed, sampler.global_batch_size, total_steps, path)
-    engine.total_steps = total_steps
-    trackers = Trackers()
-    with together():
-        if engine.is_main:
-            if not resumed and (old := list_checkpoints(output_dir)):
-                raise ValueError(
-                    f"train.output_dir {output_dir} holds {old[-1].name} of an earlier run: continue it with train.resume "
-                    "true, or use another folder"
-                )
-            trackers = Trackers.start(config, resumed.state.step if resumed else 0)
-    with closing(trackers):
+    with ExitStack() as held:
+        with together():
+            if engine.is_main:
+                chosen_trackers(config.train)
+                make_writable(output_dir, "train.output_dir")
+                if config.train.logging_dir:
+                    make_writable(Path(config.train.logging_dir), "train.logging_dir")
+                held.enter_context(closing(RunLock.take(output_dir)))
+        with together():
+            tokenizer = load_tokenizer(config.model)
+            train_data, eval_data = _datasets(config, tokenizer)
+            sampler = GlobalBatchSampler(
+                train_data.lengths,
+                config.train.per_device_train_batch_size,
+                engine.ranks.world_size,
+                config.train.gradient_accumulation_steps,
+                config.train.seed,
+                config.train.group_by_length,
+            )
+            total_steps = _total_steps(config, sampler)
+            path = resolve_resume(config.train.resume, output_dir)
+            resumed = load_checkpoint(path) if path else None
+            own = fingerprint(config, base, checkpoint_folder(config.model.name_or_path), train_data)
+            if resumed and path:
+                _check_resume(resumed, sampler.global_batch_size, total_steps, path)
+        on_all_ranks(config, own, eval_data, path)
+        start = resumed.state.step if resumed else 0
+        if resumed and path:
+            same_as_saved(own, resumed.state.fingerprint, path)
+        engine.total_steps = total_steps
+        trackers = Trackers()
+        with together():
+            if engine.is_main:
+                check_space(config, base, engine.ranks.world_size, total_steps - start)
+                claim_folder(output_dir, config.train.resume, path, start)
+                trackers = Trackers.start(config, start)
+        held.enter_context(closing(trackers))
         set_seed(config.train.seed)
         model, report = build_model(
             config,
@@ -115,6 +126,7 @@ def _run(config: RunConfig, engine: Engine) -> dict[str, Any]:
             flops=flops,
             resumed=resumed,
             trackers=trackers,
+            fingerprint=own,
         )
         if engine.is_main:
             write_text(output_dir / "run.json", json.dumps(config.to_dict(), indent=1))
@@ -163,7 +175,7 @@ def _total_steps(config: RunConfig, sampler: GlobalBatchSampler) -> int:
     return max(1, math.ceil(config.train.num_train_epochs * sampler.batches_per_epoch))
 
 
-def _check_resume(resumed: Checkpoint, global_batch_size: int, total_steps: int, path: Path | None) -> None:
+def _check_resume(resumed: Checkpoint, global_batch_size: int, total_steps: int, path: Path) -> None:
     if resumed.state.global_batch_size != global_batch_size:
         raise ValueError(
             f"{path} was saved with a global batch of {resumed.state.global_batch_size}, this run has "

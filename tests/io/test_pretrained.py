@@ -68,7 +68,9 @@ def test_also_of_a_family_that_transformers_has(folder: Path) -> None:
 
 def test_a_tokenizer_with_code(folder: Path) -> None:
     change(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_mine.Mine", None]})
-    with pytest.raises(ConfigError, match=rf"tokenizer_config.json of {folder} names code of its own .*tokenization_mine"):
+    with pytest.raises(
+        ConfigError, match=rf"tokenizer_config.json of {folder} names code of its own .*tokenization_mine"
+    ):
         read_tokenizer(str(folder))
     assert not [*folder.rglob("ran")]
 

@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 from ..config import ConfigError
 from ..config.errors import show
-from ..config.lora import LoraSection
 from ..config.run import RunConfig
 from ..data import TokenDataset
 from ..io.checkpoint import checkpoint_digest
@@ -57,7 +56,8 @@ def fingerprint(config: RunConfig, base: Any, weights: Path, data: TokenDataset)
         "model": {"dtype": config.model.dtype},
         "data": {"max_length": config.data.max_length},
         "train": {key: run["train"][key] for key in _TRAIN},
-        "lora": _told(config.lora),
+        # Module names in any order.
+        "lora": {key: sorted(value) if isinstance(value, list) else value for key, value in config.lora.values.items()},
         "sparse_lora": active,
         "quantization": run["quantization"] if config.quantization.load_in_4bit else {"load_in_4bit": False},
     }
@@ -140,20 +140,22 @@ def model_digest(folder: Path) -> str:
     return f"SHA-256 {digest.hexdigest()[:16]}"
 
 
-def _told(lora: LoraSection) -> dict[str, Any]:
-    """Without what says the default; module names in any order."""
+def _lora_defaults() -> dict[str, Any]:
     import peft
 
-    defaults: dict[str, Any] = {}
-    for item in dataclasses.fields(peft.LoraConfig):
-        made = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
-        defaults[item.name] = made
-    values = {key: sorted(value) if isinstance(value, list) else value for key, value in lora.values.items()}
-    return {key: value for key, value in values.items() if key not in defaults or value != defaults[key]}
+    made = {item.name: item.default_factory for item in dataclasses.fields(peft.LoraConfig)}
+    plain = {item.name: item.default for item in dataclasses.fields(peft.LoraConfig)}
+    return {
+        f"lora.{name}": plain[name] if factory is dataclasses.MISSING else factory() for name, factory in made.items()
+    }
 
 
 def _differences(mine: Fingerprint, other: Fingerprint) -> list[tuple[str, Any, Any]]:
-    return [(key, mine.get(key), other.get(key)) for key in sorted({*mine, *other}) if mine.get(key) != other.get(key)]
+    """Of the keys that both sides have: what is off has no settings, and an older version has fewer keys."""
+    # A key of PEFT that one side leaves out has its default there.
+    silent = {key: value for key, value in _lora_defaults().items() if key in mine or key in other}
+    mine, other = silent | mine, silent | other
+    return [(key, mine[key], other[key]) for key in sorted(mine.keys() & other.keys()) if mine[key] != other[key]]
 
 
 def _words(differing: list[tuple[str, Any, Any]]) -> str:

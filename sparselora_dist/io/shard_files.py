@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,9 +168,30 @@ class TensorFiles:
             where = self.folder / self.tensors[name].file
             raise CorruptFileError(f"{where}: {name!r} holds NaN or Inf: the file is damaged, or its training diverged")
 
+    def some_rows(self, starts: int, values: int) -> Iterator[tuple[str, Tensor]]:
+        """Of every tensor by name, file by file: rows of about ``values`` values at evenly spread places."""
+        for file in dict.fromkeys(info.file for info in self.tensors.values()):
+            path = self.folder / file
+            names = sorted(name for name, info in self.tensors.items() if info.file == file)
+            try:
+                with safe_open(path, framework="pt") as opened:
+                    for name in names:
+                        yield name, _spread(opened, name, self.tensors[name].shape, starts, values)
+            except (SafetensorError, OSError) as error:
+                raise CorruptFileError(f"cannot read {path}: {error}") from error
+
     def sample(self, name: str) -> Tensor:
         """Evenly spaced values of a tensor; only their pages are read."""
         return spaced(self.get(name))
+
+
+def _spread(opened: Any, name: str, shape: tuple[int, ...], starts: int, values: int) -> Tensor:
+    if not shape:
+        return opened.get_tensor(name).clone()
+    view, total = opened.get_slice(name), shape[0]
+    rows = max(1, values // max(1, math.prod(shape[1:])))
+    places = sorted({number * max(0, total - rows) // max(1, starts - 1) for number in range(starts)})
+    return torch.cat([view[start : start + rows].flatten() for start in places])
 
 
 def is_finite(tensor: Tensor) -> bool:

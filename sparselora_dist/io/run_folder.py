@@ -6,20 +6,22 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 from ..config import ConfigError
 from .adapter import ADAPTER_FILE
 from .checkpoint import list_checkpoints
+from .manifest import write_text
 
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
-_NEWEST = ".newest-checkpoint"
+_NEWEST = "newest.json"
 
 
 def note_checkpoint(folder: Path, step: int) -> None:
     """Remember that a checkpoint was published, so that one that is lost later is missed."""
-    (folder / _NEWEST).write_text(str(step), encoding="ascii")
+    write_text(folder / _NEWEST, json.dumps({"checkpoint": step}))
 
 
 def claim_folder(folder: Path, resume: bool | str, checkpoint: Path | None, step: int = 0) -> None:
@@ -59,20 +61,27 @@ def last_step(metrics: Path) -> int:
     return last
 
 
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def _miss_lost_checkpoints(folder: Path) -> None:
     """``auto`` in a folder without checkpoints is a fresh start only where there never were any."""
     recorded = last_step(folder / METRICS)
-    saved = (folder / _NEWEST).read_text(encoding="ascii").strip() if (folder / _NEWEST).is_file() else ""
-    try:
-        every = json.loads((folder / "run.json").read_text(encoding="utf-8"))["train"]["save_steps"]
-    except (OSError, ValueError, KeyError, TypeError):
-        every = 0 if recorded else None  # Steps without their settings: more than checkpoints is gone.
+    saved, every = _read(folder / _NEWEST).get("checkpoint"), 0
+    if run := _read(folder / "run.json"):
+        every = run.get("train", {}).get("save_steps")
+    elif not recorded:
+        every = None  # Steps without their settings: more than checkpoints is gone.
     # One checkpoint may have been on its way to the disk when the run was cut off, not two.
     if saved or (every is not None and recorded >= 2 * every):
         lost = f"checkpoint-{saved}, the newest of this run, is gone" if saved else "its checkpoints are gone"
         raise ConfigError(
-            f'train.resume is "auto" and {folder} records {recorded} steps, but {lost} (is a volume not mounted?): bring '
-            "them back, or start at step 1 with train.resume false or in another folder"
+            f'train.resume is "auto" and {folder} records {recorded} steps, but {lost} (is a volume not mounted?): '
+            "restore what is lost, or start at step 1 with train.resume false or in another folder"
         )
     if recorded:
         log.warning(

@@ -71,7 +71,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _miss_lost_checkpoints(folder: Path) -> None:
     """``auto`` in a folder without checkpoints is a fresh start only where there never were any."""
     recorded = last_step(folder / METRICS)
-    saved, every = _read(folder / _NEWEST).get("checkpoint"), 0
+    saved = _read(folder / _NEWEST).get("checkpoint")
+    every: int | None = 0
     if run := _read(folder / "run.json"):
         every = run.get("train", {}).get("save_steps")
     elif not recorded:

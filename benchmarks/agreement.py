@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,7 +53,8 @@ def worker(config_file: str) -> None:
 def launch(name: str, start: list[str], engine: str, ranks: int, sparse: bool, options: argparse.Namespace) -> Path:
     """Run one way; its output folder."""
     output = Path(options.output) / name
-    output.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(output, ignore_errors=True)  # A finished run is never trained over.
+    output.mkdir(parents=True)
     config = {
         "model": {"name_or_path": options.model, "dtype": "float32"},
         "sparse_lora": {"enabled": sparse, "layers": LAYERS, "start_step": 0.05},

@@ -94,7 +94,7 @@ def build(
         stack(shape, layers), max_position_embeddings=length, use_cache=False, attn_implementation="sdpa"
     )
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.requires_grad_(False)
     if storage != "plain":
         for layer in decoder_layers(model):
@@ -160,8 +160,11 @@ class _RandomFactors:
 
     collective = False
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, shape: ModelShape, dtype: torch.dtype) -> None:
+        self._shape, self.dtype = shape, dtype
+
+    def shape(self, layer: int, name: str) -> tuple[int, int]:
+        return self._shape.matrix(name)
 
     def get(self, layer: int, name: str) -> Tensor:
         raise AssertionError(f"no factors of layers.{layer}.{name} in the file")
@@ -184,7 +187,7 @@ def make_sparse(model: Any, shape: ModelShape, setting: Setting, dtype: torch.dt
         path = Path(folder) / "factors.safetensors"
         write_factors(path, factors, dict.fromkeys(factors, "random"), rank=RANK, model_id="random")
         config = SparseLoRAConfig.from_dict({"layers": layers, "rank": RANK, "factors": str(path)})
-        return apply_sparselora(model, config, weights=_RandomFactors(dtype))
+        return apply_sparselora(model, config, weights=_RandomFactors(shape, dtype))
 
 
 def _factor(rows: int, columns: int, dtype: torch.dtype) -> Tensor:

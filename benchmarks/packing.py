@@ -86,7 +86,7 @@ def check(model: nn.Module, data: TokenDataset, rows: list[int], tolerance: floa
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All sides, median seconds a step."""
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer, trust_remote_code=False)
     data = load_dataset_tokens(options.rows, tokenizer, options.max_length, limit=options.limit)
     model_options = argparse.Namespace(**vars(options), length=options.max_length)
     dense = step_time.build(model_options)

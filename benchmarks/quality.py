@@ -114,7 +114,7 @@ class Harness:
         options = self.options
         file = Path(options.calibrated or Path(options.output) / "sparse_lora.json")
         set_seed(0)
-        depth = AutoConfig.from_pretrained(options.model).num_hidden_layers
+        depth = AutoConfig.from_pretrained(options.model, trust_remote_code=False).num_hidden_layers
         config = self.config({group: dict.fromkeys(range(depth), 0.5) for group in GROUPS})
         engine = make_engine(config)
         model, _ = build_model(config, engine.placement())

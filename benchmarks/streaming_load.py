@@ -108,7 +108,7 @@ def worker(way: str, folder: Path, out: Path) -> None:
         (out / f"{rank}.ready").touch()
         time.sleep(0.5)
         started = time.perf_counter()
-        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
         for p in model.parameters():
             p.data = p.data.clone()
         seconds = time.perf_counter() - started

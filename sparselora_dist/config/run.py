@@ -8,7 +8,7 @@ from dataclasses import field
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from .engine import EngineSection
 from .errors import ConfigError, require
@@ -21,6 +21,10 @@ from .overrides import apply_overrides
 from .quantization import QuantizationSection
 from .sparse import SparseLoRAConfig
 from .train import TrainSection
+
+ATTENTION_NAMES = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+"""Transformers takes any other name for a kernel on the Hub, to be fetched and run."""
+_Attention = Annotated[str, WithJsonSchema({"type": "string", "enum": list(ATTENTION_NAMES)})]
 
 _Rows = Annotated[Path, Says("a JSONL file, a folder, or a data set's id")]
 
@@ -37,7 +41,7 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the frozen weights and the compute."""
 
-    attn_implementation: str | None = "sdpa"
+    attn_implementation: _Attention | None = "sdpa"
     """Transformers' name of an attention implementation; None is its own choice."""
 
     def __post_init__(self) -> None:
@@ -49,6 +53,9 @@ class ModelSection(Section):
             name,
             "a model id, which never contains '..', or the path of a folder that exists (this one does not)",
         )
+        allowed = f"{', '.join(ATTENTION_NAMES)}, or null; no other code is fetched or run"
+        given = self.attn_implementation
+        require(given in (None, *ATTENTION_NAMES), f"{self.PATH}.attn_implementation", given, allowed)
 
 
 @section

@@ -114,7 +114,8 @@ class TrainSection(Section):
     """Where TensorBoard and Aim write; null is inside ``output_dir``."""
 
     resume: Annotated[bool | Path, Says("true, false, or the path of a checkpoint")] = False
-    """True continues from the newest checkpoint in ``output_dir``; a path continues from that one."""
+    """True continues from the newest checkpoint in ``output_dir``; "auto" does where there is one, and begins where there
+    never was; a path continues from that one."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in backward instead of keeping them."""

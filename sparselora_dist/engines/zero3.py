@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..config.run import RunConfig
+from ..io.pretrained import read_config
 from ..sharding.placement import Placement
 from ..sharding.units import gathered_together
 from .base import Engine
@@ -182,9 +183,7 @@ class Zero3Engine(Engine):
         return resolve_auto(self._json, self.config, self.ranks.world_size, hidden_size, self.total_steps)
 
     def placement(self) -> Placement:
-        from transformers import AutoConfig
-
-        base = AutoConfig.from_pretrained(self.config.model.name_or_path)
+        base = read_config(self.config.model.name_or_path)
         ds = self._resolved(base.hidden_size)
         group = None
         if ds["zero_optimization"].get("zero_hpz_partition_size", 1) > 1:

@@ -30,6 +30,8 @@ from .manifest import CorruptFileError, file_sha256, publish, read_safetensors
 FORMAT = "sparselora-checkpoint/1"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _MANIFEST = "manifest.json"
+_GUARDED = (f"adapter/{ADAPTER_FILE}", "optimizer.safetensors", "ranks.safetensors", "state.json")
+"""What a manifest must name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +50,8 @@ class RunState:
     scheduler: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     """Running sums of the run's summary."""
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    """What decided its numbers, by key; empty of an older version."""
     optim: str = "adamw_torch"
     """The optimizer that ran, by its name in ``train.optim``; "deepspeed ..." where DeepSpeed's JSON made it."""
     format: str = FORMAT
@@ -138,6 +142,11 @@ def resolve_resume(resume: bool | str, output_dir: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def checkpoint_digest(path: Path) -> str:
+    """A short hash of all that a checkpoint holds."""
+    return file_sha256(path / _MANIFEST)[:16]
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read and verify a checkpoint.
 
@@ -146,8 +155,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     try:
         manifest: dict[str, str] = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        unnamed = [name for name in _GUARDED if not isinstance(manifest.get(name), str)]
+    except (OSError, ValueError, AttributeError) as error:
         raise CorruptFileError(f"{path / _MANIFEST} cannot be read: {error}") from error
+    if unnamed:
+        raise CorruptFileError(
+            f"{path / _MANIFEST} has no SHA-256 of {', '.join(unnamed)}: nothing vouches for them. Resume from an older "
+            "checkpoint"
+        )
     for name, expected in manifest.items():
         file = path / name
         if not file.is_file():

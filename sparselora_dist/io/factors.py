@@ -24,6 +24,7 @@ from ..families import matrix_name
 from ..method.estimator import low_rank_factors
 from ..sharding.placement import OtherRankError
 from .manifest import CorruptFileError, publish, read_safetensors, tensors_sha256
+from .shard_files import is_finite
 from .weights import WeightSource
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ def load_or_build(
     if me == ranks[0] and (path or target.is_file()):
         try:
             found = read_factors(target, matrices, marks, rank=rank, dtype=dtype, model_id=model_id)
+            _check_shapes(target, found, weights, rank, dtype)
         except Exception as problem:  # Whatever it is, the other ranks wait to hear of it.
             error = problem
     state: list[Any] = [error, list(found)]
@@ -101,6 +103,10 @@ def load_or_build(
             if owners[matrix] == me or weights.collective:
                 weight = weights.get(*matrix)
                 if owners[matrix] == me:
+                    if not is_finite(weight):
+                        raise ValueError(
+                            f"{matrix_name(*matrix)}.weight of {model_id} holds NaN or Inf: no factors can be made of it"
+                        )
                     found[matrix] = low_rank_factors(weight, rank, seed=_seed(matrix))
 
     _together(build, ranks, group)
@@ -224,7 +230,25 @@ def read_factors(
                 "sparse_lora.factors to build matching ones"
             )
         found[matrix] = tensors[f"{name}.a"], tensors[f"{name}.b"]
+    if stray := sorted(tensors.keys() - {f"{name}.{side}" for name in built_from for side in "ab"}):
+        raise FactorMismatchError(f"{path}: {stray[0]!r} is no factor: it names no matrix that the file was built from")
     return found
+
+
+def _check_shapes(path: Path, factors: FactorSet, weights: WeightSource, rank: int, dtype: torch.dtype) -> None:
+    """A hash can be made to fit whatever a file holds; the products would fail at the first sparse step."""
+    for matrix, pair in factors.items():
+        out, length = weights.shape(*matrix)
+        kept = min(rank, out, length)
+        for side, tensor, shape in zip("ab", pair, ((kept, length), (out, kept))):
+            if (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
+                raise FactorMismatchError(
+                    f"{path}: {matrix_name(*matrix)}.{side} is {tuple(tensor.shape)} {_name(tensor.dtype)}, but the matrix "
+                    f"({out}, {length}) at rank {rank} needs {shape} {_name(dtype)}: remove sparse_lora.factors to build "
+                    "matching ones"
+                )
+            if not is_finite(tensor):
+                raise CorruptFileError(f"{path}: {matrix_name(*matrix)}.{side} holds NaN or Inf: delete the file")
 
 
 def _name(dtype: torch.dtype) -> str:

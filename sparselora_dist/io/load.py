@@ -13,7 +13,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ..codecs import Codec, codec_of
 from ..codecs.linear import FrozenLinear
@@ -25,6 +25,7 @@ from ..sharding.placement import OtherRankError, Placement
 from .manifest import CorruptFileError
 from .memory import check_fits, peak_bytes, trim_heap
 from .prequantized import check_quantization_config, prequantized, stored_codec
+from .pretrained import read_config, read_tokenizer
 from .shard_files import TensorFiles
 from .weights import CheckpointWeights, checkpoint_folder, matrix_key, weight_key
 
@@ -36,12 +37,12 @@ _TRIM_EVERY = 7
 
 def load_tokenizer(section: ModelSection) -> Any:
     """The model's tokenizer; code from the checkpoint is never run."""
-    return AutoTokenizer.from_pretrained(section.name_or_path)
+    return read_tokenizer(section.name_or_path)
 
 
 def check_model(section: ModelSection) -> Any:
     """The model's config, refused early where the family is not supported."""
-    config = AutoConfig.from_pretrained(section.name_or_path)
+    config = read_config(section.name_or_path)
     check_family(config)
     return config
 
@@ -116,7 +117,7 @@ def load_base(
         checkpoint = TensorFiles.of_model(checkpoint_folder(section.name_or_path))
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=section.attn_implementation
+                config, dtype=dtype, attn_implementation=section.attn_implementation, trust_remote_code=False
             )
         model.requires_grad_(False)
         stream = _Stream(checkpoint, codec, dtype, placement)
@@ -212,6 +213,7 @@ class _Stream:
         else:
             rows = self.checkpoint.read(key, slice(start, stop))
         rows = rows.to(self.dtype).contiguous().to(self.placement.device)
+        self.checkpoint.check_finite(key, rows)
         try:
             return codec.encode(rows, start, share)
         except OtherRankError:
@@ -256,6 +258,7 @@ class _Stream:
         placement = Placement(self.placement.device) if whole else self.placement
         start, stop = placement.rows(shape[0], [shape[1:].numel()])
         rows = self.checkpoint.read(key, slice(start, stop)).to(self.placement.device, self.dtype)
+        self.checkpoint.check_finite(key, rows)
         self.kept += rows.nbytes
         return placement.parameter(rows, start, shape)
 

@@ -194,5 +194,5 @@ def _expected(folder: Path) -> tuple[Any, dict[str, tuple[int, ...]]]:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return config, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -53,6 +53,10 @@ class WeightSource(Protocol):
         """The whole matrix (out, in), for example ``get(3, "gate_proj")``."""
         ...
 
+    def shape(self, layer: int, name: str) -> tuple[int, int]:
+        """(out, in) of the matrix, without reading it."""
+        ...
+
     def mark(self, layer: int, name: str) -> str:
         """A short name of the matrix's content; equal marks mean equal matrices."""
         ...
@@ -74,6 +78,10 @@ class ModelWeights:
             return linear.matrix([full_tensor(part) for part in linear.parts], self.dtype)
         return full_tensor(linear.weight)
 
+    def shape(self, layer: int, name: str) -> tuple[int, int]:
+        linear: Any = self._layers[layer].matrix(name)
+        return linear.out_features, linear.in_features
+
     def mark(self, layer: int, name: str) -> str:
         return fingerprint(self.get(layer, name))
 
@@ -91,6 +99,12 @@ class CheckpointWeights:
         if found := prequantized(self.checkpoint, key):
             return found.rows(0, found.shape[0]).to(self.dtype)
         return self._codec_of(key).roundtrip(self.checkpoint.read(key).to(self.dtype))
+
+    def shape(self, layer: int, name: str) -> tuple[int, int]:
+        key = matrix_key(self.checkpoint, layer, name)
+        found = prequantized(self.checkpoint, key)
+        rows, columns = found.shape if found else self.checkpoint.tensors[key].shape
+        return rows, columns
 
     def mark(self, layer: int, name: str) -> str:
         key = matrix_key(self.checkpoint, layer, name)

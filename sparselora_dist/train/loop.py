@@ -19,10 +19,12 @@ from ..engines import Engine
 from ..engines.optimizers import EIGHT_BIT, under
 from ..io.adapter import saved_names
 from ..io.checkpoint import Checkpoint, RunState, save_checkpoint
+from ..io.run_folder import note_checkpoint
 from ..layers.context import SparseContext
 from ..method.flops import FlopModel
 from .evaluate import FIGURES, evaluate
 from .feed import Feed
+from .fingerprint import Fingerprint
 from .metrics import MetricsWriter
 from .rank_state import gather_rank_state, own_rank_state, set_rank_state
 from .trackers import Trackers
@@ -72,10 +74,12 @@ class TrainingLoop:
         flops: FlopModel,
         resumed: Checkpoint | None = None,
         trackers: Trackers | None = None,
+        fingerprint: Fingerprint | None = None,
     ) -> None:
         self.config, self.train, self.engine, self.context = config, config.train, engine, context
         self.train_data, self.eval_data, self.sampler = train_data, eval_data, sampler
         self.pad_token_id, self.total_steps, self.flops = pad_token_id, total_steps, flops
+        self.fingerprint = fingerprint or {}
         self.totals = Totals()
         self.feed = self._feed(train_data)
         self.start_step = 0
@@ -266,9 +270,11 @@ class TrainingLoop:
                 tokens=int(self.totals.tokens),
                 scheduler=_plain(self.scheduler.state_dict()),
                 summary={name: getattr(self.totals, name) for name in Totals.__slots__},
+                fingerprint=self.fingerprint,
             )
             checkpoint = Checkpoint(state, parameters, moments, per_rank)
             save_checkpoint(engine.module, checkpoint, Path(self.train.output_dir), self.train.save_total_limit)
+            note_checkpoint(Path(self.train.output_dir), step)
         engine.barrier()
 
     def _restore(self, resumed: Checkpoint) -> None:

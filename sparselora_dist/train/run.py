@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-from contextlib import closing
+from contextlib import ExitStack
 from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
@@ -18,18 +16,17 @@ from ..apply import find_state
 from ..apply.build import build_model
 from ..apply.liger import liger_patch
 from ..config.run import RunConfig
-from ..data import GlobalBatchSampler, TokenDataset, load_dataset_tokens, padding_id
+from ..data import padding_id
 from ..engines import Engine, make_engine
 from ..io.adapter import save_adapter
-from ..io.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, resolve_resume
-from ..io.load import LoadReport, check_model, load_tokenizer
-from ..io.manifest import make_writable, write_text
+from ..io.load import LoadReport, check_model
+from ..io.manifest import write_text
 from ..io.model_card import write_model_card
+from ..io.pretrained import check_positions
 from ..io.weights import checkpoint_folder
-from ..sharding.placement import Placement
 from .loop import TrainingLoop
 from .metrics import flop_model
-from .trackers import Trackers, chosen_trackers
+from .start import begin
 
 log = logging.getLogger(__name__)
 
@@ -52,43 +49,13 @@ def _run(config: RunConfig, engine: Engine) -> dict[str, Any]:
     output_dir = Path(config.train.output_dir)
     if not engine.is_main:
         disable_progress_bar()
-    family = check_model(config.model).model_type
+    base = check_model(config.model)
     if config.train.use_liger_kernel:
-        liger_patch(family)  # Refuses what cannot work.
-    # What rank 0 alone finds wrong must end all ranks.
-    together = Placement(engine.device, group=dist.group.WORLD).together
-    with together():
-        if engine.is_main:
-            chosen_trackers(config.train)
-            make_writable(output_dir, "train.output_dir")
-            if config.train.logging_dir:
-                make_writable(Path(config.train.logging_dir), "train.logging_dir")
-    tokenizer = load_tokenizer(config.model)
-    train_data, eval_data = _datasets(config, tokenizer)
-    sampler = GlobalBatchSampler(
-        train_data.lengths,
-        config.train.per_device_train_batch_size,
-        engine.ranks.world_size,
-        config.train.gradient_accumulation_steps,
-        config.train.seed,
-        config.train.group_by_length,
-    )
-    total_steps = _total_steps(config, sampler)
-    path = resolve_resume(config.train.resume, output_dir)
-    resumed = load_checkpoint(path) if path else None
-    if resumed:
-        _check_resume(resumed, sampler.global_batch_size, total_steps, path)
-    engine.total_steps = total_steps
-    trackers = Trackers()
-    with together():
-        if engine.is_main:
-            if not resumed and (old := list_checkpoints(output_dir)):
-                raise ValueError(
-                    f"train.output_dir {output_dir} holds {old[-1].name} of an earlier run: continue it with train.resume "
-                    "true, or use another folder"
-                )
-            trackers = Trackers.start(config, resumed.state.step if resumed else 0)
-    with closing(trackers):
+        liger_patch(base.model_type)  # Refuses what cannot work.
+    check_positions(base, config.data.max_length)
+    with ExitStack() as held:
+        begun = begin(config, engine, base, held)
+        path = begun.checkpoint_path
         set_seed(config.train.seed)
         model, report = build_model(
             config,
@@ -107,14 +74,15 @@ def _run(config: RunConfig, engine: Engine) -> dict[str, Any]:
             config=config,
             engine=engine,
             context=state.context,
-            train_data=train_data,
-            eval_data=eval_data,
-            sampler=sampler,
-            pad_token_id=padding_id(tokenizer),
-            total_steps=total_steps,
+            train_data=begun.train_data,
+            eval_data=begun.eval_data,
+            sampler=begun.sampler,
+            pad_token_id=padding_id(begun.tokenizer),
+            total_steps=begun.total_steps,
             flops=flops,
-            resumed=resumed,
-            trackers=trackers,
+            resumed=begun.resumed,
+            trackers=begun.trackers,
+            fingerprint=begun.fingerprint,
         )
         if engine.is_main:
             write_text(output_dir / "run.json", json.dumps(config.to_dict(), indent=1))
@@ -124,7 +92,7 @@ def _run(config: RunConfig, engine: Engine) -> dict[str, Any]:
             save_adapter(model, parameters, output_dir / "adapter")
             write_text(output_dir / "sparse_lora.json", json.dumps(config.sparse_lora.to_dict(), indent=1))
             write_text(output_dir / "summary.json", json.dumps(summary, indent=1))
-            tokenizer.save_pretrained(output_dir / "adapter")
+            begun.tokenizer.save_pretrained(output_dir / "adapter")
             write_model_card(model, output_dir / "adapter", config, summary)
         engine.barrier()
         return summary
@@ -145,30 +113,3 @@ def _report_load(report: LoadReport, config: RunConfig, engine: Engine) -> dict[
             gpu,
         )
     return {field.name: value for field, value in zip(fields(report), figures)}
-
-
-def _datasets(config: RunConfig, tokenizer: Any) -> tuple[TokenDataset, TokenDataset | None]:
-    data = config.data
-    train = load_dataset_tokens(data.train, tokenizer, data.max_length, "train", data.train_limit)
-    if data.eval is None:
-        return train, None
-    return train, load_dataset_tokens(
-        data.eval, tokenizer, data.max_length, "validation", data.eval_limit, key="data.eval"
-    )
-
-
-def _total_steps(config: RunConfig, sampler: GlobalBatchSampler) -> int:
-    if config.train.max_steps > 0:
-        return config.train.max_steps
-    return max(1, math.ceil(config.train.num_train_epochs * sampler.batches_per_epoch))
-
-
-def _check_resume(resumed: Checkpoint, global_batch_size: int, total_steps: int, path: Path | None) -> None:
-    if resumed.state.global_batch_size != global_batch_size:
-        raise ValueError(
-            f"{path} was saved with a global batch of {resumed.state.global_batch_size}, this run has "
-            f"{global_batch_size} (ranks x per_device_train_batch_size x gradient_accumulation_steps): make them equal, "
-            "so that no row is skipped or repeated"
-        )
-    if resumed.state.step > total_steps:
-        raise ValueError(f"{path} is at step {resumed.state.step}, beyond this run's {total_steps} steps")

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from sparselora_dist.io.factors import FactorMismatchError
-from sparselora_dist.io.manifest import CorruptFileError, read_safetensors
+from sparselora_dist.io.manifest import CorruptFileError, read_safetensors, tensors_sha256
 from support.applied import LAYERS, assert_identical, outputs, refuse, sparse_model
 from support.models import tiny_lora
 
@@ -66,6 +66,40 @@ def damage(file: Path, how: str) -> None:
 def test_a_damaged_factor_file_is_refused_by_name(factors: Path, how: str) -> None:
     damage(factors, how)
     refuse(tiny_lora(), str(factors), CorruptFileError, factors=str(factors))
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (
+            "transposed",
+            r"layers.0.mlp.gate_proj.a is \(48, 8\) float32, but the matrix \(104, 48\) at rank 8 needs \(8, 48\)",
+        ),
+        ("short", r"layers.0.mlp.gate_proj.b is \(103, 8\) float32, but the matrix .* needs \(104, 8\)"),
+        ("renamed", r"no factors of layers.0.mlp.gate_proj"),
+        ("unasked", r"'layers.0.mlp.gate.a' .* names no matrix"),
+        ("half", r"layers.0.mlp.gate_proj.a is \(8, 48\) float16"),
+        ("infinite", r"layers.0.mlp.gate_proj.a holds NaN or Inf"),
+    ],
+)
+def test_what_a_fitting_hash_does_not_vouch_for(factors: Path, how: str, words: str) -> None:
+    """Refused when the file is read, not at the first sparse step."""
+    tensors, metadata = read_safetensors(factors)
+    a, b = "layers.0.mlp.gate_proj.a", "layers.0.mlp.gate_proj.b"
+    if how == "transposed":
+        tensors[a] = tensors[a].t().contiguous()
+    elif how == "short":
+        tensors[b] = tensors[b][:-1].contiguous()
+    elif how == "renamed":
+        tensors["layers.0.mlp.gate.a"] = tensors.pop(a)
+    elif how == "unasked":
+        tensors["layers.0.mlp.gate.a"] = tensors[a].clone()
+    elif how == "half":
+        tensors[a] = tensors[a].half()
+    else:
+        tensors[a][0, 0] = float("inf")
+    save_file(tensors, factors, metadata | {"sha256": tensors_sha256(tensors)})
+    refuse(tiny_lora(), f"{factors}.*{words}", ValueError, factors=str(factors))
 
 
 class Payload:

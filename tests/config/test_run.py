@@ -116,6 +116,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model": {"name_or_path": ""}}, "'model.name_or_path' is \"\": allowed: the path"),
     ({"model": {"name_or_path": "org/../../etc"}}, "'model.name_or_path' is \"org/../../etc\": .*never contains '..'"),
     ({"model": {"name_or_path": "..\\up"}}, "'model.name_or_path' .*folder that exists"),
+    (
+        {"model": {"attn_implementation": "org/kernel:fn"}},
+        "'model.attn_implementation' is \"org/kernel:fn\": allowed: eager, sdpa, .*flex_attention, or null",
+    ),
     ({"model": {"attn_implementation": False}}, "'model.attn_implementation' is false: expected a string or null"),
     # data
     ({"data": {"trian": "x"}}, "unknown key 'data.trian': did you mean 'train'"),

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from support.harness import ROOT, run_launch, run_ranks
@@ -231,6 +231,190 @@ def test_resume_with_another_global_batch(refused: Callable, finished: Path) -> 
 def test_resume_beyond_the_end(refused: Callable, finished: Path) -> None:
     message = refused("--train.resume", str(finished / "checkpoint-2"), "--train.max_steps", "1")
     says(message, "checkpoint-2", "step 2", "1 steps")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "was"),
+    [
+        ("train", "seed", 7, 42),
+        ("train", "learning_rate", 1e-4, 5e-3),
+        ("data", "max_length", 40, 48),
+        ("lora", "lora_alpha", 16, 8),
+        ("lora", "lora_dropout", 0.1, 0.0),
+        (
+            "sparse_lora",
+            "layers",
+            {"ffn": {"1-2": 0.8}},
+            {"ffn": {"1": 0.7, "2": 0.7}, "qk": {"1": 0.5}, "vo": {"2": 0.5}},
+        ),
+        ("sparse_lora", "enabled", False, True),
+        ("quantization", "load_in_4bit", True, False),
+        ("model", "dtype", "bfloat16", "float32"),
+    ],
+)
+def test_resume_with_other_settings(
+    refused: Callable, finished: Path, section: str, key: str, value: Any, was: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never_loads(monkeypatch)
+    words = ["--train.resume", str(finished / "checkpoint-2"), "--train.max_steps", "4"]
+    message = refused(*words, f"--{section}.{key}", json.dumps(value))
+    says(message, "checkpoint-2 was trained with other settings", f"{section}.{key} is", f"{json.dumps(was)} there")
+
+
+def test_resume_with_other_data_or_weights(refused: Callable, finished: Path, tiny: Tiny, tmp_path: Path) -> None:
+    words = ["--train.resume", str(finished / "checkpoint-2"), "--train.max_steps", "4"]
+    rows = task_rows(64, seed=0)
+    rows[5]["completion"] += "?"
+    says(
+        refused(*words, "--data.train", write_rows(tmp_path / "rows.jsonl", rows)),
+        "training data is",
+        "64 rows, SHA-256",
+    )
+    for change in ("weights", "config"):
+        base = tmp_path / change
+        shutil.copytree(tiny.model, base)
+        if change == "weights":
+            tensors = load_file(base / "model.safetensors")
+            tensors["model.layers.2.mlp.down_proj.weight"].mul_(1.01)
+            save_file(tensors, base / "model.safetensors", {"format": "pt"})
+        else:
+            config = json.loads((base / "config.json").read_text())
+            (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
+        message = refused(*words, "--model.name_or_path", str(base))
+        says(message, "base model is", "SHA-256")
+        assert "training data" not in message
+
+
+def test_what_may_change_on_the_way(tiny: Tiny, finished: Path, tmp_path: Path) -> None:
+    """Length, saving, batches of an equal global batch, the model's path; lora spelled out with its defaults."""
+    from sparselora_dist.config.run import RunConfig
+    from sparselora_dist.train import run
+
+    shutil.copytree(tiny.model, tmp_path / "moved")
+    train = {"max_steps": 3, "save_steps": 1, "logging_steps": 2, "gradient_accumulation_steps": 4}
+    train |= {"per_device_train_batch_size": 2, "resume": str(finished / "checkpoint-2")}
+    lora = {"lora_dropout": 0.0, "target_modules": ["v_proj", "k_proj", "o_proj", "q_proj"]}
+    model = {"name_or_path": str(tmp_path / "moved")}
+    config = tiny.config("single", tmp_path / "out", train=train, lora=lora, model=model, data={"eval": None})
+    assert run(RunConfig.from_dict(config))["steps"] == 3
+
+
+def test_an_abandoned_branch_is_not_continued(tiny: Tiny, finished: Path, tmp_path: Path, rows_of: Callable) -> None:
+    from sparselora_dist.config.run import RunConfig
+    from sparselora_dist.train import run
+
+    def go(resume: bool | str, steps: int) -> list[int]:
+        train = {"max_steps": steps, "save_steps": 1, "resume": resume}
+        run(RunConfig.from_dict(tiny.config("single", folder, train=train, data={"eval": None})))
+        return sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+
+    folder = tmp_path / "out"
+    shutil.copytree(finished, folder)
+    assert go(True, 4) == [2, 3, 4]
+    left = (folder / "checkpoint-4" / "state.json").read_bytes()
+    assert go(str(folder / "checkpoint-2"), 3) == [2, 3]
+    assert (folder / "abandoned-1" / "checkpoint-4" / "state.json").read_bytes() == left
+    assert [row["step"] for row in rows_of(folder / "abandoned-1")] == [1, 2, 3, 4]
+    assert go("auto", 5) == [2, 3, 4, 5]
+    assert [row["step"] for row in rows_of(folder)] == [1, 2, 3, 4, 5]
+    assert not (folder / "abandoned-2").exists()
+
+
+def test_ranks_that_differ(tiny: Tiny, tmp_path: Path) -> None:
+    """Nodes with another seed, row or weight would train to the end: each is refused on both ranks."""
+    rows = task_rows(64, seed=0)
+    rows[9]["completion"] += "?"
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    shutil.copytree(tiny.model, tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["model.layers.0.input_layernorm.weight"][0] += 1
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    config = tiny.config("fsdp2", tmp_path / "out")
+    changes = [
+        {"train": {"seed": 7}},
+        {"train": {"max_steps": 9}},
+        {"data": {"train": data}},
+        {"data": {"eval": data}},
+        {"model": {"name_or_path": str(tmp_path / "model")}},
+    ]
+    words = ["train.seed is 7 here, 42 there", "train.max_steps is 9 here, 6 there", "training data is"]
+    words += ["evaluation data is", "base model is"]
+    first, second = run_ranks("support.trainer_workers:refusals", 2, config, changes, timeout=180)
+    for one, other, part in zip(first, second, words, strict=True):
+        says(one, "rank 1 on ", " differs from rank 0 on ", part, "the same run file")
+        assert one == other
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_rows_longer_than_the_model_reaches(refused: Callable, tiny: Tiny, tmp_path: Path) -> None:
+    says(refused("--data.max_length", "129"), "'data.max_length' is 129", "128 positions", "from 2 to 128")
+    base = tmp_path / "stretched"
+    shutil.copytree(tiny.model, base)
+    config = json.loads((base / "config.json").read_text())
+    rope = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128, "rope_theta": 10000.0}
+    (base / "config.json").write_text(json.dumps(config | {"rope_parameters": rope, "rope_scaling": rope}))
+    says(refused("--model.name_or_path", str(base), "--data.max_length", "257"), "'data.max_length'", "256 positions")
+
+
+def test_no_room_for_a_checkpoint(
+    refused: Callable, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Said before the model is loaded, in bytes; what is estimated is what a checkpoint takes."""
+    from sparselora_dist.train import disk
+
+    never_loads(monkeypatch)
+    free = 10_000
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - free, free))
+    message = refused("--train.save_steps", "1")
+    says(message, f"'train.output_dir' is {tmp_path / 'out'} with 10,000 bytes free", "make room")
+    need = int(message.split("one checkpoint takes ")[1].split()[0].replace(",", ""))
+    actual = sum(path.stat().st_size for path in (finished / "checkpoint-2").rglob("*") if path.is_file())
+    assert 0.8 * actual < need < 1.5 * actual
+    free = need + 100
+    with pytest.raises(pytest.fail.Exception, match="the model was loaded"):
+        refused("--train.save_steps", "1")
+    assert "2 checkpoints of" in caplog.text and "train.save_total_limit" in caplog.text
+
+
+def test_a_finished_folder(refused: Callable, tiny: Tiny, finished: Path, tmp_path: Path) -> None:
+    """Without a checkpoint to continue; of one with, the next test."""
+    folder = tmp_path / "done"
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for resume in ("false", "auto"):
+        message = refused("--train.output_dir", str(folder), "--train.resume", resume)
+        says(message, str(folder), "holds a finished run", "summary.json", "another folder")
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "adapter")
+    message = refused("--train.output_dir", str(folder), "--train.resume", "auto")
+    says(message, "records 2 steps", "checkpoint-2, the newest of this run, is gone", "not mounted")
+    assert all(path.read_bytes() == content for path, content in before.items() if path.exists())
+
+
+def test_two_runs_in_one_folder(refused: Callable, tmp_path: Path) -> None:
+    from sparselora_dist.io.run_lock import RunLock
+
+    (tmp_path / "out").mkdir()
+    lock = RunLock.take(tmp_path / "out")
+    try:
+        says(
+            refused(),
+            f"'train.output_dir' is {tmp_path / 'out'}",
+            f"process {os.getpid()} on",
+            "two runs in one folder",
+        )
+    finally:
+        lock.close()
+    with pytest.raises(AssertionError, match="was not refused"):
+        refused()
+
+
+def test_a_model_that_brings_code(refused: Callable, tiny: Tiny, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny.model, base)
+    config = json.loads((base / "config.json").read_text()) | {"model_type": "mine", "auto_map": {"AutoConfig": "m.C"}}
+    (base / "config.json").write_text(json.dumps(config))
+    says(refused("--model.name_or_path", str(base)), f"config.json of {base}", "'auto_map': m.C", "never run")
 
 
 def test_a_fresh_run_does_not_mix_its_checkpoints_with_another_runs(refused: Callable, finished: Path) -> None:

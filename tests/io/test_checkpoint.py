@@ -112,6 +112,23 @@ def test_a_missing_or_broken_manifest(model: PeftModel, tmp_path: Path) -> None:
         load_checkpoint(path)
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", '{"state.json": null}'])
+def test_a_manifest_that_verifies_nothing(model: PeftModel, tmp_path: Path, content: str) -> None:
+    path = save_checkpoint(model, make(model), tmp_path)
+    (path / "manifest.json").write_text(content)
+    with pytest.raises(CorruptFileError, match=r"manifest.json (has no SHA-256 of adapter/.*state.json|cannot be read)"):
+        load_checkpoint(path)
+
+
+def test_a_file_that_the_manifest_does_not_name(model: PeftModel, tmp_path: Path) -> None:
+    path = save_checkpoint(model, make(model), tmp_path)
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["optimizer.safetensors"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CorruptFileError, match=r"manifest.json has no SHA-256 of optimizer.safetensors"):
+        load_checkpoint(path)
+
+
 def test_another_format_is_refused(model: PeftModel, tmp_path: Path) -> None:
     path = save_checkpoint(model, make(model), tmp_path)
     state = json.loads((path / "state.json").read_text())

@@ -62,6 +62,15 @@ def save(folder: Path, sharded: bool, **overrides: Any) -> Any:
     return model
 
 
+def test_a_matrix_with_nan_in_memory(cache: Path) -> None:
+    """Where no file was streamed: an error of LAPACK would name nothing."""
+    base = tiny_base()
+    base.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.weight of org/tiny holds NaN or Inf"):
+        build(ModelWeights(base))
+    assert not cache.exists()
+
+
 # --- cache -----------------------------------------------------------------------------------------------------------
 
 

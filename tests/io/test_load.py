@@ -364,6 +364,18 @@ def test_a_matrix_with_nan(base: Path, tmp_path: Path) -> None:
     refused(tmp_path, str(tmp_path), "model.layers.1.mlp.down_proj.weight", "NaN or Inf", quantization=NF4)
 
 
+@pytest.mark.parametrize(
+    "name", ["layers.1.mlp.down_proj.weight", "layers.2.input_layernorm.weight", "embed_tokens.weight"]
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_tensor_with_nan_in_bf16(base: Path, tmp_path: Path, name: str, value: float) -> None:
+    """Named with its file when it is read: nothing behind it could say where a NaN is from."""
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    model.get_submodule("model").get_parameter(name).data.view(-1)[7] = value
+    model.save_pretrained(tmp_path)
+    refused(tmp_path, str(tmp_path / "model.safetensors"), f"model.{name}", "holds NaN or Inf")
+
+
 def test_4_bit_without_bitsandbytes(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sparselora_dist.io.load.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs bitsandbytes.*sparselora-dist\[quantization\]"):

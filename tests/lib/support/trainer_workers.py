@@ -62,6 +62,22 @@ def many_runs(jobs: list[tuple], ids: torch.Tensor) -> list[dict[str, Any]]:
     return results
 
 
+def refusals(config: dict[str, Any], changes: list[dict[str, dict[str, Any]]]) -> list[str]:
+    """What each run is refused with in which rank 1 has other settings, one after another."""
+    told = []
+    for change in changes:
+        mine = {name: dict(section) for name, section in config.items()}
+        if dist.get_rank():
+            for name, values in change.items():
+                mine[name] |= values
+        try:
+            observe(mine, torch.zeros(1, 2, dtype=torch.long))
+            told.append("accepted")
+        except ValueError as error:
+            told.append(str(error))
+    return told
+
+
 # --- the Hugging Face Trainer ----------------------------------------------------------------------------------------
 
 STEPS = 8

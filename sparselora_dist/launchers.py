@@ -155,8 +155,9 @@ def _mpi(env: Mapping[str, str], by_srun: bool) -> str | None:
 def _by_mpi(env: Mapping[str, str], launcher: str) -> Start:
     names = _MPI[launcher]
     master = _master(env)
-    if all(name in env for name in names if name) and names[1] and None not in master:
-        return _checked(Start(launcher, *(_number(env, name) for name in names), *master))  # type: ignore[arg-type]
+    if all(name in env for name in names) and None not in master:
+        rank, world, local, here = (_number(env, name) for name in names)
+        return _checked(Start(launcher, rank, world, local, here, *master))
     # What is known may be 1, that is too little: the one who asks compares.
     return Start(launcher, world_size=_number(env, names[1], 1) if names[1] else 1, ask_mpi=True)
 

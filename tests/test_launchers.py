@@ -38,7 +38,12 @@ OPEN_MPI = {
 }
 MPICH = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
 # mpirun in an allocation starts its proxies, one a node, by srun: what it starts inherits their variables.
-PROXY = SRUN | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+PROXY = SRUN | {
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+}
 MASTER = {"MASTER_ADDR": "a", "MASTER_PORT": "29500"}
 POD = {"JOB_COMPLETION_INDEX": "1"}
 

@@ -46,11 +46,23 @@ def discover_ranks() -> Ranks:
         env.update(RANK=str(start.rank), WORLD_SIZE=str(start.world_size), LOCAL_RANK=str(start.local_rank))
         if "LOCAL_SIZE" not in env and start.local_world_size:
             env.setdefault("LOCAL_WORLD_SIZE", str(local_size))
-        if start.master_addr:
-            env.setdefault("MASTER_ADDR", start.master_addr)
+        if start.master_addr and "MASTER_ADDR" not in env:
+            _check_name(start.master_addr)
+            env["MASTER_ADDR"] = start.master_addr
         if start.master_port:
             env.setdefault("MASTER_PORT", str(start.master_port))
     return Ranks(start.rank, start.local_rank, start.world_size, local_size, start.launcher)
+
+
+def _check_name(host: str) -> None:
+    """A name that nobody gave for this use: PyTorch would wait for it until its timeout."""
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        raise LaunchError(
+            f"the ranks would meet on {host}, rank 0's host by its launcher, but {socket.gethostname()} does not know that "
+            f"name ({error}): set MASTER_ADDR to an address of that host"
+        ) from error
 
 
 def _ask_mpi(start: Start) -> Start:

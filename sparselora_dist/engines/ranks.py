@@ -69,9 +69,10 @@ def _ask_mpi(start: Start) -> Start:
     """The same, by the communicator: MPI's ranks, and rank 0's host with a free port of its."""
     try:
         from mpi4py import MPI
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # The latter where it finds no MPI library.
+        why = "is not installed" if isinstance(error, ImportError) else f"cannot be used ({error})"
         raise LaunchError(
-            "started by mpirun, but mpi4py is not installed: pip install mpi4py, or give all processes MASTER_ADDR "
+            f"started by mpirun, but mpi4py {why}: pip install mpi4py, or give all processes MASTER_ADDR "
             "(the first host) and MASTER_PORT"
         ) from error
     world = MPI.COMM_WORLD

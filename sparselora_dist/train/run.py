@@ -29,6 +29,7 @@ from ..io.weights import checkpoint_folder
 from ..sharding.placement import Placement
 from .loop import TrainingLoop
 from .metrics import flop_model
+from .shared_folder import check_shared
 from .trackers import Trackers, chosen_trackers
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ def _run(config: RunConfig, engine: Engine) -> dict[str, Any]:
             make_writable(output_dir, "train.output_dir")
             if config.train.logging_dir:
                 make_writable(Path(config.train.logging_dir), "train.logging_dir")
+    check_shared(output_dir, config.train.resume)
     tokenizer = load_tokenizer(config.model)
     train_data, eval_data = _datasets(config, tokenizer)
     sampler = GlobalBatchSampler(

@@ -80,5 +80,33 @@ def shard_group(engine: Any) -> list[int]:
     return dist.get_process_group_ranks(engine._mesh["shard"].get_group())
 
 
+def shared(own: list[str], one: str) -> dict[str, Any]:
+    """What is said of a folder that both ranks see, and of one on each rank's host: (refused, warnings)."""
+    import logging
+    import socket
+
+    import torch.distributed as dist
+
+    from sparselora_dist.train import shared_folder
+
+    rank = dist.get_rank()
+    socket.gethostname = lambda: f"host{rank}"  # type: ignore[assignment]
+    seen: dict[str, Any] = {"rank": rank}
+    for name, folder in (("one folder", one), ("own folders", own[rank])):
+        words: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record, words=words: words.append(record.getMessage())  # type: ignore[method-assign, misc]
+        shared_folder.log.addHandler(handler)
+        shared_folder.check_shared(Path(folder), False)
+        shared_folder.log.removeHandler(handler)
+        refused = ""
+        try:
+            shared_folder.check_shared(Path(folder), "auto")
+        except ValueError as error:
+            refused = str(error)
+        seen[name] = refused, words
+    return seen
+
+
 if __name__ == "__main__":
     main(Path(sys.argv[1]))

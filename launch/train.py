@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 8 launch/train.py --config configs/fsdp2_sparse.json
     deepspeed launch/train.py --config configs/zero3_sparse.json
     mpirun -n 8 python launch/train.py --config configs/zero3_sparse.json
+    srun -N 2 --ntasks-per-node 8 python launch/train.py --config configs/llama3_70b_math_fsdp2_multinode.json
 
 Every key of the file can be set from here: ``--train.max_steps 100 --sparse_lora.enabled false``.
 """

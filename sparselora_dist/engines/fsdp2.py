@@ -21,6 +21,7 @@ from torch.torch_version import TorchVersion
 from ..config.run import RunConfig
 from ..sharding.placement import Placement, RowShards, take_rows, waiting_rows
 from ..sharding.units import read_in_backward, shard_units
+from .hosts import check_groups
 from .optimizers import choose_optimizer
 from .ranks import Ranks, start_distributed
 from .torch_state import TorchStateEngine
@@ -33,11 +34,12 @@ class FSDP2Engine(TorchStateEngine):
 
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         super().__init__(config, ranks)
-        start_distributed(ranks, config.train.ddp_timeout)
+        self.ranks = start_distributed(ranks, config.train.ddp_timeout)
         self.options: dict[str, Any] = config.engine.fsdp_options()
         home = torch.device("cpu") if self.options.get("fsdp_offload_params", False) else self.device
         self.optim = choose_optimizer(config.train, home)
         replicas, shards = config.engine.fsdp_mesh(ranks.world_size)
+        check_groups(self.ranks.hosts, shards, "engine.fsdp.dp_shard_size")
         shape, names = ((replicas, shards), ("replicate", "shard")) if replicas > 1 else ((shards,), ("shard",))
         self._mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 
-_LAUNCHED = ("PMI_SIZE", "PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
+from ..launchers import LaunchError, Start, find_start, node_name
+from .hosts import Place, by_host, exchange
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,37 +25,73 @@ class Ranks:
     local_rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
+    launcher: str = field(default="", compare=False)
+    """Its name, for people; empty for a process alone."""
+    hosts: tuple[str, ...] = field(default=(), compare=False)
+    """Every rank's host, once they met."""
 
 
 def discover_ranks() -> Ranks:
-    """Ranks from the launcher: torchrun's and DeepSpeed's variables, or MPI (mpirun, through mpi4py).
+    """Ranks from the launcher, whichever it is; the variables that PyTorch and DeepSpeed read are set from them.
 
-    Under MPI the variables that PyTorch reads are set from the communicator.
+    Raises:
+        LaunchError: the launcher's variables are half given, or contradict each other; mpi4py is needed and missing.
     """
     env = os.environ
-    if "RANK" not in env and any(name in env for name in _LAUNCHED):
-        try:
-            from mpi4py import MPI
-        except ImportError as error:
-            raise RuntimeError("started by mpirun, but mpi4py is not installed: pip install mpi4py") from error
-        world = MPI.COMM_WORLD
-        local = world.Split_type(MPI.COMM_TYPE_SHARED)
-        address = (socket.gethostname(), free_port()) if world.rank == 0 else None
-        host, port = world.bcast(address)
-        env.update(
-            RANK=str(world.rank),
-            WORLD_SIZE=str(world.size),
-            LOCAL_RANK=str(local.rank),
-            LOCAL_WORLD_SIZE=str(local.size),
+    start = find_start(env)
+    if start.ask_mpi:
+        start = _ask_mpi(start)
+    local_size = start.local_world_size or start.world_size
+    if start.launcher:
+        env.update(RANK=str(start.rank), WORLD_SIZE=str(start.world_size), LOCAL_RANK=str(start.local_rank))
+        if "LOCAL_SIZE" not in env and start.local_world_size:
+            env.setdefault("LOCAL_WORLD_SIZE", str(local_size))
+        if start.master_addr and "MASTER_ADDR" not in env:
+            _check_name(start.master_addr)
+            env["MASTER_ADDR"] = start.master_addr
+        if start.master_port:
+            env.setdefault("MASTER_PORT", str(start.master_port))
+    return Ranks(start.rank, start.local_rank, start.world_size, local_size, start.launcher)
+
+
+def _check_name(host: str) -> None:
+    """A name that nobody gave for this use: PyTorch would wait for it until its timeout."""
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        raise LaunchError(
+            f"the ranks would meet on {host}, rank 0's host by its launcher, but {socket.gethostname()} does not know that "
+            f"name ({error}): set MASTER_ADDR to an address of that host"
+        ) from error
+
+
+def _ask_mpi(start: Start) -> Start:
+    """The same, by the communicator: MPI's ranks, and rank 0's host with a free port of its."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # The latter where it finds no MPI library.
+        why = "is not installed" if isinstance(error, ImportError) else f"cannot be used ({error})"
+        raise LaunchError(
+            f"started by mpirun, but mpi4py {why}: pip install mpi4py, or give all processes MASTER_ADDR "
+            "(the first host) and MASTER_PORT"
+        ) from error
+    world = MPI.COMM_WORLD
+    if world.size < start.world_size:
+        raise LaunchError(
+            f"{start.launcher}'s variables say {start.world_size} processes, but mpi4py knows {world.size}: it was built "
+            "with another MPI than the mpirun that started this. Start with the mpirun of that MPI, or give all "
+            "processes MASTER_ADDR (the first host) and MASTER_PORT"
         )
-        env.setdefault("MASTER_ADDR", "127.0.0.1" if local.size == world.size else host)
-        env.setdefault("MASTER_PORT", str(port))
-    size = int(env.get("WORLD_SIZE", 1))
-    return Ranks(
-        rank=int(env.get("RANK", 0)),
-        local_rank=int(env.get("LOCAL_RANK", 0)),
-        world_size=size,
-        local_world_size=int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", size))),
+    local = world.Split_type(MPI.COMM_TYPE_SHARED)
+    host, port = world.bcast((socket.gethostname(), free_port()) if world.rank == 0 else None)
+    return replace(
+        start,
+        rank=world.rank,
+        world_size=world.size,
+        local_rank=local.rank,
+        local_world_size=local.size,
+        master_addr="127.0.0.1" if local.size == world.size else host,
+        master_port=port,
     )
 
 
@@ -95,26 +135,61 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start_distributed(ranks: Ranks, timeout: float) -> None:
+def start_distributed(ranks: Ranks, timeout: float) -> Ranks:
     """Start the default process group from the launcher's variables; alone, a group of one.
 
+    Ranks are numbered host by host, whatever the launcher's mapping: neighbours in number are neighbours in place, so
+    that groups of consecutive ranks (HSDP, hpZ) stay inside a host. Rank 0 stays what it is.
+
+    Returns:
+        Where this process stands now, with every rank's host.
+
     Raises:
+        LaunchError: nobody says where the ranks meet.
         ValueError: two ranks have the same GPU.
     """
     if dist.is_initialized():
-        return
+        return replace(ranks, hosts=tuple(_all(node_name())))
     env = os.environ
     if "RANK" not in env:
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    if ranks.world_size > 1:
+        needed = ("MASTER_ADDR", "MASTER_PORT") if ranks.local_world_size < ranks.world_size else ("MASTER_PORT",)
+        if missing := [f"{name} is not set" for name in needed if name not in env]:
+            raise LaunchError(
+                f"{', '.join(missing)}: start with torchrun, deepspeed or mpirun, or set the name of rank 0's host "
+                "(MASTER_ADDR) and a port that is free there (MASTER_PORT)"
+            )
     env.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in env:
-        if ranks.world_size > 1:
-            raise RuntimeError("MASTER_PORT is not set: start with torchrun, deepspeed or mpirun")
         env["MASTER_PORT"] = str(free_port())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+    limit = datetime.timedelta(seconds=timeout)
+    store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+    store.set_timeout(limit)
+    # torchrun's store outlives the ranks that it starts anew: those must not meet the addresses of the dead.
+    store = dist.PrefixStore(f"sparselora/{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    places = exchange(store, Place(ranks.rank, node_name()), ranks.world_size)
+    order = by_host(places)
+    rank = order.index(ranks.rank)
+    hosts = tuple(places[old].host for old in order)
+    env["RANK"] = str(rank)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks.world_size, timeout=limit)
     if torch.cuda.is_available():
         refuse_shared_gpus()
+    if rank == 0 and ranks.world_size > 1:
+        count = len(set(hosts))
+        moved = "" if order == list(range(len(order))) else ", numbered anew host by host"
+        where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
+        log.info("%d ranks on %d host(s) by %s, meeting at %s%s", len(order), count, ranks.launcher, where, moved)
+    return replace(ranks, rank=rank, hosts=hosts)
+
+
+def _all(mine: str) -> list[str]:
+    """What each rank has, by rank. A collective."""
+    everyone = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
 
 
 def refuse_shared_gpus() -> None:

@@ -21,6 +21,7 @@ from ..io.pretrained import read_config
 from ..sharding.placement import Placement
 from ..sharding.units import gathered_together
 from .base import Engine
+from .hosts import check_groups
 from .optimizers import (
     EIGHT_BIT,
     MOMENTS,
@@ -170,13 +171,16 @@ class Zero3Engine(Engine):
         # Two of DeepSpeed's collectives go by names that torch renamed; one line per rank and step would bury the bar.
         warnings.filterwarnings("ignore", ".*(all_gather_into_tensor|reduce_scatter_tensor).*deprecated", FutureWarning)
         super().__init__(config, ranks)
-        start_distributed(ranks, config.train.ddp_timeout)
+        self.ranks = start_distributed(ranks, config.train.ddp_timeout)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         import deepspeed
 
         self._deepspeed = deepspeed
         deepspeed.init_distributed()
         self._json = config.engine.deepspeed_config()
+        node = self._json.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
+        if isinstance(node, int):
+            check_groups(self.ranks.hosts, node, "engine.deepspeed.zero_optimization.zero_hpz_partition_size")
         self.optim = choose_under_deepspeed(config.train, self._json, self.device)
 
     def _resolved(self, hidden_size: int) -> dict[str, Any]:

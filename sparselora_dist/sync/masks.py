@@ -19,8 +19,6 @@ per forward by the model.
 from __future__ import annotations
 
 import datetime
-import os
-import socket
 import time
 from dataclasses import dataclass
 from itertools import islice
@@ -30,6 +28,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
+
+from ..launchers import node_name
 
 SyncMode = Literal["global", "node", "local"]
 
@@ -149,8 +149,7 @@ class MaskSync:
         )
 
     def _node_ranks(self, everyone: list[int]) -> list[int]:
-        # torchrun numbers the nodes (GROUP_RANK); under other launchers the host name tells them apart.
-        mine = f"{socket.gethostname()}/{os.environ.get('GROUP_RANK', '')}"
+        mine = node_name()
         names: list[str] = [""] * len(everyone)
         dist.all_gather_object(names, mine, group=self._data_parallel)
         return [rank for rank, name in zip(everyone, names) if name == mine]

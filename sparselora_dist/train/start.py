@@ -22,6 +22,7 @@ from ..io.weights import checkpoint_folder
 from ..sharding.placement import Placement
 from .disk import check_space
 from .fingerprint import Fingerprint, fingerprint, on_all_ranks, same_as_saved
+from .shared_folder import check_shared
 from .trackers import Trackers, chosen_trackers
 
 
@@ -59,6 +60,7 @@ def begin(config: RunConfig, engine: Engine, base: Any, held: ExitStack) -> Begu
             if config.train.logging_dir:
                 make_writable(Path(config.train.logging_dir), "train.logging_dir")
             held.enter_context(closing(RunLock.take(output_dir)))
+    check_shared(output_dir, config.train.resume)
     with together():
         tokenizer = load_tokenizer(config.model)
         train_data, eval_data = _datasets(config, tokenizer)

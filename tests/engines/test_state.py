@@ -275,6 +275,7 @@ def test_mpirun(env: pytest.MonkeyPatch, variable: str) -> None:
     import os
 
     fake_mpi(env, 3, 4, (1, 2))
+    env.setattr("socket.getaddrinfo", lambda host, port: [])
     set_all(env, **{variable: 1})
     assert discover_ranks() == Ranks(rank=3, local_rank=1, world_size=4, local_world_size=2)
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]) == ("3", "4", "1")

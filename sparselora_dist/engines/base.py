@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from ..config.run import RunConfig
 from ..sharding.placement import Placement
+from ..sync.heartbeat import Heartbeat
 from .ranks import Ranks, local_device
 
 
@@ -28,6 +29,8 @@ class Engine(ABC):
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         self.config = config
         self.ranks = ranks
+        self.heartbeat = Heartbeat()
+        """Says what this rank does, and who is missing; an engine of several ranks has one that beats."""
         self.scheduler: Any = None
         """The engine's own learning rate schedule, where its configuration asks for one."""
         self.total_steps = 1
@@ -129,5 +132,6 @@ class Engine(ABC):
             dist.barrier()
 
     def close(self) -> None:
+        self.heartbeat.stop()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -6,9 +6,12 @@ import datetime
 import os
 import socket
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
+
+from ..sync.heartbeat import Heartbeat
 
 _LAUNCHED = ("PMI_SIZE", "PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
 
@@ -95,14 +98,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start_distributed(ranks: Ranks, timeout: float) -> None:
-    """Start the default process group from the launcher's variables; alone, a group of one.
+def start_distributed(ranks: Ranks, timeout: float, heartbeat_timeout: float = 0.0) -> Heartbeat:
+    """Start the default process group from the launcher's variables, and this rank's heartbeat; alone, a group of one.
 
     Raises:
         ValueError: two ranks have the same GPU.
     """
     if dist.is_initialized():
-        return
+        return Heartbeat()
     env = os.environ
     if "RANK" not in env:
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
@@ -112,9 +115,39 @@ def start_distributed(ranks: Ranks, timeout: float) -> None:
             raise RuntimeError("MASTER_PORT is not set: start with torchrun, deepspeed or mpirun")
         env["MASTER_PORT"] = str(free_port())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+    dist.init_process_group(
+        backend,
+        store=_open_store(ranks, timeout, "group"),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=datetime.timedelta(seconds=timeout),
+    )
     if torch.cuda.is_available():
         refuse_shared_gpus()
+    connect = partial(_open_store, ranks, max(heartbeat_timeout, 1.0), "heartbeat", client=True)
+    address = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
+    return Heartbeat(ranks.rank, ranks.world_size, heartbeat_timeout, connect, address).start()
+
+
+def _open_store(ranks: Ranks, timeout: float, purpose: str, client: bool = False) -> dist.Store:
+    """The job's store: torchrun's agent keeps it, else rank 0. A ``client`` connects to one that is there.
+
+    torchrun keeps one store over its restarts, in which PyTorch's own start finds the addresses of the ranks that died. So
+    every start has names of its own in it.
+    """
+    env = os.environ
+    kept_by_agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        env["MASTER_ADDR"],
+        int(env["MASTER_PORT"]),
+        None if client else ranks.world_size,
+        ranks.rank == 0 and not kept_by_agent and not client,
+        datetime.timedelta(seconds=timeout),
+        wait_for_workers=not client and not kept_by_agent,
+        multi_tenant=True,
+    )
+    start = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"sparselora/{start}/{ranks.world_size}/{purpose}", store)
 
 
 def refuse_shared_gpus() -> None:

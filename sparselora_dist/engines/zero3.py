@@ -169,7 +169,7 @@ class Zero3Engine(Engine):
         # Two of DeepSpeed's collectives go by names that torch renamed; one line per rank and step would bury the bar.
         warnings.filterwarnings("ignore", ".*(all_gather_into_tensor|reduce_scatter_tensor).*deprecated", FutureWarning)
         super().__init__(config, ranks)
-        start_distributed(ranks, config.train.ddp_timeout)
+        self.heartbeat = start_distributed(ranks, config.train.ddp_timeout, config.train.heartbeat_timeout)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         import deepspeed
 

@@ -2,11 +2,11 @@
 
     FAULT="kill 1 backward of step 3" torchrun --nproc-per-node 2 benchmarks/fault_rank.py --config RUN.json
 
-The words are what happens, to which rank, and in which phase, as the heartbeat calls it. ``FAULT_ONCE`` names a file that is made
-when it happens, after which it does not happen again: a restarted run is left alone.
+The words are what happens, to which rank, and in which phase, as the heartbeat calls it. ``FAULT_ONCE`` names a file that
+is made when it happens, after which it does not happen again: a restarted run is left alone.
 
     kill     SIGKILL                        stop     SIGSTOP
-    memory   torch.OutOfMemoryError         nan      the gradients of one parameter become NaN
+    memory   torch.OutOfMemoryError         nan      a gradient is not a number; the loss is
     slow     every evaluation batch takes a second, from that phase on
 """
 
@@ -27,14 +27,31 @@ ONCE = Path(os.environ.get("FAULT_ONCE", os.devnull))
 
 
 def happen() -> None:
+    if ACTION != "slow":
+        time.sleep(0.5)  # In the middle of the phase.
     if ACTION in ("kill", "stop"):
         os.kill(os.getpid(), signal.SIGKILL if ACTION == "kill" else signal.SIGSTOP)
     elif ACTION == "memory":
         import torch
 
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    elif ACTION == "nan":
+        _spoil_a_gradient()
     elif ACTION == "slow":
         _slow_evaluation()
+
+
+def _spoil_a_gradient() -> None:
+    """Where backward begins: the loss that is reported stays as it is."""
+    import torch
+
+    backward = torch.Tensor.backward
+
+    def spoilt(self: torch.Tensor, *args: object, **options: object) -> None:
+        torch.Tensor.backward = backward  # type: ignore[method-assign]
+        backward(self * float("nan"), *args, **options)  # type: ignore[arg-type]
+
+    torch.Tensor.backward = spoilt  # type: ignore[method-assign]
 
 
 def _slow_evaluation() -> None:

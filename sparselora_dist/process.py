@@ -38,9 +38,10 @@ def quiet_bitsandbytes() -> None:
     logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
 
 
-def complain(text: str) -> None:
+def complain(text: str, hint: str = "") -> None:
     """Say why this process ends, on standard error, and to torchrun, whose summary repeats it as the last of all."""
-    print(f"error: {text}\n(rank {os.environ.get('RANK', '0')})", file=sys.stderr, flush=True)
+    where = f"rank {os.environ.get('RANK', '0')}{hint and f'; {hint}'}"
+    print(f"error: {text}\n({where})", file=sys.stderr, flush=True)
     _tell_torchrun(text)
 
 

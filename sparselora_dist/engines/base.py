@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -63,6 +64,41 @@ class Engine(ABC):
     @abstractmethod
     def step(self) -> float:
         """Clip, step, clear the gradients; the gradient norm before clipping."""
+
+    @abstractmethod
+    def local_gradients(self) -> dict[str, Tensor]:
+        """This rank's part of the gradients that :meth:`step` takes, averaged, before clipping; by parameter."""
+
+    def gradients_are_finite(self) -> bool:
+        """Whether this rank's part is; waits for the device."""
+        parts = [part for part in self.local_gradients().values() if part.numel()]
+        return not parts or math.isfinite(torch.nn.utils.get_total_norm(parts).item())
+
+    def refuse_gradients(self, what: str) -> NoReturn:
+        """A collective.
+
+        Args:
+            what: the step that is not taken.
+
+        Raises:
+            FloatingPointError: names the parameters whose gradients are not finite, and the ranks that hold them.
+        """
+        parts = self.local_gradients()
+        mine = [name for name, part in parts.items() if not bool(part.isfinite().all())]
+        everyone = [mine]
+        if dist.is_initialized():
+            everyone = [[] for _ in range(self.ranks.world_size)]
+            dist.all_gather_object(everyone, mine)
+        places = [
+            f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} on rank {rank}"
+            for rank, names in enumerate(everyone)
+            if names
+        ]
+        raise FloatingPointError(
+            f"the gradients of {what} are not finite, though its loss is: {'; '.join(places) or 'their norm overflows'}. No "
+            "step was taken. Lower train.learning_rate or train.max_grad_norm, or continue from the last checkpoint with "
+            "train.resume true"
+        )
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Around every forward."""

@@ -20,6 +20,7 @@ from ..config.run import RunConfig
 from ..sharding.placement import Placement
 from ..sharding.units import gathered_together
 from .base import Engine
+from .build_lock import wait_for_builds
 from .optimizers import (
     EIGHT_BIT,
     MOMENTS,
@@ -174,6 +175,7 @@ class Zero3Engine(Engine):
         import deepspeed
 
         self._deepspeed = deepspeed
+        wait_for_builds(shared=ranks.local_world_size < ranks.world_size)
         deepspeed.init_distributed()
         self._json = config.engine.deepspeed_config()
         self.optim = choose_under_deepspeed(config.train, self._json, self.device)
@@ -217,6 +219,10 @@ class Zero3Engine(Engine):
         self.model.set_gradient_accumulation_boundary(last)
         # The loss is already a share of the global batch's: DeepSpeed must not divide it again.
         self.model.backward(loss, scale_wrt_gas=False)
+
+    def local_gradients(self) -> dict[str, Tensor]:
+        get = self._deepspeed.utils.safe_get_local_grad
+        return {name: get(p) for name, p in self.trainable().items()}
 
     def step(self) -> float:
         self.model.step()

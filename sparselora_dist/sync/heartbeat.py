@@ -12,9 +12,11 @@ stopped, dead or cut off is silent. The first verdict of the job is the verdict 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import signal
 import socket
 import tempfile
 import threading
@@ -122,6 +124,7 @@ class Heartbeat:
     def at(self, phase: str) -> None:
         """What this rank does now, as others will read it: ``"backward of step 7"``."""
         self._phase = phase
+        self._wake.set()
 
     def stop(self) -> None:
         """This rank is through: its silence from now on is in order."""
@@ -160,6 +163,7 @@ class Heartbeat:
                 return
             self._publish()
         verdict = self._verdict
+        self._end_the_stopped()
         if verdict is not None and (verdict.rank != self.rank or not verdict.own) and self._say_it():
             raise RankLostError(self._words(verdict)) from None
         raise SaidElsewhere(1) from error
@@ -195,6 +199,8 @@ class Heartbeat:
                 self._find(None, gone)
             if ending:
                 return
+            # A new phase is told at once, but not more often than five times a beat.
+            self._stopping.wait(self._tick / 5)
             self._wake.wait(self._tick)
             self._wake.clear()
 
@@ -213,7 +219,8 @@ class Heartbeat:
             count, *rest = json.loads(text)
             old = self._peers.get(rank)
             changed = old.changed if old and old.count == count and not fresh else now
-            self._peers[rank] = _Peer(count, *rest, changed)
+            phase, host, place, pid, born = rest
+            self._peers[rank] = _Peer(count, phase, host, place, pid, born, changed)
         if found.decode() != _NONE:
             self._settle(Verdict(**json.loads(found)))
 
@@ -276,6 +283,7 @@ class Heartbeat:
             if now - max(self._since, self._main_ends) > waits:
                 if (verdict.rank != self.rank or not verdict.own) and self._say_it():
                     complain(self._words(verdict))
+                self._end_the_stopped()
                 for finish in self.before_end:
                     finish()
                 leave(1)
@@ -294,6 +302,15 @@ class Heartbeat:
         look.start()
         look.join(1.0)
         return "\n".join([text, *filter(None, found)])
+
+    def _end_the_stopped(self) -> None:
+        """A rank of this host that is stopped hears nothing but SIGKILL; launchers send that half a minute later."""
+        if self._verdict is None or self._verdict.own:
+            return
+        for peer in self._peers.values():
+            if time.monotonic() - peer.changed > self._limit and not _is_gone(peer) and _is_stopped(peer):
+                with contextlib.suppress(OSError):
+                    os.kill(peer.pid, signal.SIGKILL)
 
     def _say_it(self) -> bool:
         """Whether this rank is the first of its host to ask: one says it, by a file that all of them can see."""
@@ -359,4 +376,4 @@ def _is_gone(peer: _Peer) -> bool:
 
 
 def _is_stopped(peer: _Peer) -> bool:
-    return peer.place == _place() and _stat(peer.pid)[:1] in (["T"], ["t"])
+    return peer.place == _place() and _stat(peer.pid)[:1] == ["T"]

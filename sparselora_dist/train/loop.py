@@ -166,12 +166,15 @@ class TrainingLoop:
             loss += output.loss.detach()
         engine.heartbeat.at(f"optimizer of step {step + 1}")
         self.context.sync.check()  # No step is taken on masks that the ranks did not agree on.
-        total, context = engine.all_sum(loss.item() / world, counts.context)
+        bad = not engine.gradients_are_finite()
+        total, context, bad_ranks = engine.all_sum(loss.item() / world, counts.context, float(bad))
         if not math.isfinite(total):
             raise FloatingPointError(
                 f"the loss of step {step + 1} is {total}: no step was taken. Lower train.learning_rate, or continue "
                 "from the last checkpoint with train.resume true"
             )
+        if bad_ranks:
+            engine.refuse_gradients(f"step {step + 1}")
         return StepResult(total, engine.step(), context)
 
     def _record(

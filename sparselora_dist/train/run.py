@@ -26,10 +26,11 @@ from ..io.load import LoadReport, check_model, load_tokenizer
 from ..io.manifest import make_writable, write_text
 from ..io.model_card import write_model_card
 from ..io.weights import checkpoint_folder
+from ..process import SaidElsewhere
 from ..sharding.placement import Placement
 from .loop import TrainingLoop
 from .metrics import flop_model
-from .stopping import StopSignals
+from .stopping import Stopped, StopSignals
 from .trackers import Trackers, chosen_trackers
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,13 @@ def run(config: RunConfig) -> dict[str, Any]:
     with StopSignals(Path(config.train.output_dir), os.environ.get("RANK", "0") == "0") as stop:
         # Before the ranks wait for each other: a download takes as long as it takes.
         checkpoint_folder(config.model.name_or_path)
-        engine = make_engine(config)
+        try:
+            engine = make_engine(config)
+        except Stopped as error:
+            # All ranks were told, and there is no heartbeat yet by which they agree who says so.
+            if stop.speaks:
+                raise
+            raise SaidElsewhere(1) from error
         engine.heartbeat.at("loading")
         try:
             summary = _run(config, engine, stop)

@@ -43,7 +43,7 @@ class StopSignals:
         """The signal that was heard, or ""."""
         self.waits = False
         """Whether the run stops by itself once it was asked; before, and after, a signal ends it at once."""
-        self._output_dir, self._speaks = output_dir, speaks
+        self.speaks, self._output_dir = speaks, output_dir
         self._when = 0.0
         self._previous: dict[int, Any] = {}
         self._left = threading.Event()
@@ -70,7 +70,7 @@ class StopSignals:
         name, now = signal.Signals(number).name, time.monotonic()
         again = number == signal.SIGINT and self.asked == name and now - self._when > _AGAIN
         if self.waits and not again:
-            if not self.asked and self._speaks:
+            if not self.asked and self.speaks:
                 # Not by logging or print: they may be what the signal has interrupted.
                 os.write(2, f"{name}: saving after this step{'; Ctrl-C again ends at once' * (number == 2)}\n".encode())
             self.asked, self._when = self.asked or name, self._when or now

@@ -7,14 +7,19 @@ is made when it happens, after which it does not happen again: a restarted run i
 
     kill     SIGKILL                        stop     SIGSTOP
     memory   torch.OutOfMemoryError         nan      a gradient is not a number; the loss is
-    slow     every evaluation batch takes a second, from that phase on
+    cut      its network (the link FAULT_LINK)  full    no file may grow beyond 4 kB
+    torn     SIGKILL between writing a checkpoint and publishing it
+    slow     every batch takes a second, from that phase on
+    none     nothing, but the phase is noticed
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import resource
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +32,7 @@ ONCE = Path(os.environ.get("FAULT_ONCE", os.devnull))
 
 
 def happen() -> None:
-    if ACTION != "slow":
+    if ACTION in ("kill", "stop", "memory", "cut"):
         time.sleep(0.5)  # In the middle of the phase.
     if ACTION in ("kill", "stop"):
         os.kill(os.getpid(), signal.SIGKILL if ACTION == "kill" else signal.SIGSTOP)
@@ -35,10 +40,18 @@ def happen() -> None:
         import torch
 
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    elif ACTION == "cut":
+        subprocess.run(["ip", "link", "set", "dev", os.environ["FAULT_LINK"], "down"], check=True)
+    elif ACTION == "full":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    elif ACTION == "torn":
+        from sparselora_dist.io import checkpoint
+
+        checkpoint.publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
     elif ACTION == "nan":
         _spoil_a_gradient()
     elif ACTION == "slow":
-        _slow_evaluation()
+        _slow_batches()
 
 
 def _spoil_a_gradient() -> None:
@@ -54,7 +67,7 @@ def _spoil_a_gradient() -> None:
     torch.Tensor.backward = spoilt  # type: ignore[method-assign]
 
 
-def _slow_evaluation() -> None:
+def _slow_batches() -> None:
     from sparselora_dist.train.feed import Feed
 
     inputs = Feed.inputs

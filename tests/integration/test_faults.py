@@ -78,9 +78,10 @@ def start(tiny: Tiny, tmp_path: Path) -> Iterator[Callable[..., Started]]:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             env.pop(name, None)
         program = Path(sys.executable).parent / launcher[0]
+        words = [str(program) if program.exists() else launcher[0], *launcher[1:]]
         with open(log, "wb") as out:
             process = subprocess.Popen(
-                [str(program) if program.exists() else launcher[0], *launcher[1:], "benchmarks/fault_rank.py", "--config", config],
+                [*words, "benchmarks/fault_rank.py", "--config", config],
                 cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             )  # fmt: skip
         started.append(Started(process, log, config))

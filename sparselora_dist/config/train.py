@@ -117,8 +117,8 @@ class TrainSection(Section):
     """Where TensorBoard and Aim write; null is inside ``output_dir``."""
 
     resume: Annotated[bool | Path, Says("true, false, or the path of a checkpoint")] = False
-    """True continues from the newest checkpoint in ``output_dir``, "auto" from there or, without one, from the beginning (for
-    jobs that are restarted); a path continues from that one."""
+    """True continues from the newest checkpoint in ``output_dir``; "auto" from there or, without one, from the beginning,
+    for jobs that are restarted; a path from that one."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in backward instead of keeping them."""

@@ -74,25 +74,31 @@ class Engine(ABC):
         parts = [part for part in self.local_gradients().values() if part.numel()]
         return not parts or math.isfinite(torch.nn.utils.get_total_norm(parts).item())
 
-    def refuse_gradients(self, what: str) -> NoReturn:
+    def nonfinite_gradients(self) -> list[str]:
+        """Parameters whose gradients are not finite in this rank's part."""
+        return [name for name, part in self.local_gradients().items() if not bool(part.isfinite().all())]
+
+    def refuse_gradients(self, what: str, arose: list[str], held: list[str]) -> NoReturn:
         """A collective.
 
         Args:
             what: the step that is not taken.
+            arose: parameters whose gradients were not finite on this rank before the ranks added theirs.
+            held: those in this rank's part of the sums; said where nothing is known of the former.
 
         Raises:
-            FloatingPointError: names the parameters whose gradients are not finite, and the ranks that hold them.
+            FloatingPointError: names parameters and ranks.
         """
-        parts = self.local_gradients()
-        mine = [name for name, part in parts.items() if not bool(part.isfinite().all())]
-        everyone = [mine]
+        everyone = [(arose, held)]
         if dist.is_initialized():
-            everyone = [[] for _ in range(self.ranks.world_size)]
-            dist.all_gather_object(everyone, mine)
+            everyone = [(arose, held)] * self.ranks.world_size
+            dist.all_gather_object(everyone, (arose, held))
+        known = any(first for first, _ in everyone)
         places = [
-            f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} on rank {rank}"
-            for rank, names in enumerate(everyone)
-            if names
+            f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} "
+            f"{'on' if known else 'in the part of'} rank {rank}"
+            for rank, (first, second) in enumerate(everyone)
+            if (names := first if known else second)
         ]
         raise FloatingPointError(
             f"the gradients of {what} are not finite, though its loss is: {'; '.join(places) or 'their norm overflows'}. No "

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 from transformers import get_scheduler
 
 from ..config.run import RunConfig
@@ -21,36 +22,13 @@ from ..method.flops import FlopModel
 from .evaluate import FIGURES, evaluate
 from .feed import Feed
 from .metrics import MetricsWriter
+from .nonfinite import own_nonfinite
 from .saving import Saver
 from .stopping import Stopped, StopSignals
+from .totals import StepResult, Totals
 from .trackers import Trackers
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Totals:
-    """Running sums of a run; saved with its checkpoints, so that a resumed run's summary is the whole run's."""
-
-    tokens: float = 0.0
-    context: float = 0.0
-    flops_dense: float = 0.0
-    flops_executed: float = 0.0
-    timed_tokens: float = 0.0
-    seconds: float = 0.0
-    loss_first: float = math.nan
-    loss_last: float = math.nan
-    eval_start: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class StepResult:
-    """What one optimizer step says to everyone, already summed over ranks."""
-
-    loss: float
-    grad_norm: float
-    context: float
-    """Tokens computed sparsely."""
 
 
 class TrainingLoop:
@@ -151,6 +129,25 @@ class TrainingLoop:
         engine, world = self.engine, self.engine.ranks.world_size
         counts = self.context.counts
         counts.dense = counts.context = 0
+        loss = self._forward_backward(step, batch, labels)
+        engine.heartbeat.at(f"optimizer of step {step + 1}")
+        self.context.sync.check()  # No step is taken on masks that the ranks did not agree on.
+        bad = not engine.gradients_are_finite()
+        total, context, bad_ranks = engine.all_sum(loss.item() / world, counts.context, float(bad))
+        if not math.isfinite(total):
+            raise FloatingPointError(
+                f"the loss of step {step + 1} is {total}: no step was taken. Lower train.learning_rate, or continue "
+                "from the last checkpoint with train.resume true"
+            )
+        if bad_ranks:
+            held = engine.nonfinite_gradients()
+            arose = own_nonfinite(engine, partial(self._forward_backward, step, batch, labels))
+            engine.refuse_gradients(f"step {step + 1}", arose, held)
+        return StepResult(total, engine.step(), context)
+
+    def _forward_backward(self, step: int, batch: GlobalBatch | PackedBatch, labels: int) -> Tensor:
+        """Of every micro-batch; this rank's sum of the losses."""
+        engine, world = self.engine, self.engine.ranks.world_size
         loss = torch.zeros((), device=engine.device)
         for number in range(batch.accumulation):
             engine.heartbeat.at(f"forward of step {step + 1}")
@@ -164,18 +161,7 @@ class TrainingLoop:
             engine.heartbeat.at(f"backward of step {step + 1}")
             engine.backward(output.loss, last=number == batch.accumulation - 1)
             loss += output.loss.detach()
-        engine.heartbeat.at(f"optimizer of step {step + 1}")
-        self.context.sync.check()  # No step is taken on masks that the ranks did not agree on.
-        bad = not engine.gradients_are_finite()
-        total, context, bad_ranks = engine.all_sum(loss.item() / world, counts.context, float(bad))
-        if not math.isfinite(total):
-            raise FloatingPointError(
-                f"the loss of step {step + 1} is {total}: no step was taken. Lower train.learning_rate, or continue "
-                "from the last checkpoint with train.resume true"
-            )
-        if bad_ranks:
-            engine.refuse_gradients(f"step {step + 1}")
-        return StepResult(total, engine.step(), context)
+        return loss
 
     def _record(
         self, step: int, result: StepResult, lengths: Any, logits: int | None, seconds: float, learning_rate: float

@@ -13,21 +13,20 @@ stopped, dead or cut off is silent. The first verdict of the job is the verdict 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import signal
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch.distributed as dist
 
 from ..process import SaidElsewhere, complain, leave
+from .errors import RankLostError, is_derived
+from .processes import born, first_of_host, is_gone, is_stopped, place
 
 _VERDICT, _NONE = "verdict", "-"
 _DONE = "done"
@@ -35,16 +34,6 @@ _DONE = "done"
 _WATCHED = 32
 # From a verdict until the process is ended, for a main thread that has not heard of it, and for one that has.
 _GRACE, _GRACE_TO_CLOSE = 2.0, 30.0
-_STARTED = time.time()
-# How the backends say that the other side is not there. Whatever else is raised is a rank's own error.
-_BACKEND_WORDS = (
-    "gloo", "nccl", "c10d", "tcpstore", "connection closed", "connection reset", "connection refused", "broken pipe",
-    "timed out", "mask synchronisation failed", "another rank", "process group",
-)  # fmt: skip
-
-
-class RankLostError(ConnectionError):
-    """Another rank is gone, silent, or has failed; it is named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +59,11 @@ class _Peer:
     born: int
     changed: float
     """When its count changed last, by this process's clock: hosts' clocks are never compared."""
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether a rank of this host has ended without saying so."""
+        return self.phase != _DONE and is_gone(self.pid, self.born, self.place)
 
 
 class Heartbeat:
@@ -147,7 +141,7 @@ class Heartbeat:
         if not self.active or isinstance(error, SaidElsewhere):
             return
         self._main_ends = time.monotonic()
-        derived = _is_derived(error)
+        derived = is_derived(error)
         if derived:
             # Something is wrong: whoever is silent now need not be given the whole timeout.
             self._limit = min(self.timeout, max(5.0, 5 * self._tick))
@@ -156,7 +150,7 @@ class Heartbeat:
         if not self._known.is_set():
             what = f"{error}{self._places()}" if derived else str(error) or type(error).__name__
             self._proposal = Verdict(self.rank, f"{what}", socket.gethostname(), True)
-            if self._say_it():
+            if first_of_host(self._address):
                 self._publish()
                 if derived:
                     raise RankLostError(f"{self._name(self.rank)} failed in {self._phase}: {what}") from error
@@ -164,7 +158,7 @@ class Heartbeat:
             self._publish()
         verdict = self._verdict
         self._end_the_stopped()
-        if verdict is not None and (verdict.rank != self.rank or not verdict.own) and self._say_it():
+        if verdict is not None and (verdict.rank != self.rank or not verdict.own) and first_of_host(self._address):
             raise RankLostError(self._words(verdict)) from None
         raise SaidElsewhere(1) from error
 
@@ -185,7 +179,7 @@ class Heartbeat:
         while True:
             ending = self._stopping.is_set()
             # Before the beats are read: a rank that ended in order has said so in its last.
-            gone = [rank for rank, peer in self._peers.items() if _is_gone(peer)]
+            gone = [rank for rank, peer in self._peers.items() if peer.is_gone]
             try:
                 if store is None:
                     store = self._connect()
@@ -207,7 +201,7 @@ class Heartbeat:
     def _exchange(self, store: dist.Store) -> None:
         """Write this rank's beat and read the others' and the verdict."""
         self._count += 1
-        beat = [self._count, self._phase, socket.gethostname(), _place(), os.getpid(), _born(os.getpid())]
+        beat = [self._count, self._phase, socket.gethostname(), place(), os.getpid(), born(os.getpid())]
         store.set(str(self.rank), json.dumps(beat))
         watched = [(self.rank + i) % self.size for i in range(1, min(self.size, _WATCHED + 1))]
         # One that has not begun is waited for by init_process_group, with its own timeout.
@@ -219,8 +213,8 @@ class Heartbeat:
             count, *rest = json.loads(text)
             old = self._peers.get(rank)
             changed = old.changed if old and old.count == count and not fresh else now
-            phase, host, place, pid, born = rest
-            self._peers[rank] = _Peer(count, phase, host, place, pid, born, changed)
+            phase, host, where, pid, began = rest
+            self._peers[rank] = _Peer(count, phase, host, where, pid, began, changed)
         if found.decode() != _NONE:
             self._settle(Verdict(**json.loads(found)))
 
@@ -251,7 +245,7 @@ class Heartbeat:
         if how == "gone":
             what = "is gone without a word: killed, perhaps for memory (dmesg says so)"
         else:
-            what = f"has not been heard of for {how} s{' and is stopped' if _is_stopped(peer) else ''}"
+            what = f"has not been heard of for {how} s{' and is stopped' if is_stopped(peer.pid, peer.place) else ''}"
         return f"{self._name(rank)} {what}; last seen in {peer.phase}"
 
     def _name(self, rank: int) -> str:
@@ -281,7 +275,7 @@ class Heartbeat:
                 continue
             waits = _GRACE_TO_CLOSE if self._main_ends else _GRACE
             if now - max(self._since, self._main_ends) > waits:
-                if (verdict.rank != self.rank or not verdict.own) and self._say_it():
+                if (verdict.rank != self.rank or not verdict.own) and first_of_host(self._address):
                     complain(self._words(verdict))
                 self._end_the_stopped()
                 for finish in self.before_end:
@@ -308,72 +302,6 @@ class Heartbeat:
         if self._verdict is None or self._verdict.own:
             return
         for peer in self._peers.values():
-            if time.monotonic() - peer.changed > self._limit and not _is_gone(peer) and _is_stopped(peer):
+            if time.monotonic() - peer.changed > self._limit and not peer.is_gone and is_stopped(peer.pid, peer.place):
                 with contextlib.suppress(OSError):
                     os.kill(peer.pid, signal.SIGKILL)
-
-    def _say_it(self) -> bool:
-        """Whether this rank is the first of its host to ask: one says it, by a file that all of them can see."""
-        key = hashlib.sha256(f"{self._address} {os.getuid()}".encode()).hexdigest()[:16]
-        path = Path(tempfile.gettempdir()) / f"sparselora-said-{key}"
-        for _ in range(2):
-            try:
-                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-                return True
-            except FileExistsError:
-                try:
-                    if path.stat().st_mtime >= _STARTED:
-                        return False
-                    path.unlink()  # Of a job before this one.
-                except OSError:
-                    return False
-            except OSError:
-                return True
-        return False
-
-
-def _is_derived(error: BaseException) -> bool:
-    """Whether the backend speaks of another rank, here or in what the error was raised from."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, dist.DistError):
-            return True
-        if isinstance(seen, RuntimeError) and any(word in str(seen).lower() for word in _BACKEND_WORDS):
-            return True
-        seen = seen.__cause__
-    return False
-
-
-def _place() -> str:
-    """The kernel and the process numbers that this process and another must share for its number to mean anything."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-        return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:
-        return f"unknown/{socket.gethostname()}/{os.getpid()}"
-
-
-def _stat(pid: int) -> list[str]:
-    """State, parent and so on of a process of this host, [] without it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    except OSError:
-        return []
-
-
-def _born(pid: int) -> int:
-    """When a process began, in the kernel's ticks; tells it from a later one of the same number."""
-    fields = _stat(pid)
-    return int(fields[19]) if len(fields) > 19 else 0
-
-
-def _is_gone(peer: _Peer) -> bool:
-    """Whether a rank of this host has ended without saying so."""
-    if peer.phase == _DONE or peer.place != _place():
-        return False
-    fields = _stat(peer.pid)
-    return not fields or fields[0] in "ZX" or int(fields[19]) != peer.born
-
-
-def _is_stopped(peer: _Peer) -> bool:
-    return peer.place == _place() and _stat(peer.pid)[:1] == ["T"]

@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from sparselora_dist.process import SaidElsewhere
 from sparselora_dist.sync import heartbeat as module
-from sparselora_dist.sync.heartbeat import Heartbeat, RankLostError
+from sparselora_dist.sync.errors import RankLostError
+from sparselora_dist.sync.heartbeat import Heartbeat
 
 TIMEOUT = 1.2
 PATIENCE = 60.0
@@ -68,7 +69,7 @@ def job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Job]:
 
     monkeypatch.setattr(module, "leave", leave)
     monkeypatch.setattr(module, "complain", job.said.append)
-    monkeypatch.setattr(module.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
     yield job
     for beat in job.beats:
         beat.stop()
@@ -115,7 +116,7 @@ def test_ranks_that_live_are_left_alone(job: Job) -> None:
 def test_a_process_that_was_killed_is_seen_before_its_silence_is_long(job: Job) -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     one = job.rank(0, timeout=3600)
-    beat = [1, "evaluation at step 3", "b", module._place(), process.pid, module._born(process.pid)]
+    beat = [1, "evaluation at step 3", "b", module.place(), process.pid, module.born(process.pid)]
     job.store.set("1", module.json.dumps(beat))
     wait(lambda: one._peers)
     assert not job.said

@@ -13,7 +13,7 @@ import argparse
 import os
 import sys
 
-from sparselora_dist.process import keep_to_cpu, messages, quiet_bitsandbytes, run_and_leave
+from sparselora_dist.process import complain, keep_to_cpu, messages, quiet_bitsandbytes, run_and_leave
 
 
 def main() -> int:
@@ -32,7 +32,8 @@ def main() -> int:
     try:
         config = RunConfig.from_file(arguments.config, overrides)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # All ranks of a host read the same file.
+            print(f"error: {error}", file=sys.stderr)
         return 2
 
     from sparselora_dist.train import closing_words, run
@@ -42,8 +43,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("SPARSELORA_TRACEBACK"):
             raise
-        rank = os.environ.get("RANK", "0")
-        print(f"error: {error}\n(rank {rank}; SPARSELORA_TRACEBACK=1 shows where)", file=sys.stderr)
+        complain(str(error), "SPARSELORA_TRACEBACK=1 shows where")
         return 2
     if os.environ.get("RANK", "0") == "0":
         print(closing_words(config, summary))

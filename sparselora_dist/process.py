@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
+
+
+class SaidElsewhere(SystemExit):
+    """This process ends for a reason that another one says."""
 
 
 def messages() -> None:
     """Show the project's messages as they are, one line each."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("sparselora_dist").setLevel(logging.INFO)
+    # Before torch is imported: its network code would print stacks of C++ over the line that says which rank is missing.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def keep_to_cpu() -> None:
@@ -30,26 +38,52 @@ def quiet_bitsandbytes() -> None:
     logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
 
 
+def complain(text: str, hint: str = "") -> None:
+    """Say why this process ends, on standard error, and to torchrun, whose summary repeats it as the last of all."""
+    where = f"rank {os.environ.get('RANK', '0')}{hint and f'; {hint}'}"
+    print(f"error: {text}\n({where})", file=sys.stderr, flush=True)
+    _tell_torchrun(text)
+
+
+def _tell_torchrun(text: str) -> None:
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path or os.path.exists(path):
+        return
+    said = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": said}, file)
+    except OSError:
+        pass  # It was said on standard error.
+
+
 def run_and_leave(main: Callable[[], int]) -> NoReturn:
     """Run ``main`` and end the process with its status; a rank that fails says which one it is."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     try:
         status = main()
+    except SaidElsewhere:
+        status = 1
     except BaseException as error:
-        if not several:
+        if not _several():
             raise
         if isinstance(error, SystemExit):
             print(error, file=sys.stderr)
         else:
             traceback.print_exc()
         print(f"(rank {os.environ.get('RANK', '0')} failed)", file=sys.stderr)
+        _tell_torchrun(str(error) or type(error).__name__)
         status = 1
-    if several:
-        _leave(status)
+    if _several():
+        leave(status)
     sys.exit(status)
 
 
-def _leave(status: int) -> NoReturn:
+def _several() -> bool:
+    """Read when it is needed: mpirun's ranks are known once the run has begun."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def leave(status: int) -> NoReturn:
     """End one of several ranks at once.
 
     After success everything is saved and the process group is closed, but gloo's threads abort the interpreter's own exit

@@ -98,6 +98,9 @@ class TrainSection(Section):
     save_steps: Positive | None = None
     """Steps between checkpoints; None saves none on the way."""
 
+    save_in_background: bool = True
+    """Train on while a checkpoint is written; false waits for it."""
+
     save_total_limit: Positive | None = None
     """Checkpoints that are kept; None keeps all."""
 
@@ -136,6 +139,9 @@ class TrainSection(Section):
 
     ddp_timeout: Positive = 1800
     """Seconds that a collective waits for the other ranks before it is an error."""
+
+    heartbeat_timeout: FromZero = 120
+    """Seconds without a sign of life after which a rank is named as missing and the run ends; 0 never."""
 
     @property
     def trackers(self) -> tuple[str, ...]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 
 from ..config.run import RunConfig
 from ..sharding.placement import Placement
+from ..sync.heartbeat import Heartbeat
 from .ranks import Ranks, local_device
 
 
@@ -28,6 +30,8 @@ class Engine(ABC):
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         self.config = config
         self.ranks = ranks
+        self.heartbeat = Heartbeat()
+        """Says what this rank does, and who is missing; an engine of several ranks has one that beats."""
         self.scheduler: Any = None
         """The engine's own learning rate schedule, where its configuration asks for one."""
         self.total_steps = 1
@@ -60,6 +64,47 @@ class Engine(ABC):
     @abstractmethod
     def step(self) -> float:
         """Clip, step, clear the gradients; the gradient norm before clipping."""
+
+    @abstractmethod
+    def local_gradients(self) -> dict[str, Tensor]:
+        """This rank's part of the gradients that :meth:`step` takes, averaged, before clipping; by parameter."""
+
+    def gradients_are_finite(self) -> bool:
+        """Whether this rank's part is; waits for the device."""
+        parts = [part for part in self.local_gradients().values() if part.numel()]
+        return not parts or math.isfinite(torch.nn.utils.get_total_norm(parts).item())
+
+    def nonfinite_gradients(self) -> list[str]:
+        """Parameters whose gradients are not finite in this rank's part."""
+        return [name for name, part in self.local_gradients().items() if not bool(part.isfinite().all())]
+
+    def refuse_gradients(self, what: str, arose: list[str], held: list[str]) -> NoReturn:
+        """A collective.
+
+        Args:
+            what: the step that is not taken.
+            arose: parameters whose gradients were not finite on this rank before the ranks added theirs.
+            held: those in this rank's part of the sums; said where nothing is known of the former.
+
+        Raises:
+            FloatingPointError: names parameters and ranks.
+        """
+        everyone = [(arose, held)]
+        if dist.is_initialized():
+            everyone = [(arose, held)] * self.ranks.world_size
+            dist.all_gather_object(everyone, (arose, held))
+        known = any(first for first, _ in everyone)
+        places = [
+            f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} "
+            f"{'on' if known else 'in the part of'} rank {rank}"
+            for rank, (first, second) in enumerate(everyone)
+            if (names := first if known else second)
+        ]
+        raise FloatingPointError(
+            f"the gradients of {what} are not finite, though its loss is: {'; '.join(places) or 'their norm overflows'}. No "
+            "step was taken. Lower train.learning_rate or train.max_grad_norm, or continue from the last checkpoint with "
+            "train.resume true"
+        )
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Around every forward."""
@@ -129,5 +174,6 @@ class Engine(ABC):
             dist.barrier()
 
     def close(self) -> None:
+        self.heartbeat.stop()
         if dist.is_initialized():
             dist.destroy_process_group()

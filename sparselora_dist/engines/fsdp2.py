@@ -34,7 +34,7 @@ class FSDP2Engine(TorchStateEngine):
 
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         super().__init__(config, ranks)
-        self.ranks = start_distributed(ranks, config.train.ddp_timeout)
+        self.ranks, self.heartbeat = start_distributed(ranks, config.train.ddp_timeout, config.train.heartbeat_timeout)
         self.options: dict[str, Any] = config.engine.fsdp_options()
         home = torch.device("cpu") if self.options.get("fsdp_offload_params", False) else self.device
         self.optim = choose_optimizer(config.train, home)

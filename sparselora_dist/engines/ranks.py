@@ -7,11 +7,13 @@ import logging
 import os
 import socket
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from ..launchers import LaunchError, Start, find_start, node_name
+from ..sync.heartbeat import Heartbeat
 from .hosts import Place, by_host, exchange
 
 log = logging.getLogger(__name__)
@@ -135,21 +137,21 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start_distributed(ranks: Ranks, timeout: float) -> Ranks:
-    """Start the default process group from the launcher's variables; alone, a group of one.
+def start_distributed(ranks: Ranks, timeout: float, heartbeat_timeout: float = 0.0) -> tuple[Ranks, Heartbeat]:
+    """Start the default process group from the launcher's variables, and this rank's heartbeat; alone, a group of one.
 
     Ranks are numbered host by host, whatever the launcher's mapping: neighbours in number are neighbours in place, so
     that groups of consecutive ranks (HSDP, hpZ) stay inside a host. Rank 0 stays what it is.
 
     Returns:
-        Where this process stands now, with every rank's host.
+        Where this process stands now, with every rank's host; and what beats for it.
 
     Raises:
         LaunchError: nobody says where the ranks meet.
         ValueError: two ranks have the same GPU.
     """
     if dist.is_initialized():
-        return replace(ranks, hosts=tuple(_all(node_name())))
+        return replace(ranks, hosts=tuple(_all(node_name()))), Heartbeat()
     env = os.environ
     if "RANK" not in env:
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
@@ -164,25 +166,29 @@ def start_distributed(ranks: Ranks, timeout: float) -> Ranks:
     if "MASTER_PORT" not in env:
         env["MASTER_PORT"] = str(free_port())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    limit = datetime.timedelta(seconds=timeout)
-    store, _, _ = next(dist.rendezvous("env://", timeout=limit))
-    store.set_timeout(limit)
-    # torchrun's store outlives the ranks that it starts anew: those must not meet the addresses of the dead.
-    store = dist.PrefixStore(f"sparselora/{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = _open_store(ranks, timeout, "group")
     places = exchange(store, Place(ranks.rank, node_name()), ranks.world_size)
     order = by_host(places)
     rank = order.index(ranks.rank)
     hosts = tuple(places[old].host for old in order)
+    connect = partial(_open_store, ranks, max(heartbeat_timeout, 1.0), "heartbeat", client=True)
     env["RANK"] = str(rank)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks.world_size, timeout=limit)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=ranks.world_size,
+        timeout=datetime.timedelta(seconds=timeout),
+    )
     if torch.cuda.is_available():
         refuse_shared_gpus()
+    address = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
     if rank == 0 and ranks.world_size > 1:
         count = len(set(hosts))
         moved = "" if order == list(range(len(order))) else ", numbered anew host by host"
-        where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
-        log.info("%d ranks on %d host(s) by %s, meeting at %s%s", len(order), count, ranks.launcher, where, moved)
-    return replace(ranks, rank=rank, hosts=hosts)
+        log.info("%d ranks on %d host(s) by %s, meeting at %s%s", len(order), count, ranks.launcher, address, moved)
+    heartbeat = Heartbeat(rank, ranks.world_size, heartbeat_timeout, connect, address).start()
+    return replace(ranks, rank=rank, hosts=hosts), heartbeat
 
 
 def _all(mine: str) -> list[str]:
@@ -190,6 +196,27 @@ def _all(mine: str) -> list[str]:
     everyone = [mine] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return everyone
+
+
+def _open_store(ranks: Ranks, timeout: float, purpose: str, client: bool = False) -> dist.Store:
+    """The job's store: torchrun's agent keeps it, else rank 0. A ``client`` connects to one that is there.
+
+    torchrun keeps one store over its restarts, in which PyTorch's own start finds the addresses of the ranks that died. So
+    every start has names of its own in it.
+    """
+    env = os.environ
+    kept_by_agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        env["MASTER_ADDR"],
+        int(env["MASTER_PORT"]),
+        None if client else ranks.world_size,
+        ranks.rank == 0 and not kept_by_agent and not client,
+        datetime.timedelta(seconds=timeout),
+        wait_for_workers=not client and not kept_by_agent,
+        multi_tenant=True,
+    )
+    start = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"sparselora/{start}/{ranks.world_size}/{purpose}", store)
 
 
 def refuse_shared_gpus() -> None:

@@ -26,6 +26,10 @@ class TorchStateEngine(Engine):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
 
+    def local_gradients(self) -> dict[str, Tensor]:
+        gradients = {name: p.grad for name, p in self.trainable().items() if p.grad is not None}
+        return {name: grad.to_local() if is_dtensor(grad) else grad for name, grad in gradients.items()}
+
     def step(self) -> float:
         limit = self.config.train.max_grad_norm
         trained = self.trainable()

@@ -21,6 +21,7 @@ from ..io.pretrained import read_config
 from ..sharding.placement import Placement
 from ..sharding.units import gathered_together
 from .base import Engine
+from .build_lock import wait_for_builds
 from .hosts import check_groups
 from .optimizers import (
     EIGHT_BIT,
@@ -171,11 +172,12 @@ class Zero3Engine(Engine):
         # Two of DeepSpeed's collectives go by names that torch renamed; one line per rank and step would bury the bar.
         warnings.filterwarnings("ignore", ".*(all_gather_into_tensor|reduce_scatter_tensor).*deprecated", FutureWarning)
         super().__init__(config, ranks)
-        self.ranks = start_distributed(ranks, config.train.ddp_timeout)
+        self.ranks, self.heartbeat = start_distributed(ranks, config.train.ddp_timeout, config.train.heartbeat_timeout)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         import deepspeed
 
         self._deepspeed = deepspeed
+        wait_for_builds(shared=ranks.local_world_size < ranks.world_size)
         deepspeed.init_distributed()
         self._json = config.engine.deepspeed_config()
         node = self._json.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
@@ -220,6 +222,10 @@ class Zero3Engine(Engine):
         self.model.set_gradient_accumulation_boundary(last)
         # The loss is already a share of the global batch's: DeepSpeed must not divide it again.
         self.model.backward(loss, scale_wrt_gas=False)
+
+    def local_gradients(self) -> dict[str, Tensor]:
+        get = self._deepspeed.utils.safe_get_local_grad
+        return {name: get(p) for name, p in self.trainable().items()}
 
     def step(self) -> float:
         self.model.step()

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .adapter import ADAPTER_FILE, save_adapter
-from .manifest import CorruptFileError, file_sha256, publish, read_safetensors
+from .manifest import CorruptFileError, file_sha256, publish, read_safetensors, saving
 
 FORMAT = "sparselora-checkpoint/1"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -78,12 +78,14 @@ def save_checkpoint(model: Any, checkpoint: Checkpoint, output_dir: Path, keep: 
     """Write a checkpoint (one rank does this) and delete the oldest beyond ``keep``.
 
     Raises:
-        OSError: the disk is full or not writable; the path is named and nothing that was saved before is touched.
+        OSError: the disk is full or not writable; the path is named, and nothing that was saved before is touched.
     """
     final = output_dir / f"checkpoint-{checkpoint.state.step}"
     temporary = output_dir / f".checkpoint-{checkpoint.state.step}.tmp"
-    try:
+    tensors = [*checkpoint.parameters.values(), *checkpoint.moments.values(), *checkpoint.per_rank.values()]
+    with saving(final, sum(tensor.nbytes for tensor in tensors)), contextlib.ExitStack() as stack:
         shutil.rmtree(temporary, ignore_errors=True)
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)  # What is half written does not fill the disk.
         temporary.mkdir(parents=True)
         save_adapter(model, checkpoint.parameters, temporary / "adapter")
         save_file(checkpoint.moments, temporary / "optimizer.safetensors")
@@ -101,12 +103,16 @@ def save_checkpoint(model: Any, checkpoint: Checkpoint, output_dir: Path, keep: 
             shutil.rmtree(aside)
         else:
             publish(temporary, final)
-    except OSError as error:
-        raise OSError(error.errno, f"could not save {final}: {error.strerror or error}") from error
     for old in list_checkpoints(output_dir)[:-keep] if keep else ():
         if old != final:  # Later steps of an older run may lie in the folder.
             shutil.rmtree(old)
     return final
+
+
+def newest_checkpoint(output_dir: Path) -> Path | None:
+    """The last one that was published; only looks."""
+    found = [(int(m[1]), path) for path in output_dir.glob("checkpoint-*") if (m := _NAME.fullmatch(path.name))]
+    return max(found)[1] if found else None
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

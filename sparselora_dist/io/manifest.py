@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import re
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -55,6 +58,29 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except SafetensorError as error:
         raise CorruptFileError(
             f"{path} is truncated or not a safetensors file ({error}). Pickle files are never loaded"
+        ) from error
+
+
+@contextlib.contextmanager
+def saving(path: Path, size: int) -> Iterator[None]:
+    """Around what writes ``path``, of ``size`` bytes: safetensors' own error is no OSError, and neither names the path.
+
+    Raises:
+        OSError: the disk is full or not writable, with the path, the bytes needed and the bytes that are free.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = getattr(error, "errno", None)
+        found = re.search(r"os error (\d+)", str(error))
+        if number is None and found is None:
+            raise  # Not the system's: what was to be saved is wrong.
+        number = int(found[1]) if number is None and found else number
+        why = os.strerror(number) if number else str(error)
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        free = shutil.disk_usage(folder).free
+        raise OSError(
+            number, f"could not save {path}: {why} (it needs {size:,} bytes, and {free:,} are free there)"
         ) from error
 
 

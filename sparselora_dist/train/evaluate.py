@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,11 +32,18 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, context: SparseContext, feed: Feed, batch_size: int, progress: bool = False) -> Evaluation:
+def evaluate(
+    engine: Engine,
+    context: SparseContext,
+    feed: Feed,
+    batch_size: int,
+    progress: bool = False,
+    stops: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
     """Over all rows of ``feed``'s dataset, ``batch_size`` rows a rank where they are padded.
 
     Every rank must call this; one without rows left runs all the same, so that no collective is missed. ``progress`` shows
-    a bar, on a terminal.
+    a bar, on a terminal. ``stops``, a collective, is asked after each batch; ``None`` if it said so.
     """
     engine.model.eval()
     context.evaluating = True
@@ -57,6 +65,8 @@ def evaluate(engine: Engine, context: SparseContext, feed: Feed, batch_size: int
             row = inputs.rows.flatten().index_select(0, inputs.partition.loss_rows.cpu())
             rows += (seen := row.unique().numel())
             rows_right += seen - row[fits == 0].unique().numel()
+            if stops():
+                return None
     finally:
         context.evaluating = False
         engine.model.train()

@@ -4,57 +4,32 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import time
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 from transformers import get_scheduler
 
 from ..config.run import RunConfig
 from ..data import GlobalBatch, GlobalBatchSampler, PackedBatch, TokenDataset
 from ..engines import Engine
-from ..engines.optimizers import EIGHT_BIT, under
-from ..io.adapter import saved_names
-from ..io.checkpoint import Checkpoint, RunState, save_checkpoint
-from ..io.run_folder import note_checkpoint
+from ..io.checkpoint import Checkpoint
 from ..layers.context import SparseContext
 from ..method.flops import FlopModel
 from .evaluate import FIGURES, evaluate
 from .feed import Feed
 from .fingerprint import Fingerprint
 from .metrics import MetricsWriter
-from .rank_state import gather_rank_state, own_rank_state, set_rank_state
+from .nonfinite import own_nonfinite
+from .saving import Saver
+from .stopping import Stopped, StopSignals
+from .totals import StepResult, Totals
 from .trackers import Trackers
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Totals:
-    """Running sums of a run; saved with its checkpoints, so that a resumed run's summary is the whole run's."""
-
-    tokens: float = 0.0
-    context: float = 0.0
-    flops_dense: float = 0.0
-    flops_executed: float = 0.0
-    timed_tokens: float = 0.0
-    seconds: float = 0.0
-    loss_first: float = math.nan
-    loss_last: float = math.nan
-    eval_start: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class StepResult:
-    """What one optimizer step says to everyone, already summed over ranks."""
-
-    loss: float
-    grad_norm: float
-    context: float
-    """Tokens computed sparsely."""
 
 
 class TrainingLoop:
@@ -75,6 +50,7 @@ class TrainingLoop:
         resumed: Checkpoint | None = None,
         trackers: Trackers | None = None,
         fingerprint: Fingerprint | None = None,
+        stop: StopSignals | None = None,
     ) -> None:
         self.config, self.train, self.engine, self.context = config, config.train, engine, context
         self.train_data, self.eval_data, self.sampler = train_data, eval_data, sampler
@@ -84,43 +60,52 @@ class TrainingLoop:
         self.feed = self._feed(train_data)
         self.start_step = 0
         self.scheduler = self._scheduler()
+        self.saver = Saver(self.train, engine, context)
+        self.stop = stop or StopSignals(Path(self.train.output_dir))
         if resumed:
             self._restore(resumed)
         self.metrics = MetricsWriter(config.train, total_steps, self.start_step, engine.is_main, trackers)
-        self._stop_signal = False
 
     # --- the run ----------------------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
         """All remaining steps; returns the summary."""
-        previous = signal.signal(signal.SIGTERM, self._request_stop)
         # One wait per optimizer step instead of one per forward: see _optimize. Nobody reads logits.
         self.context.check_masks, self.context.chunk_loss = "caller", True
+        self.stop.waits = True
         try:
+            step = self.start_step
             if self.eval_data is not None and not self.totals.eval_start:
                 self.totals.eval_start = self._evaluate(0)
-            step = self.start_step
+            elif self._evaluation_was_cut_off():
+                self._evaluate(step)
             while step < self.total_steps:
                 self._one_step(step)
                 step += 1
                 due = bool(self.train.save_steps) and step % (self.train.save_steps or 1) == 0
-                stop = self.engine.all_sum(float(self._stop_signal))[0] > 0
+                stop = self._stops()
                 if due or stop:
                     self._save(step)
                 if stop:
-                    raise SystemExit(
-                        f"SIGTERM: saved checkpoint-{step} in {self.train.output_dir}; resume continues it"
-                    )
+                    self._leave(step)
                 if self.train.eval_steps and step % self.train.eval_steps == 0 and step < self.total_steps:
                     self._evaluate(step)
-            return self._summary(self._evaluate(self.total_steps))
+            # Whatever happens in the last evaluation, what was trained is on the disk.
+            self.saver.save_adapter()
+            summary = self._summary(self._evaluate(self.total_steps))
+            self.saver.wait()
+            return summary
         finally:
+            self.saver.close()
             self.metrics.close()
             self.context.check_masks, self.context.chunk_loss = "next", False
-            signal.signal(signal.SIGTERM, previous)
 
-    def _request_stop(self, *_: object) -> None:
-        self._stop_signal = True
+    def _evaluation_was_cut_off(self) -> bool:
+        """Whether a resumed run's last step was to be evaluated and was not. A collective."""
+        step, every = self.start_step, self.train.eval_steps
+        if self.eval_data is None or not every or step % every or not 0 < step < self.total_steps:
+            return False
+        return self.engine.all_max(float(self.metrics.lacks_evaluation))[0] > 0
 
     def _one_step(self, step: int) -> None:
         batch = self.feed.laid_out(self.sampler.batch(step))
@@ -147,8 +132,28 @@ class TrainingLoop:
         engine, world = self.engine, self.engine.ranks.world_size
         counts = self.context.counts
         counts.dense = counts.context = 0
+        loss = self._forward_backward(step, batch, labels)
+        engine.heartbeat.at(f"optimizer of step {step + 1}")
+        self.context.sync.check()  # No step is taken on masks that the ranks did not agree on.
+        bad = not engine.gradients_are_finite()
+        total, context, bad_ranks = engine.all_sum(loss.item() / world, counts.context, float(bad))
+        if not math.isfinite(total):
+            raise FloatingPointError(
+                f"the loss of step {step + 1} is {total}: no step was taken. Lower train.learning_rate, or continue "
+                "from the last checkpoint with train.resume true"
+            )
+        if bad_ranks:
+            held = engine.nonfinite_gradients()
+            arose = own_nonfinite(engine, partial(self._forward_backward, step, batch, labels))
+            engine.refuse_gradients(f"step {step + 1}", arose, held)
+        return StepResult(total, engine.step(), context)
+
+    def _forward_backward(self, step: int, batch: GlobalBatch | PackedBatch, labels: int) -> Tensor:
+        """Of every micro-batch; this rank's sum of the losses."""
+        engine, world = self.engine, self.engine.ranks.world_size
         loss = torch.zeros((), device=engine.device)
         for number in range(batch.accumulation):
+            engine.heartbeat.at(f"forward of step {step + 1}")
             inputs = self.feed.inputs(batch.micro_batch(number, engine.ranks.rank))
             self.context.hand_over(inputs.labels, inputs.partition)
             with engine.autocast():
@@ -156,16 +161,10 @@ class TrainingLoop:
                 output = engine.model(
                     **inputs.arguments, labels=inputs.labels, use_cache=False, num_items_in_batch=labels / world
                 )
+            engine.heartbeat.at(f"backward of step {step + 1}")
             engine.backward(output.loss, last=number == batch.accumulation - 1)
             loss += output.loss.detach()
-        self.context.sync.check()  # No step is taken on masks that the ranks did not agree on.
-        total, context = engine.all_sum(loss.item() / world, counts.context)
-        if not math.isfinite(total):
-            raise FloatingPointError(
-                f"the loss of step {step + 1} is {total}: no step was taken. Lower train.learning_rate, or continue "
-                "from the last checkpoint with train.resume true"
-            )
-        return StepResult(total, engine.step(), context)
+        return loss
 
     def _record(
         self, step: int, result: StepResult, lengths: Any, logits: int | None, seconds: float, learning_rate: float
@@ -230,7 +229,11 @@ class TrainingLoop:
             return {}
         size = self.train.per_device_eval_batch_size or self.train.per_device_train_batch_size
         bar = self.engine.is_main and not self.train.disable_tqdm
-        values = evaluate(self.engine, self.context, self._feed(self.eval_data), size, bar).row()
+        self.engine.heartbeat.at(f"evaluation at step {step}")
+        found = evaluate(self.engine, self.context, self._feed(self.eval_data), size, bar, self._stops)
+        if found is None:
+            self._leave(step)
+        values = found.row()
         self.metrics.row({"step": step, **values})
         return values
 
@@ -255,43 +258,37 @@ class TrainingLoop:
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def _save(self, step: int) -> None:
-        engine = self.engine
-        moments, optimizer_steps = engine.full_moments()
-        parameters = engine.full_parameters()
-        per_rank = gather_rank_state(engine, self.context)
-        if engine.is_main:
-            state = RunState(
-                step=step,
-                optimizer_steps=optimizer_steps,
-                world_size=engine.ranks.world_size,
-                global_batch_size=self.sampler.global_batch_size,
-                engine=self.config.engine.name,
-                optim=engine.optim,
-                tokens=int(self.totals.tokens),
-                scheduler=_plain(self.scheduler.state_dict()),
-                summary={name: getattr(self.totals, name) for name in Totals.__slots__},
-                fingerprint=self.fingerprint,
-            )
-            checkpoint = Checkpoint(state, parameters, moments, per_rank)
-            save_checkpoint(engine.module, checkpoint, Path(self.train.output_dir), self.train.save_total_limit)
-            note_checkpoint(Path(self.train.output_dir), step)
-        engine.barrier()
+        self.saver.save(
+            step,
+            global_batch_size=self.sampler.global_batch_size,
+            tokens=int(self.totals.tokens),
+            scheduler=_plain(self.scheduler.state_dict()),
+            summary={name: getattr(self.totals, name) for name in Totals.__slots__},
+            fingerprint=self.fingerprint,
+        )
+
+    def _stops(self) -> bool:
+        """Whether the ranks stop here: one was told to, or could not write. A collective."""
+        told, failed = self.engine.all_sum(float(bool(self.stop.asked)), float(self.saver.failed))
+        if failed:
+            self.saver.wait()  # Raises on the rank that could not.
+            raise RuntimeError("another rank could not write a checkpoint")
+        return told > 0
+
+    def _leave(self, step: int) -> NoReturn:
+        """Save, unless it is saved or there is nothing to save, and end the run."""
+        told, step = self.stop.asked or "a signal on another rank", max(step, self.start_step)
+        if step > 0 and self.saver.saved != step:
+            self._save(step)
+        self.saver.wait()
+        folder = self.train.output_dir
+        if step == 0:
+            raise Stopped(f"{told}: no step was taken yet, {folder} holds nothing to resume: start the run again")
+        raise Stopped(f"{told}: saved checkpoint-{step} in {folder}; train.resume true (or \"auto\") continues it")
 
     def _restore(self, resumed: Checkpoint) -> None:
+        self.saver.restore(resumed)
         state = resumed.state
-        names = saved_names(self.engine.module, self.engine.trainable())
-        parameters = {names[name]: tensor for name, tensor in resumed.parameters.items()}
-        mine = own_rank_state(resumed, self.engine, self.context)
-        codes = under("optim/", mine)
-        exact = self.engine.load_state(parameters, resumed.moments, state.optimizer_steps, codes)
-        if not exact or (state.optim in EIGHT_BIT and self.engine.optim not in EIGHT_BIT):
-            log.warning(
-                "resuming a run of '%s' on '%s': its moments are %s, the run goes on close to it, not bit for bit",
-                state.optim,
-                self.engine.optim,
-                "decoded from 8 bits" if exact else "coded in 8 bits anew",
-            )
-        set_rank_state(mine, self.engine, self.context)
         if state.scheduler.keys() != _plain(self.scheduler.state_dict()).keys():
             raise ValueError(
                 "the checkpoint's learning rate schedule is of another kind than this run's: use the same one"

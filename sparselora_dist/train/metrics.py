@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -54,12 +55,15 @@ class MetricsWriter:
         self, train: TrainSection, total_steps: int, start_step: int, is_main: bool, trackers: Trackers | None = None
     ) -> None:
         self.is_main, self._trackers, self._open = is_main, trackers or Trackers(), ExitStack()
+        self.lacks_evaluation = False
+        """Of a continued run: whether no evaluation of its first step is in the record. On rank 0."""
         if not is_main:
             return
         folder = Path(train.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         kept = [line for line in _lines(path) if _step(line) <= start_step] if start_step else []
+        self.lacks_evaluation = not any(_step(line) == start_step and "eval_loss" in line for line in kept)
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self._file = self._open.enter_context(open(path, "a", encoding="utf-8"))  # noqa: SIM115
         seconds = 0.1 if sys.stderr.isatty() else _SELDOM
@@ -73,7 +77,9 @@ class MetricsWriter:
         """One row per logged step (or evaluation): appended at once, so that a crash loses none."""
         if not self.is_main:
             return
-        self._file.write(json.dumps(row) + "\n")
+        # JSON has no word for what is not finite.
+        whole = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        self._file.write(json.dumps(whole, allow_nan=False) + "\n")
         self._file.flush()
         self._trackers.log(row)
         if "eval_loss" in row:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from contextlib import ExitStack
 from dataclasses import astuple, fields
 from pathlib import Path
@@ -18,15 +19,16 @@ from ..apply.liger import liger_patch
 from ..config.run import RunConfig
 from ..data import padding_id
 from ..engines import Engine, make_engine
-from ..io.adapter import save_adapter
 from ..io.load import LoadReport, check_model
 from ..io.manifest import write_text
 from ..io.model_card import write_model_card
 from ..io.pretrained import check_positions
 from ..io.weights import checkpoint_folder
+from ..process import SaidElsewhere
 from .loop import TrainingLoop
 from .metrics import flop_model
 from .start import begin
+from .stopping import Stopped, StopSignals
 
 log = logging.getLogger(__name__)
 
@@ -36,16 +38,29 @@ def run(config: RunConfig) -> dict[str, Any]:
 
     Everything that can be refused is refused before the model is loaded.
     """
-    # Before the ranks wait for each other: a download takes as long as it takes.
-    checkpoint_folder(config.model.name_or_path)
-    engine = make_engine(config)
-    summary = _run(config, engine)
-    # After an error the group is left alone: closing it could wait for ranks that are stuck, ahead of the message.
-    engine.close()
+    with StopSignals(Path(config.train.output_dir), os.environ.get("RANK", "0") == "0") as stop:
+        # Before the ranks wait for each other: a download takes as long as it takes.
+        checkpoint_folder(config.model.name_or_path)
+        try:
+            engine = make_engine(config)
+        except Stopped as error:
+            # All ranks were told, and there is no heartbeat yet by which they agree who says so.
+            if stop.speaks:
+                raise
+            raise SaidElsewhere(1) from error
+        engine.heartbeat.at("loading")
+        try:
+            summary = _run(config, engine, stop)
+        except BaseException as error:
+            stop.waits = True  # The run ends already.
+            engine.heartbeat.explain(error)
+            raise
+        # After an error the group is left alone: closing it could wait for ranks that are stuck, ahead of the message.
+        engine.close()
     return summary
 
 
-def _run(config: RunConfig, engine: Engine) -> dict[str, Any]:
+def _run(config: RunConfig, engine: Engine, stop: StopSignals) -> dict[str, Any]:
     output_dir = Path(config.train.output_dir)
     if not engine.is_main:
         disable_progress_bar()
@@ -83,13 +98,13 @@ def _run(config: RunConfig, engine: Engine) -> dict[str, Any]:
             resumed=begun.resumed,
             trackers=begun.trackers,
             fingerprint=begun.fingerprint,
+            stop=stop,
         )
         if engine.is_main:
             write_text(output_dir / "run.json", json.dumps(config.to_dict(), indent=1))
         summary = loop.run() | {"load": load}
-        parameters = engine.full_parameters()
+        engine.heartbeat.at("closing")
         if engine.is_main:
-            save_adapter(model, parameters, output_dir / "adapter")
             write_text(output_dir / "sparse_lora.json", json.dumps(config.sparse_lora.to_dict(), indent=1))
             write_text(output_dir / "summary.json", json.dumps(summary, indent=1))
             begun.tokenizer.save_pretrained(output_dir / "adapter")

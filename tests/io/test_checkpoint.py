@@ -205,6 +205,25 @@ def test_a_cut_off_save_keeps_the_old_one(
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-3"]
 
 
+def test_a_disk_that_is_really_full_names_path_and_bytes(model: PeftModel, tmp_path: Path) -> None:
+    """safetensors' error for it is no OSError; saving the same step again leaves the old one."""
+    resource = pytest.importorskip("resource")
+    save_checkpoint(model, make(model, value=0.5), tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError) as error:
+            save_checkpoint(model, make(model, value=0.75), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    saved = make(model)
+    needed = sum(t.nbytes for part in (saved.parameters, saved.moments, saved.per_rank) for t in part.values())
+    message = str(error.value)
+    assert f"could not save {tmp_path / 'checkpoint-3'}: File too large (it needs {needed:,} bytes, and " in message
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-3"]  # What was half written is gone.
+    assert next(iter(load_checkpoint(tmp_path / "checkpoint-3").moments.values())).unique().tolist() == [0.5]
+
+
 def test_a_path_to_a_cut_off_save_resumes_from_the_old_one(model: PeftModel, tmp_path: Path) -> None:
     path = save_checkpoint(model, make(model), tmp_path)
     path.rename(tmp_path / ".checkpoint-3.old")

@@ -1,0 +1,277 @@
+"""Provokes the faults that a run on a cluster meets, and says of each what was seen, and how long it took.
+
+    python benchmarks/faults.py --output benchmarks/results/faults.md          # all
+    python benchmarks/faults.py --only F8 F9 --engines fsdp2
+
+A fault of running processes (F7 to F12) is provoked in a real run of two ranks (``fault_rank.py``); *survived* means: every
+process ends, or the run goes on, within the heartbeat's timeout and some seconds; the error names the rank with its host and
+phase, or the file; and the run that continues has the losses of one that nothing happened to, bit for bit. F1 to F6, and bad
+input (B1 to B10), are tests of the suite: their row says which.
+
+F9 needs root, for network namespaces; its row says that it was skipped elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+HEARTBEAT = 6.0
+SLACK = 35.0
+"""Beyond the heartbeat's timeout: what a launcher takes to end, loading again in F7."""
+STEPS, SAVE = 8, 3
+TORCHRUN = ("torchrun", "--standalone", "--nproc-per-node", "2")
+RANK_1 = r"rank 1 \(\S+, process \d+\) "
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault of a running process.
+
+    ``words`` are fault_rank.py's; ``said`` must be in the output; ``told`` is sent to the launcher when the fault's phase is
+    reached.
+    """
+
+    number: str
+    what: str
+    words: str
+    said: str
+    told: signal.Signals | None = None
+    launcher: tuple[str, ...] = TORCHRUN
+    goes_on: bool = False
+    """Whether the same command finishes the run."""
+    hosts: bool = False
+    """Whether the ranks are on two hosts (network namespaces)."""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tested:
+    """A fault, or bad input, that tests of the suite provoke."""
+
+    number: str
+    what: str
+    tests: tuple[str, ...]
+
+
+MASKS = "tests/sync/test_masks.py::test_"
+REFUSALS = "tests/integration/test_refusals.py::test_"
+TABLE: tuple[Fault | Tested, ...] = (
+    Tested("F1", "a rank skips a layer's mask sync", (f"{MASKS}a_skipped_sync_names_both_ranks_and_layers",)),
+    Tested("F2", "activation checkpointing, all three", (f"{MASKS}checkpointing_changes_nothing",)),
+    Tested("F3", "one rank has no context tokens", (f"{MASKS}a_rank_with_nothing_to_score_takes_part",)),
+    Tested("F4", "accumulation, rows without labels", (f"{REFUSALS}a_micro_batch_without_labels_beside_one_with",)),
+    Tested("F5", "all scores tied, 4 ranks", (f"{MASKS}ties_break_the_same_way_everywhere",)),
+    Tested("F6", "NaN or Inf scores on one rank", (f"{MASKS}non_finite_scores_of_one_rank_stop_all",)),
+    Fault(
+        "F7", "SIGKILL of a rank, restarts allowed", "kill 1 backward of step 5", f"{RANK_1}is gone .* backward of step 5",
+        launcher=(*TORCHRUN, "--max-restarts", "2"), goes_on=True,
+    ),
+    Fault("F8", "SIGSTOP of a rank in backward", "stop 1 backward of step 5", f"{RANK_1}has not .* backward of step 5"),
+    Fault(
+        "F8", "SIGSTOP of a rank in evaluation", "stop 1 evaluation at step 4", f"{RANK_1}has not .* evaluation at step 4"
+    ),
+    Fault(
+        "F9", "link between two hosts cut", "cut 1 backward of step 5", f"{RANK_1}has not .* backward of step 5",
+        hosts=True,
+    ),
+    Fault(
+        "F10", "SIGKILL between writing and publishing", "torn 0 saving of checkpoint-6",
+        r"rank 0 \(\S+, process \d+\) is gone",
+    ),
+    Fault(
+        "F10", "disk full", "full 0 saving of checkpoint-6", r"could not save \S+checkpoint-6: File too large \(it needs"
+    ),
+    Fault(
+        "F11", "SIGTERM in training", "slow all forward of step 5", r"SIGTERM: saved checkpoint-\d+ in ",
+        told=signal.SIGTERM,
+    ),
+    Fault(
+        "F11", "SIGTERM in the last evaluation", "slow all evaluation at step 8", "SIGTERM: saved checkpoint-8 in ",
+        told=signal.SIGTERM,
+    ),
+    Fault("F12", "out of memory on one rank", "memory 1 optimizer of step 5", r"OutOfMemoryError(.|\n)*\(rank 1 failed\)"),
+    Fault("N11", "a gradient is NaN, its loss is not", "nan 1 backward of step 5", "gradients of step 5 are not finite"),
+)  # fmt: skip
+
+
+def run_file(folder: Path, engine: str, name: str, settings: dict[str, Any]) -> Path:
+    """The embedded demo model on a few rows, for some steps."""
+    path = folder / f"{name}.json"
+    run = {
+        "model": {"name_or_path": str(ROOT / "demo/model"), "dtype": "float32"},
+        "lora": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+        "sparse_lora": {"start_step": 1, "layers": {"ffn": {"1-4": 0.9}}},
+        "data": {"train": str(ROOT / "demo/data/train.jsonl"), "train_limit": 64, "packing": False, "max_length": 96,
+                 "eval": str(ROOT / "demo/data/eval.jsonl"), "eval_limit": 12},
+        "train": {"output_dir": str(folder / name), "max_steps": STEPS, "save_steps": SAVE, "eval_steps": 4,
+                  "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "disable_tqdm": True,
+                  "resume": "auto", "heartbeat_timeout": HEARTBEAT} | settings,
+        "engine": {"name": engine},
+    }  # fmt: skip
+    path.write_text(json.dumps(run))
+    return path
+
+
+def alive(config: Path) -> list[int]:
+    """Processes with this run file, but for zombies."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            if str(config) in words and (entry / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+@contextmanager
+def two_hosts() -> Iterator[list[list[str]]]:
+    """Two network namespaces with a link between them; the words that run a command in each."""
+    one, two = (f"sparselora-{os.getpid()}-{i}" for i in (0, 1))
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    with ExitStack() as stack:
+        for name in (one, two):
+            ip("netns", "add", name)
+            stack.callback(subprocess.run, ["ip", "netns", "del", name], capture_output=True)
+        ip("link", "add", "link0", "netns", one, "type", "veth", "peer", "name", "link0", "netns", two)
+        for number, name in enumerate((one, two), 1):
+            ip("-n", name, "addr", "add", f"10.99.0.{number}/24", "dev", "link0")
+            ip("-n", name, "link", "set", "link0", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield [["ip", "netns", "exec", name] for name in (one, two)]
+
+
+def start(launcher: tuple[str, ...], config: Path, fault: str, hosts: list[list[str]] | None = None) -> Any:
+    """The processes that were started, and the file of what they say."""
+    mark, log = config.with_suffix(".once"), config.with_suffix(".log")
+    mark.unlink(missing_ok=True)
+    path = f"{BIN}:{os.environ['PATH']}"
+    env = {**os.environ, "FAULT": fault, "FAULT_ONCE": str(mark), "FAULT_LINK": "link0", "PATH": path,
+           "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+    script = ["benchmarks/fault_rank.py", "--config", str(config)]
+    options: dict[str, Any] = {"cwd": ROOT, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+    with open(log, "wb") as out:
+        if hosts is None:
+            return [subprocess.Popen([str(BIN / launcher[0]), *launcher[1:], *script], env=env, stdout=out, **options)], log
+        job = {"WORLD_SIZE": "2", "MASTER_ADDR": "10.99.0.1", "MASTER_PORT": "29511", "GLOO_SOCKET_IFNAME": "link0",
+               "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}  # fmt: skip
+        return [
+            subprocess.Popen([*words, sys.executable, *script], env=env | job | {"RANK": str(rank)}, stdout=out, **options)
+            for rank, words in enumerate(hosts)
+        ], log
+
+
+def wait(until: Callable[[], Any], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not until():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def losses(folder: Path) -> list[tuple[float, float]]:
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(row["step"], row.get("loss", row.get("eval_loss"))) for row in rows]
+
+
+def provoke(fault: Fault, engine: str, folder: Path, whole: list[tuple[float, float]]) -> tuple[str, float, str]:
+    """Verdict, seconds from the fault until all had ended (or the run was done), and the line that was said."""
+    name = re.sub(r"\W+", "-", f"{fault.number}-{engine}-{fault.words}")
+    config = run_file(folder, engine, name, fault.settings)
+    with ExitStack() as stack:
+        hosts = stack.enter_context(two_hosts()) if fault.hosts else None
+        processes, log = start(fault.launcher, config, fault.words, hosts)
+        stack.callback(lambda: [os.kill(pid, signal.SIGKILL) for pid in alive(config)])
+        mark = config.with_suffix(".once")
+        if not wait(mark.exists, 240):
+            return "the fault did not happen", 0.0, log.read_text()[-300:]
+        if fault.told:
+            time.sleep(0.5)
+            processes[0].send_signal(fault.told)
+        began = time.monotonic()
+        ended = wait(lambda: not alive(config) and all(p.poll() is not None for p in processes), HEARTBEAT + SLACK + 60)
+        seconds = time.monotonic() - began
+    text = log.read_text(errors="replace")
+    found = re.search(fault.said, text)
+    line = text[found.start() :].splitlines()[0] if found else ""
+    problems = [] if ended else ["processes were left"]
+    if not found:
+        problems.append("not named")
+    if fault.goes_on != (processes[0].returncode == 0):
+        problems.append(f"status {processes[0].returncode}")
+    if not fault.goes_on:
+        processes, log = start(TORCHRUN, config, "none all never")
+        if not wait(lambda: processes[0].poll() is not None, 240) or processes[0].returncode:
+            problems.append("does not resume")
+    if losses(folder / name) != whole:
+        problems.append("other losses")
+    return "; ".join(problems) or "survived", seconds, line
+
+
+def tested(case: Tested) -> tuple[str, float, str]:
+    began = time.monotonic()
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *case.tests]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONSAFEPATH": "1"})
+    word = "held" if done.returncode == 0 else "fell"
+    return word, time.monotonic() - began, ", ".join(f"`{name}`" for name in case.tests)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", help="numbers, such as F8")
+    parser.add_argument("--engines", nargs="+", default=["fsdp2", "zero3"], choices=["fsdp2", "zero3"])
+    parser.add_argument("--output", type=Path, help="write the table here too")
+    options = parser.parse_args()
+    rows = ["| | fault | engine | verdict | seconds | what was said |", "|---|---|---|---|---:|---|"]
+    print("\n".join(rows), flush=True)
+    bad = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder, whole = Path(name), {}
+        for case in TABLE:
+            if options.only and case.number not in options.only:
+                continue
+            for engine in options.engines if isinstance(case, Fault) else ["both"]:
+                if isinstance(case, Tested):
+                    verdict, seconds, said = tested(case)
+                elif case.hosts and os.geteuid() != 0:
+                    verdict, seconds, said = "skipped: network namespaces need root", 0.0, ""
+                else:
+                    if engine not in whole:
+                        config = run_file(folder, engine, f"whole-{engine}", {})
+                        processes, log = start(TORCHRUN, config, "none all never")
+                        if processes[0].wait(600):
+                            raise SystemExit(log.read_text()[-3000:])
+                        whole[engine] = losses(folder / f"whole-{engine}")
+                    verdict, seconds, said = provoke(case, engine, folder, whole[engine])
+                bad += verdict not in ("survived", "held")
+                said = said.replace("|", "\\|").replace(f"{folder}/", "")
+                rows.append(f"| {case.number} | {case.what} | {engine} | {verdict} | {seconds:.1f} | {said} |")
+                print(rows[-1], flush=True)
+    if options.output:
+        words = " ".join(["python benchmarks/faults.py", *sys.argv[1:]])
+        head = f"# Faults, provoked\n\n`{words}`; two ranks on one CPU machine, `train.heartbeat_timeout` {HEARTBEAT:g} s. "
+        head += "Seconds: from the fault until every process had ended (F7: until the run was done).\n\n"
+        options.output.write_text(head + "\n".join(rows) + "\n", encoding="utf-8")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

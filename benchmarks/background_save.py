@@ -63,7 +63,7 @@ def measured(folder: Path, options: argparse.Namespace, background: bool) -> dic
                     "train": {
                         "output_dir": str(folder),
                         "max_steps": options.steps,
-                        "per_device_train_batch_size": 32,
+                        "per_device_train_batch_size": options.batch,
                         "group_by_length": False,
                         "save_steps": options.every,
                         "save_total_limit": 2,
@@ -93,6 +93,7 @@ def main() -> int:
     parser.add_argument("--rank", type=int, default=256, help="of the adapter")
     parser.add_argument("--every", type=int, default=8, help="steps between checkpoints")
     parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--batch", type=int, default=16, help="rows a step")
     parser.add_argument("--output", type=Path, help="write the table here too")
     options = parser.parse_args()
     quiet_bitsandbytes()

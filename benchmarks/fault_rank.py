@@ -55,13 +55,12 @@ def happen() -> None:
 
 
 def _spoil_a_gradient() -> None:
-    """Where backward begins: the loss that is reported stays as it is."""
+    """From here on, where backward begins: the loss that is reported stays as it is."""
     import torch
 
     backward = torch.Tensor.backward
 
     def spoilt(self: torch.Tensor, *args: object, **options: object) -> None:
-        torch.Tensor.backward = backward  # type: ignore[method-assign]
         backward(self * float("nan"), *args, **options)  # type: ignore[arg-type]
 
     torch.Tensor.backward = spoilt  # type: ignore[method-assign]

@@ -40,7 +40,9 @@ def claim_folder(folder: Path, resume: bool | str, checkpoint: Path | None, step
             f"train.output_dir {folder} holds {found[-1].name} of an earlier run: continue it with train.resume true, or "
             "use another folder"
         )
-    if results:
+    # Before its last evaluation a run writes its adapter: one that was cut off there and is started again makes it anew.
+    cut_off = resume == "auto" and "summary.json" not in results
+    if results and not cut_off:
         raise ConfigError(
             f"train.output_dir {folder} holds a finished run ({', '.join(results)}), which this one would overwrite: use "
             "another folder, or move those away"

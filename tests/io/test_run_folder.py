@@ -83,13 +83,22 @@ def test_auto_in_a_new_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
 # --- a finished run --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("resume", [False, "auto"])
-@pytest.mark.parametrize("left", ["summary.json", "adapter/adapter_model.safetensors"])
+@pytest.mark.parametrize(
+    ("resume", "left"),
+    [(False, "summary.json"), ("auto", "summary.json"), (False, "adapter/adapter_model.safetensors")],
+)
 def test_a_finished_run_is_not_trained_over(tmp_path: Path, resume: bool | str, left: str) -> None:
     make(tmp_path, steps=5, save_steps=None, done=True)
     for name in {"summary.json", "adapter/adapter_model.safetensors"} - {left}:
         (tmp_path / name).unlink()
     refused(tmp_path, resume, None, rf"{tmp_path} holds a finished run \({left}\).*another folder")
+
+
+def test_a_run_cut_off_in_its_last_evaluation_starts_again(tmp_path: Path) -> None:
+    """Its adapter is there already; it has no checkpoint to continue from."""
+    make(tmp_path, steps=5, save_steps=None, done=True)
+    (tmp_path / "summary.json").unlink()
+    claim_folder(tmp_path, "auto", None)
 
 
 def test_nor_by_a_run_that_continues_another_folders_checkpoint(tmp_path: Path) -> None:

@@ -70,6 +70,7 @@ class Tested:
 
 MASKS = "tests/sync/test_masks.py::test_"
 REFUSALS = "tests/integration/test_refusals.py::test_"
+FACTORS = "tests/apply/test_factor_files.py::test_"
 TABLE: tuple[Fault | Tested, ...] = (
     Tested("F1", "a rank skips a layer's mask sync", (f"{MASKS}a_skipped_sync_names_both_ranks_and_layers",)),
     Tested("F2", "activation checkpointing, all three", (f"{MASKS}checkpointing_changes_nothing",)),
@@ -106,6 +107,36 @@ TABLE: tuple[Fault | Tested, ...] = (
     ),
     Fault("F12", "out of memory on one rank", "memory 1 optimizer of step 5", r"OutOfMemoryError(.|\n)*\(rank 1 failed\)"),
     Fault("N11", "a gradient is NaN, its loss is not", "nan 1 backward of step 5", "gradients of step 5 are not finite"),
+    Tested("B1", "truncated factor file", (f"{REFUSALS}a_truncated_factor_file",)),
+    Tested("B2", "factor file with a flipped bit", (f"{FACTORS}a_damaged_factor_file_is_refused_by_name",)),
+    Tested("B3", "factors of another model, rank or dtype", (f"{FACTORS}factors_of_another_model_rank_or_dtype",)),
+    Tested("B4", "swapped or missing factor, with a fitting hash", (f"{FACTORS}what_a_fitting_hash_does_not_vouch_for",)),
+    Tested("B5", "a pickle given as factors", (f"{FACTORS}a_pickle_is_never_loaded",)),
+    Tested("B6", "a model folder that brings code, `y` on standard input", (f"{REFUSALS}a_model_that_brings_code",)),
+    Tested(
+        "B7", "unknown key, sparsity out of range, a range that matches nothing",
+        tuple(f"{REFUSALS}{name}" for name in (
+            "an_unknown_key_with_the_nearest", "a_sparsity_outside_zero_to_one", "a_range_that_the_model_does_not_have"
+        )),
+    ),
+    Tested(
+        "B8", "a path that leaves its folder",
+        ("tests/io/test_factors.py::test_an_index_cannot_name_files_outside_its_folder",),
+    ),
+    Tested(
+        "B9", "checkpoints that are gone or damaged",
+        ("tests/io/test_run_folder.py::test_auto_where_checkpoints_are_gone", f"{REFUSALS}resume_of_a_damaged_checkpoint"),
+    ),
+    Tested("B10", "resume with another global batch", (f"{REFUSALS}resume_with_another_global_batch",)),
+    Tested("N1", "two runs in one folder", (f"{REFUSALS}two_runs_in_one_folder",)),
+    Tested("N3", "rows longer than the model reaches", (f"{REFUSALS}rows_longer_than_the_model_reaches",)),
+    Tested(
+        "N4", "resume with other settings, data or weights",
+        (f"{REFUSALS}resume_with_other_settings", f"{REFUSALS}resume_with_other_data_or_weights"),
+    ),
+    Tested("N13", "an abandoned branch is not continued", (f"{REFUSALS}an_abandoned_branch_is_not_continued",)),
+    Tested("N14", "ranks that differ", (f"{REFUSALS}ranks_that_differ",)),
+    Tested("N16", "a finished folder", (f"{REFUSALS}a_finished_folder",)),
 )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def timed(work: Callable[[], Any], device: torch.device, *, hide: bool = False) 
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Python's collector waits: a run of ours collects between steps."""
+    """Python's collector waits while steps are timed, on every side."""
     gc.collect()
     gc.disable()
     try:

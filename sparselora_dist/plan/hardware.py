@@ -2,7 +2,7 @@
 
 Compute is what a fine-tuning step sustains in bf16, not the data sheet's peak: products of real shapes under a power
 limit, with attention and elementwise work between them. Published LoRA steps reach 424-481 TFLOP/s of an H100's 989
-(see the peers in docs/planning.md), so an H100 counts 450 and the others the same 45 % of their dense bf16 peak.
+(see the peers in docs/planning.md), so an H100 counts 450 and what was not measured the same 45 % of its dense bf16 peak.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ GPUS: dict[str, GPU] = {
     gpu.name: gpu
     for gpu in (
         GPU("h100-80gb", 79.6 * _GiB, 450e12),
-        GPU("h200-141gb", 139.8 * _GiB, 450e12),  # The H100's arithmetic; its faster memory is not counted.
+        # Measured (benchmarks/results/gpu.md): dense steps of 8B and 70B shapes at 8192 tokens ran at 563 to 579.
+        GPU("h200-141gb", 139.8 * _GiB, 560e12),
         GPU("b200-192gb", 178 * _GiB, _SUSTAINED * 2250e12),
         GPU("a100-80gb", 79.1 * _GiB, _SUSTAINED * 312e12),
         GPU("a100-40gb", 39.4 * _GiB, _SUSTAINED * 312e12),

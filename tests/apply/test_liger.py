@@ -89,10 +89,10 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         liger.use_liger("llama")
 
 
-def test_a_run_is_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     run = importlib.import_module("sparselora_dist.train.run")  # The package's ``run`` is the function.
     monkeypatch.setattr(run, "check_model", lambda section: SimpleNamespace(model_type="llama"))
     engine: Any = SimpleNamespace(is_main=True)
     with pytest.raises(ConfigError, match=r"'train.use_liger_kernel'"):
-        run._run(RunConfig.from_dict(RUN), engine)
+        run._run(RunConfig.from_dict(RUN), engine, run.StopSignals(tmp_path))

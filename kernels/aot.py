@@ -44,7 +44,7 @@ SMALL_TILE = "mma.sync"
 """What sm_90 and sm_100 use where the tile is too small for their own instruction (fewer than 64 rows)."""
 SERIALISED = re.compile(r"\((C751[01])\)")
 """ptxas' warnings that the wgmma of a kernel wait for each other."""
-HELPERS = ("activations", "indexing", "matrix", "tiles", "tiling", "variants")
+HELPERS = ("activations", "estimate", "indexing", "matrix", "tiles", "tiling", "variants")
 """Modules of ``gpu/`` that hold no kernel."""
 PROCESSES = min(os.cpu_count() or 1, 8)
 

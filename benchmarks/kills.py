@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import os
 import random
-import re
 import signal
 import sys
 import tempfile
@@ -39,9 +38,13 @@ class Kill:
     """One SIGKILL."""
 
     rank: int
-    pid: int
     after: float
     """Seconds since the ranks had appeared."""
+    phase: str
+    """What the rank did, by its heartbeat's words."""
+
+    def __str__(self) -> str:
+        return f"{self.after:.1f} s, rank {self.rank}, {self.phase}"
 
 
 def ranks_of(config: Path) -> dict[int, int]:
@@ -57,6 +60,8 @@ def ranks_of(config: Path) -> dict[int, int]:
 def disturbed(config: Path, most: int, seed: int, life: float) -> tuple[list[Kill], int | None]:
     """A run with at most so many kills, and its status; None where it did not end."""
     draw, kills, seen = random.Random(seed), [], set()
+    phases = config.with_suffix(".phases")
+    os.environ["FAULT_PHASES"] = str(phases)
     (process,), _ = start((*TORCHRUN, "--max-restarts", str(most + 1)), config, NOTHING)
     deadline = time.monotonic() + LIMIT
     try:
@@ -70,7 +75,7 @@ def disturbed(config: Path, most: int, seed: int, life: float) -> tuple[list[Kil
             if not wait(lambda: process.poll() is not None, after):
                 with suppress(ProcessLookupError):
                     os.kill(ranks[rank], signal.SIGKILL)
-                    kills.append(Kill(rank, ranks[rank], after))
+                    kills.append(Kill(rank, after, phase(ranks[rank], phases)))
         return kills, process.poll()
     finally:
         for pid in alive(config):
@@ -78,10 +83,11 @@ def disturbed(config: Path, most: int, seed: int, life: float) -> tuple[list[Kil
                 os.kill(pid, signal.SIGKILL)
 
 
-def phase(kill: Kill, log: str) -> str:
-    """Where the rank was, by the words of the one that missed it."""
-    found = re.search(rf"process {kill.pid}\) is gone[^;]*; last seen in ([^(\n]+?)(?: \(said|\n|$)", log)
-    return found[1] if found else "before the ranks had met, or torchrun was faster"
+def phase(pid: int, phases: Path) -> str:
+    """What a process did last; ``fault_rank.py`` writes it down."""
+    lines = phases.read_text().splitlines() if phases.is_file() else []
+    found = [words for own, _, words in (line.partition(" ") for line in lines) if own == str(pid)]
+    return found[-1] if found else "before the ranks had met"
 
 
 def outcome(folder: Path) -> tuple[list[tuple[float, float]], str]:
@@ -93,7 +99,7 @@ def outcome(folder: Path) -> tuple[list[tuple[float, float]], str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="of each engine")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1, help="of the first run")
     parser.add_argument("--engines", nargs="+", default=["fsdp2"], choices=["fsdp2", "zero3"])
     parser.add_argument("--output", type=Path, help="write the table here too")
@@ -118,13 +124,12 @@ def main() -> int:
             while done < options.kills:
                 config = run_file(folder, engine, f"{engine}-{seed}", settings)
                 kills, status = disturbed(config, options.kills - done, seed, life)
-                text = config.with_suffix(".log").read_text(errors="replace")
                 same = status == 0 and outcome(folder / f"{engine}-{seed}") == whole
-                places = "; ".join(f"{k.after:.1f} s, rank {k.rank}, {phase(k, text)}" for k in kills) or "none"
+                places = "; ".join(map(str, kills)) or "none"
                 rows.append(f"| {engine} | {seed} | {places} | {status} | {'yes' if same else 'NO'} |")
                 print(rows[-1], flush=True)
                 if not same:
-                    print(text[-3000:], file=sys.stderr)
+                    print(config.with_suffix(".log").read_text(errors="replace")[-3000:], file=sys.stderr)
                 done, equal, runs, seed = done + len(kills), equal + same * len(kills), runs + 1, seed + 1
                 bad += not same
                 if not (same or kills):

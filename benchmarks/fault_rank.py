@@ -3,7 +3,8 @@
     FAULT="kill 1 backward of step 3" torchrun --nproc-per-node 2 benchmarks/fault_rank.py --config RUN.json
 
 The words are what happens, to which rank, and in which phase, as the heartbeat calls it. ``FAULT_ONCE`` names a file that
-is made when it happens, after which it does not happen again: a restarted run is left alone.
+is made when it happens, after which it does not happen again: a restarted run is left alone. ``FAULT_PHASES`` names a file
+to which every rank adds its process and phase, whenever that changes.
 
     kill     SIGKILL                        stop     SIGSTOP
     memory   torch.OutOfMemoryError         nan      a gradient is not a number; the loss is
@@ -86,6 +87,9 @@ def arm() -> None:
 
     def noticed(self: Heartbeat, phase: str) -> None:
         at(self, phase)
+        if "FAULT_PHASES" in os.environ:
+            with open(os.environ["FAULT_PHASES"], "a") as file:
+                file.write(f"{os.getpid()} {phase}\n")
         if phase == PHASE and RANK in ("all", os.environ.get("RANK", "0")):
             if "FAULT_ONCE" in os.environ:
                 if ONCE.exists() and RANK != "all":

@@ -1,0 +1,220 @@
+"""Bytes on the wire between two hosts in a step, by layout, beside what ``sparselora-dist plan`` says.
+
+    python benchmarks/wire.py --output benchmarks/results/wire.md
+
+Two hosts (network namespaces), two ranks on each, the embedded demo model in fp32 with LoRA on all matrices. A layout runs
+twice, with ``SHORT`` and with ``LONG`` steps; a step is the difference by the steps between. Counted is what the link's
+device has sent, headers included (``tx_bytes``), on the host that sends more.
+
+The plan knows what a rank receives (``plan/traffic.py``), not where from. Gloo's algorithms, like NCCL's rings, pass data
+from neighbour to neighbour, and ranks are numbered host by host: of a ring over both hosts one rank's share crosses in each
+direction, however many ranks a host has; an all-reduce between replicas has a ring for each shard of a host. What gloo sends
+for each collective is measured first, since it makes a reduce-scatter of an all-reduce.
+
+Needs root, for the namespaces.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# The repository keeps its root off sys.path, and with it the folder of the script.
+sys.path.append(str(Path(__file__).resolve().parent))
+
+from faults import ROOT, run_file, two_hosts
+
+from sparselora_dist.config import RunConfig
+from sparselora_dist.engines.ranks import free_port
+from sparselora_dist.plan.shapes import find_shape
+from sparselora_dist.plan.storage import checkpointing, configured_scheme, tree_of
+from sparselora_dist.plan.traffic import traffic
+
+SHORT, LONG = 3, 9
+HOSTS, PER_HOST = 2, 2
+WORLD = HOSTS * PER_HOST
+LARGE = 1e6
+"""Bytes a step from which the plan must be met."""
+PROBE = 8 << 20
+"""Bytes of the whole tensor of a probed collective."""
+_COUNTER = "/sys/class/net/link0/statistics/tx_bytes"
+# Matrices are sharded, and let go of, as they are in a large model.
+_ZERO = {
+    "stage": 3,
+    "stage3_param_persistence_threshold": "auto",
+    "stage3_prefetch_bucket_size": "auto",
+    "stage3_max_reuse_distance": 0,
+    "stage3_max_live_parameters": 0,
+    "reduce_bucket_size": "auto",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout, and the hosts of ranks 0, 1, ..."""
+
+    name: str
+    engine: dict[str, Any]
+    mapping: Sequence[int] = field(default=(0, 0, 1, 1))
+
+
+def _fsdp(**options: int) -> dict[str, Any]:
+    return {"name": "fsdp2", "fsdp": {"fsdp_version": 2, **options}}
+
+
+def _zero3(**options: int) -> dict[str, Any]:
+    return {"name": "zero3", "deepspeed": {"zero_optimization": _ZERO | options}}
+
+
+IN_TURN = (0, 1, 0, 1)
+CASES = (
+    Case("fsdp2", _fsdp()),
+    Case("fsdp2, round-robin", _fsdp(), IN_TURN),
+    Case("hsdp", _fsdp(dp_shard_size=PER_HOST)),
+    Case("hsdp, round-robin", _fsdp(dp_shard_size=PER_HOST), IN_TURN),
+    Case("replicated", _fsdp(dp_shard_size=1)),
+    Case("zero3", _zero3()),
+    Case("zero3-hpz", _zero3(zero_hpz_partition_size=PER_HOST)),
+    Case("zero3-hpz, round-robin", _zero3(zero_hpz_partition_size=PER_HOST), IN_TURN),
+)
+
+
+def started(hosts: list[list[str]], mapping: Sequence[int], script: list[str], log: Path) -> int:
+    """Bytes that the busier host sent while four ranks ran a script to its end."""
+    before = _sent(hosts)
+    port = str(free_port())
+    processes = []
+    with open(log, "wb") as out:
+        for rank, host in enumerate(mapping):
+            job = {"RANK": str(rank), "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "10.99.0.1", "MASTER_PORT": port,
+                   "LOCAL_RANK": str(list(mapping[:rank]).count(host)), "LOCAL_WORLD_SIZE": str(PER_HOST),
+                   "GLOO_SOCKET_IFNAME": "link0", "SPARSELORA_NODE": f"host{host}", "OMP_NUM_THREADS": "1",
+                   "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "1"}  # fmt: skip
+            words = [*hosts[host], sys.executable, *script]
+            processes.append(
+                subprocess.Popen(words, cwd=ROOT, env=os.environ | job, stdout=out, stderr=subprocess.STDOUT)
+            )
+        try:
+            if any(process.wait(600) for process in processes):
+                raise SystemExit(log.read_text(errors="replace")[-3000:])
+        finally:
+            for process in processes:
+                process.kill()
+    return max(after - start for start, after in zip(before, _sent(hosts)))
+
+
+def _sent(hosts: list[list[str]]) -> list[int]:
+    return [int(subprocess.run([*host, "cat", _COUNTER], check=True, capture_output=True).stdout) for host in hosts]
+
+
+def probe(path: Path) -> None:
+    """A rank: bytes that this host sends for one collective of each kind over all ranks, as a share of the tensor."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    whole, part = torch.zeros(PROBE // 4), torch.zeros(PROBE // 4 // WORLD)
+    calls = {
+        "all-gather": lambda: dist.all_gather_into_tensor(whole, part),
+        "reduce-scatter": lambda: dist.reduce_scatter_tensor(part, whole),
+        "all-reduce": lambda: dist.all_reduce(whole),
+    }
+    found = {}
+    for name, call in calls.items():
+        call()  # The first one connects.
+        dist.barrier()
+        before = int(Path(_COUNTER).read_text())
+        call()
+        dist.barrier()
+        found[name] = (int(Path(_COUNTER).read_text()) - before) / PROBE
+    if dist.get_rank() == 0:
+        path.write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def planned(config: RunConfig, sent: dict[str, float]) -> tuple[float, float]:
+    """Bytes that a host sends in a step: as the plan counts them, and as gloo sends them."""
+    shape = find_shape(config.model.name_or_path)
+    scheme = configured_scheme(config, shape, WORLD)
+    tree = tree_of(shape, config, scheme)
+    steps = config.train.gradient_accumulation_steps
+    moved = traffic(tree, scheme, checkpointing(config), steps)
+    over_both = sum(received for ranks, received in moved.wire.items() if ranks > PER_HOST)
+    across = moved.across * min(scheme.shards, PER_HOST)
+    if not over_both:
+        return across, across
+    trained = [p for p in tree.parameters() if p.trainable]
+    if scheme.engine == "zero3":
+        reduced = steps * sum(map(scheme.gathered_bytes, trained))
+    else:
+        reduced = 4 * sum(map(scheme.whole, trained))
+    share = (WORLD - 1) / WORLD
+    as_sent = (over_both - share * reduced) / share * sent["all-gather"] + reduced * sent["reduce-scatter"]
+    return over_both + across, as_sent + across
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", help="layouts, such as hsdp")
+    parser.add_argument("--output", type=Path, help="write the tables here too")
+    parser.add_argument("--probe", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.probe:
+        probe(options.probe)
+        return 0
+    bad = 0
+    with tempfile.TemporaryDirectory() as name, two_hosts() as hosts:
+        folder = Path(name)
+        started(hosts, CASES[0].mapping, [str(Path(__file__)), "--probe", str(folder / "probe")], folder / "log")
+        sent = json.loads((folder / "probe").read_text())
+        ideal = {"all-gather": 0.75, "reduce-scatter": 0.75, "all-reduce": 1.5}
+        text = [
+            "| collective over 4 ranks, bytes a host sends per byte of the tensor | gloo | a ring |",
+            "|---|---:|---:|",
+        ]
+        text += [f"| {kind} | {share:.3f} | {ideal[kind]:.3f} |" for kind, share in sent.items()]
+        text += ["", "| layout | a host sends, MB a step | plan, MB | ratio | as gloo sends, MB | ratio | |"]
+        text += ["|---|---:|---:|---:|---:|---:|---|"]
+        print("\n".join(text), flush=True)
+        for number, case in enumerate(CASES):
+            if options.only and case.name not in options.only:
+                continue
+            bytes_of = {}
+            for steps in (SHORT, LONG):
+                settings = {"max_steps": steps, "save_steps": None, "eval_steps": None, "heartbeat_timeout": 0}
+                path = run_file(folder, case.engine["name"], f"{number}-{steps}", settings)
+                run = json.loads(path.read_text())
+                run["lora"] = {"r": 32, "lora_alpha": 64, "target_modules": "all-linear"}
+                run["sparse_lora"]["start_step"] = 0
+                run["engine"] = case.engine
+                path.write_text(json.dumps(run))
+                words = ["launch/train.py", "--config", str(path)]
+                bytes_of[steps] = started(hosts, case.mapping, words, folder / "log")
+            measured = (bytes_of[LONG] - bytes_of[SHORT]) / (LONG - SHORT)
+            plan, as_sent = planned(RunConfig.from_file(path), sent)
+            within = abs(measured / as_sent - 1) <= 0.1
+            verdict = ("within 10 %" if within else "NO") if as_sent >= LARGE else "small"
+            bad += verdict == "NO"
+            text.append(
+                f"| {case.name} | {measured / 1e6:.3f} | {plan / 1e6:.3f} | {measured / plan:.3f} | {as_sent / 1e6:.3f} "
+                f"| {measured / as_sent:.3f} | {verdict} |"
+            )
+            print(text[-1], flush=True)
+    if options.output:
+        words = " ".join(["python benchmarks/wire.py", *sys.argv[1:]])
+        options.output.write_text(
+            f"# Bytes between two hosts\n\n`{words}`\n\n" + "\n".join(text) + "\n", encoding="utf-8"
+        )
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

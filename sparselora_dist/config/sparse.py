@@ -131,7 +131,9 @@ def from_official(path: str | os.PathLike[str], mode: str = "o1") -> SparseLoRAC
         names = [os.path.join(name, file) for file in FOLDER_FILES if os.path.isfile(os.path.join(name, file))]
         if not names:
             looked = os.path.join(name, FOLDER_FILES[0])
-            raise ConfigError(f"config file '{looked}' cannot be read: there is none, and no {FOLDER_FILES[1]} beside it")
+            raise ConfigError(
+                f"config file '{looked}' cannot be read: there is none, and no {FOLDER_FILES[1]} beside it"
+            )
         name = next((file for file in names if is_official(load_file(file))), names[0])
     return from_official_dict(load_file(name), mode, source=name)
 

@@ -65,9 +65,7 @@ class SparseLoRACallback(TrainerCallback, ExportableState):
     ) -> None:
         self._context(kwargs["model"]).set_step(state.global_step, state.max_steps)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         context = self._context(kwargs["model"])
         if control.should_save and context.interval > 1 and context.sync.mode != "global" and _ranks() > 1:
             everyone: list[Any] = [None] * _ranks()

@@ -112,7 +112,9 @@ def test_args_json_and_its_folder(tmp_path: Any) -> None:
     with pytest.raises(ConfigError, match=r"args\.json: 'skip_output_tokens' is false"):
         SparseLoRAConfig.from_file(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"empty.config\.json' cannot be read: there is none, and no args\.json beside it"):
+    with pytest.raises(
+        ConfigError, match=r"empty.config\.json' cannot be read: there is none, and no args\.json beside it"
+    ):
         SparseLoRAConfig.from_file(tmp_path / "empty")
 
 

@@ -15,6 +15,9 @@ from transformers import AutoModelForCausalLM
 from sparselora_dist import apply_sparselora, remove_sparselora
 from sparselora_dist.apply import find_state
 from sparselora_dist.codecs import NF4Codec
+from sparselora_dist.config import ModelSection, QuantizationSection
+from sparselora_dist.io.load import load_base
+from sparselora_dist.sharding.placement import Placement
 from support.applied import assert_identical, config, families, outputs, sparse_model
 from support.models import ALL_LINEAR, batch, tiny_base, tiny_lora
 
@@ -71,6 +74,43 @@ def test_a_whole_model_is_saved_and_loaded_by_the_familys_names(family: str, tmp
     model.load_state_dict(other.state_dict())
     same_state(other, model)
     assert torch.equal(logits(remove_sparselora(model)), logits(other))
+
+
+def loaded(folder: Path, quantization: QuantizationSection) -> Any:
+    """As a run loads it, its matrices stored by channel, with LoRA on all of them; and made sparse."""
+    tiny_base().save_pretrained(folder)
+    section = ModelSection(name_or_path=str(folder), dtype="float32")
+    base = load_base(section, quantization, Placement(torch.device("cpu"))).model
+    lora = peft.LoraConfig(r=4, target_modules=ALL_LINEAR, task_type="CAUSAL_LM")
+    return apply_sparselora(peft.get_peft_model(base, lora), config(**FFN_ONLY))
+
+
+def test_a_model_as_a_run_loads_it(tmp_path: Path) -> None:
+    """Also the matrices that are never sparse are put back."""
+    model = loaded(tmp_path, QuantizationSection())
+    adapter = peft.get_peft_model_state_dict(model)
+    plain = peft.get_peft_model(tiny_base(), model.peft_config["default"])
+    torch.manual_seed(2)
+    for name, tensor in adapter.items():
+        adapter[name] = torch.randn_like(tensor)
+    for one in (plain, model):
+        peft.set_peft_model_state_dict(one, adapter)
+        one.merge_adapter(safe_merge=True)
+    same_state(plain.get_base_model(), model.get_base_model())
+    for one in (plain, model):
+        one.unmerge_adapter()
+    expected, got = plain.merge_and_unload(), model.merge_and_unload(safe_merge=True)
+    same_state(expected, got)
+    assert [type(m) for m in got.modules()] == [type(m) for m in expected.modules()]
+
+
+def test_a_model_in_nf4_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = loaded(tmp_path, QuantizationSection(load_in_4bit=True))
+    for call in (model.merge_adapter, model.unload, model.get_base_model().model.layers[0].mlp.up_proj.merge):
+        with pytest.raises(ValueError, match=r"stored as nf4: .*sparselora-dist merge"):
+            call()
+    outputs(model)
 
 
 @cases

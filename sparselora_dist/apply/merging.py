@@ -32,13 +32,18 @@ class _Override:
 
     def __init__(self, owner: Any, name: str, model: nn.Module) -> None:
         self.owner, self.name, self.model = owner, name, model
+        self.own = owner.__dict__.get(name)
         owner.__dict__[name] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.own is not None:
+            return self.own(*args, **kwargs)
         return getattr(type(self.owner), self.name)(self.owner, *args, **kwargs)
 
     def remove(self) -> None:
         self.owner.__dict__.pop(self.name, None)
+        if self.own is not None:
+            self.owner.__dict__[self.name] = self.own
 
 
 class _Unload(_Override):

@@ -114,6 +114,7 @@ def _apply(model: nn.Module, layers: list[DecoderLayer], state: SparseState, fac
         state.handles.append(entry.register_forward_pre_hook(BeginHook(context), with_kwargs=True))
         state.handles.append(entry.register_forward_hook(FinishHook(context), always_call=True))
         setattr(entry, STATE, state)
+        state.entries.append(entry)
 
 
 def _undo(model: nn.Module, layers: list[DecoderLayer], state: SparseState) -> None:
@@ -122,7 +123,7 @@ def _undo(model: nn.Module, layers: list[DecoderLayer], state: SparseState) -> N
         handle.remove()
     for module in _units(model, layers):
         unmark_unit(module)
-    for entry in (model, causal_lm(model)):
+    for entry in state.entries:
         entry.__dict__.pop(STATE, None)
 
 

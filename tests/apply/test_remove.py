@@ -44,10 +44,12 @@ def test_remove_keeps_what_was_trained_and_the_mode() -> None:
     assert torch.allclose(model(**batch()).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_apply_again_after_remove() -> None:
+@pytest.mark.parametrize("inside", [False, True])
+def test_apply_again_after_remove(inside: bool) -> None:
     model = sparse_model()
     first = outputs(model)
-    remove_sparselora(model)
+    remove_sparselora(model.get_base_model() if inside else model)
+    assert find_state(model) is None
     assert_identical(first, outputs(apply_sparselora(model, config())))
 
 

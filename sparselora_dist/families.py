@@ -107,6 +107,17 @@ def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
     return layers
 
 
+def check_causal(model: nn.Module) -> None:
+    """Raises UnsupportedModelError, with the remedy, where the labels are not those of next tokens."""
+    base: Any = causal_lm(model)
+    if base.get_output_embeddings() is None:
+        raise UnsupportedModelError(
+            f"{type(base).__name__} has no language model head, so its labels do not say which tokens are context: load "
+            "the model with AutoModelForCausalLM, or train this one (a classifier, a reward model) with plain PEFT, "
+            "without apply_sparselora"
+        )
+
+
 def _problems(layer: DecoderLayer, heads: HeadGeometry, hidden: int, width: int) -> Iterator[str]:
     q, kv = heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim
     shapes = {

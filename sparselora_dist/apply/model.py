@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config.sparse import SparseLoRAConfig
-from ..families import DecoderLayer, base_linear, causal_lm, decoder_layers, geometry
+from ..families import DecoderLayer, base_linear, causal_lm, check_causal, decoder_layers, geometry
+from ..io.factors import FactorSet
 from ..io.weights import ModelWeights, WeightSource
 from ..layers.context import SparseContext
 from ..layers.hooks import BeginHook, FinishHook, LayerHook
@@ -18,6 +19,7 @@ from ..sharding.parameters import is_dtensor, is_initialized_zero3, is_zero3
 from ..sharding.units import mark_unit, unmark_unit
 from ..sync.masks import MaskSync
 from .factors import estimator_factors
+from .merging import merge_as_the_family
 from .replace import check_frozen, fuse_branches, replace_attention, replace_ffn, restore
 from .state import STATE, SparseState, find_state, state_of
 
@@ -46,15 +48,18 @@ def apply_sparselora(
         ``model``.
 
     Raises:
-        UnsupportedModelError: unknown family or layout.
+        UnsupportedModelError: unknown family or layout, or no causal language model.
         ValueError: already applied, weights on several devices, trainable base weights, DoRA, a layer range that does
             not fit, factors that do not match.
+
+    Whatever it raises, the model is as it was.
     """
     if find_state(model) is not None:
         raise ValueError("apply_sparselora was already called on this model; call remove_sparselora first")
     if is_initialized_zero3(model):
         raise ValueError("deepspeed.initialize already has this model: call apply_sparselora before it")
     layers = decoder_layers(model)
+    check_causal(model)
     _check_one_device(layers)
     sparsity = config.sparsity(len(layers))
     if not config.enabled:
@@ -73,12 +78,24 @@ def apply_sparselora(
     context.enabled = bool(active)
     context.skip_unused_logits = config.skip_unused_logits
     state = SparseState(config=config, context=context, sparsity=active)
-    sparse = {index for by_layer in active.values() for index in by_layer}
+    factors: FactorSet = {}
     if active:
         factors = estimator_factors(model, active, config, weights or ModelWeights(model), process_group)
-        for layer in layers:
-            replace_ffn(layer, state, factors)
-            replace_attention(layer, state, factors, heads)
+    try:
+        _apply(model, layers, state, factors)
+    except BaseException:
+        _undo(model, layers, state)
+        raise
+    return model
+
+
+def _apply(model: nn.Module, layers: list[DecoderLayer], state: SparseState, factors: FactorSet) -> None:
+    """Change the model; ``state`` says at any time what has been done."""
+    context, config, heads = state.context, state.config, geometry(model)
+    sparse = {index for by_layer in state.sparsity.values() for index in by_layer}
+    for layer in layers:
+        replace_ffn(layer, state, factors)
+        replace_attention(layer, state, factors, heads)
     for layer in layers:
         fuse_branches(layer, state)
     for module in _units(model, layers):
@@ -91,12 +108,23 @@ def apply_sparselora(
         if layer.index in sparse or (layer is last and config.skip_unused_logits):
             hook = LayerHook(context, layer.index, required=layer.index in sparse)
             state.handles.append(layer.input_norm.register_forward_pre_hook(hook))
+    state.handles += merge_as_the_family(model, remove_sparselora)
     # PEFT's wrapper hands on to the inner model; whichever of the two is called first opens the micro-batch.
     for entry in {id(m): m for m in (model, causal_lm(model))}.values():
         state.handles.append(entry.register_forward_pre_hook(BeginHook(context), with_kwargs=True))
         state.handles.append(entry.register_forward_hook(FinishHook(context), always_call=True))
         setattr(entry, STATE, state)
-    return model
+        state.entries.append(entry)
+
+
+def _undo(model: nn.Module, layers: list[DecoderLayer], state: SparseState) -> None:
+    restore(state)
+    for handle in state.handles:
+        handle.remove()
+    for module in _units(model, layers):
+        unmark_unit(module)
+    for entry in state.entries:
+        entry.__dict__.pop(STATE, None)
 
 
 def _units(model: nn.Module, layers: list[DecoderLayer]) -> list[nn.Module]:
@@ -131,13 +159,7 @@ def remove_sparselora(model: nn.Module) -> nn.Module:
                 "remove_sparselora needs whole weights, but an engine has sharded them: save the adapter and load it "
                 "on the plain base model instead"
             )
-    restore(state)
-    for handle in state.handles:
-        handle.remove()
-    for module in _units(model, decoder_layers(model)):
-        unmark_unit(module)
-    for entry in (model, causal_lm(model)):
-        entry.__dict__.pop(STATE, None)
+    _undo(model, decoder_layers(model), state)
     return model
 
 

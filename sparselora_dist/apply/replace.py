@@ -17,7 +17,7 @@ from ..layers.estimator import AttentionEstimator, FFNEstimator
 from ..layers.ffn import SparseFFN
 from ..layers.joined import JoinedLoRA
 from ..layers.linear import AttentionChannels, SparseProjection
-from ..layers.lora import PLAIN_ONLY, fuse_lora, set_base_linear, unfuse_lora
+from ..layers.lora import PLAIN_ONLY, fuse_lora, merge_by_layout, set_base_linear, unfuse_lora
 from ..method.channels import ATTENTION, FFN, SCORED, TRANSPOSED, HeadGeometry
 from ..sharding.parameters import full_tensor, is_dtensor, shard_like
 from .state import SparseState
@@ -129,6 +129,8 @@ def fuse_branches(layer: DecoderLayer, state: SparseState) -> None:
     """Compute base and LoRA branch of the layer's matrices together."""
     for parent, names in ((layer.attention, ATTENTION), (layer.module.mlp, FFN)):
         linears = [getattr(parent, name) for name in names]
+        for linear in linears:
+            merge_by_layout(linear)
         fused = [linear for linear in linears if fuse_lora(linear, merge=state.config.merge_lora)]
         state.fused += fused
         if names is ATTENTION and all(linear in fused for linear in linears[:3]):
@@ -136,19 +138,22 @@ def fuse_branches(layer: DecoderLayer, state: SparseState) -> None:
 
 
 def restore(state: SparseState) -> None:
-    """Put the family's own modules back."""
+    """Put the family's own modules back, with the adapters that are there now."""
     for parent, name, original in state.linears:
         sparse = base_linear(getattr(parent, name))
         assert isinstance(sparse, FrozenLinear)
         if not isinstance(original, FrozenLinear):
             (stored,) = sparse.parts
             if sparse.transposed:
-                stored = nn.Parameter(stored.detach().t().contiguous(), requires_grad=False)
+                stored = nn.Parameter(full_tensor(stored).t().contiguous(), requires_grad=False)
+                shard_like([stored], sparse.parts[0])
             original.weight = stored
         original.train(sparse.training)
         set_base_linear(parent, name, original)
     for module, mlp in state.mlps:
         mlp.train(module.training)
+        for name in FFN:  # An adapter may have come, or gone, meanwhile.
+            setattr(mlp, name, getattr(module.mlp, name))
         module.mlp = mlp
     for layer in state.fused:
         unfuse_lora(layer)

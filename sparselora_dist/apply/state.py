@@ -22,6 +22,8 @@ class SparseState:
     context: SparseContext
     sparsity: dict[str, dict[int, float]]
     """Resolved: group -> layer -> sparsity."""
+    entries: list[nn.Module] = field(default_factory=list)
+    """The modules that this is kept on."""
     handles: list[Any] = field(default_factory=list)
     linears: list[tuple[nn.Module, str, nn.Linear]] = field(default_factory=list)
     """(parent, name, original) of every frozen linear that was replaced."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparselora_kernels import Weight, lora_linear
 from sparselora_kernels.stored import unpack
 
+from ..sharding.parameters import is_dtensor, is_zero3
 from ..sharding.placement import waiting_rows
 from .base import Codec
 from .plain import PlainCodec
@@ -87,6 +88,33 @@ class FrozenLinear(nn.Linear):
         if (rows := waiting_rows(first)) is not None:  # FSDP2 has not sharded yet.
             return rows
         return first.t() if self.transposed and isinstance(self.codec, PlainCodec) else first
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why :meth:`plain` cannot be asked for now; ``None`` where it can."""
+        first = self.parts[0]
+        if not isinstance(self.codec, PlainCodec):
+            return f"the base weights are stored as {self.codec.name}"
+        if is_zero3(first) or is_dtensor(first) or waiting_rows(first) is not None:
+            return "an engine has sharded the base weights"
+        return None
+
+    def plain(self) -> nn.Linear:
+        """The family's own linear with this weight; its memory is shared where it is not stored transposed."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        weight = self.parts[0]
+        if self.transposed:
+            weight = nn.Parameter(weight.detach().t().contiguous(), requires_grad=False)
+        linear.weight = weight
+        linear.register_parameter("bias", self.bias)
+        return linear.train(self.training)
+
+    def take(self, linear: nn.Linear) -> None:
+        """Store the weight of what :meth:`plain` gave, which was changed meanwhile."""
+        own, weight = self.parts[0], linear.weight
+        if own is not weight:
+            with torch.no_grad():
+                own.copy_(weight.t() if self.transposed else weight)
 
     @property
     def stored(self) -> Weight:

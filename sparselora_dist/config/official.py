@@ -1,14 +1,16 @@
-"""Both config formats of the official SparseLoRA release, read into the keys of a ``sparse_lora`` section.
+"""The config formats of the official SparseLoRA release, read into the keys of a ``sparse_lora`` section.
 
 First format, YAML: ``start_step``, ``mode: svd_8``, ``skip_output_tokens``, ``sparsity: {layers.N.mlp: s, ...}``.
 Second format, ``config.json`` beside the factors: ``modes: {o1: {layer_sparsity: {model.layers.N.mlp: s, ...}}, ...}``.
 Its flat form, which that release saves beside an adapter, has ``layer_sparsity`` at the top.
+``args.json`` in a run's folder: the first format with all settings of its program beside, which are read past.
 In all of them 0 is dense, ``self_attn`` stands for q, k, v and o, and a step of at most 1 is a fraction of the run.
 """
 
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Annotated, Any, Literal
 
 from annotated_types import MinLen
@@ -25,6 +27,11 @@ _SVD = re.compile(r"svd_([0-9]{1,4})")
 _RANKS = ("predictor_rank", "rank", "svd_rank")
 # Read and left aside: names for run folders, notes on where a file came from, where its program finds factors.
 _NOTES = ("ffn_sparsity", "qkvo_sparsity", "base_model", "path", "predictor_basepath", "description", "model_type")
+FOLDER_FILES = ("config.json", "args.json")
+"""The official configs that a folder may hold, the first official one counts."""
+_ARGUMENTS = "current_step"
+"""A key that only ``args.json`` has."""
+_AVERAGES = ("mlp_seq_avg", "qkvo_seq_avg")
 _LABELS = "which tokens are dense follows from the labels"
 _DENSE = "tokens whose logits enter the loss are always dense here"
 
@@ -87,7 +94,9 @@ def is_official(data: dict[str, Any]) -> bool:
 
 def read_official(data: dict[str, Any], mode: str = "o1") -> dict[str, Any]:
     """The keys of a ``sparse_lora`` section that say what ``data`` says; ``mode`` picks among its ``modes``."""
-    own(data, "")
+    data = own(data, "")
+    if _ARGUMENTS in data:
+        data = {key: value for key, value in data.items() if key in _File.__annotations__ | _Mode.__annotations__}
     if not is_official(data):
         names = ", ".join(map(str, data)) or "none"
         raise ConfigError(
@@ -101,6 +110,8 @@ def read_official(data: dict[str, Any], mode: str = "o1") -> dict[str, Any]:
             raise ConfigError(f"mode '{mode}' is not in this file: available modes: {', '.join(modes)}")
         # What a mode says goes before what the file says.
         settings.update(parse(_Mode, _without_notes(modes[mode]), at))
+    elif mode != "o1":
+        raise ConfigError(f"mode '{mode}' was asked for, but this file has no 'modes'")
     enabled, rank = _mode_and_rank(settings)
     found = [key for key in ("layer_sparsity", "sparsity") if key in settings]
     if len(found) != 1:
@@ -108,9 +119,32 @@ def read_official(data: dict[str, Any], mode: str = "o1") -> dict[str, Any]:
         raise ConfigError(f"{what} given{f' for mode {mode!r}' if at else ''}: give one of them")
     keys: dict[str, Any] = {"enabled": enabled, "rank": rank, "layers": _layers(settings[found[0]], join(at, found[0]))}
     keys |= {key: settings[key] for key in ("start_step", "end_step") if settings.get(key) is not None}
-    if "sparse_lora_branch" in settings:
-        keys["lora_branch"] = "kept" if settings["sparse_lora_branch"] else "dense"
+    if enabled:
+        _say_averages(settings)
+        keys["lora_branch"] = _lora_branch(settings, keys["layers"], at)
     return keys
+
+
+def _say_averages(settings: dict[str, Any]) -> None:
+    for key in _AVERAGES:
+        if settings.get(key):
+            warnings.warn(
+                f"the official config says '{key}': true, the scores of a sequence's average; here every context token "
+                "scores for itself, and other channels may be chosen (docs/official.md). False, or without it, is silent",
+                stacklevel=2,
+            )
+
+
+def _lora_branch(settings: dict[str, Any], layers: dict[str, Any], at: str) -> str:
+    """Whole, unless the file says ``sparse_lora_branch``, which here concerns the FFN alone."""
+    if not settings.get("sparse_lora_branch", False):
+        return "dense"
+    if "qk" in layers:
+        raise ConfigError(
+            f"'{join(at, 'sparse_lora_branch')}' is true, and self_attn is sparse: the adapters of attention are always "
+            "whole here. Set it to false, or self_attn to 0"
+        )
+    return "kept"
 
 
 def _without_notes(data: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from .errors import ConfigError, require, unknown_key
 from .files import SUFFIXES, load_file
 from .limits import NonNegative, Path, Positive, Says, Share
 from .model import Section, section
-from .official import is_official, read_official
+from .official import FOLDER_FILES, is_official, read_official
 from .ranges import RANGES_SCHEMA, check_ranges, resolve_ranges
 
 GROUPS = ("ffn", "qk", "vo")
@@ -90,10 +90,17 @@ class SparseLoRAConfig(Section):
             require(self.start_step < end, at, end, f"more than {self.PATH}.start_step ({self.start_step})")
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str], *suffixes: str) -> SparseLoRAConfig:
-        """From a ``.json``, ``.yaml`` or ``.yml`` file with the keys above, or in an official format (mode ``o1``)."""
+    def from_file(cls, path: str | os.PathLike[str], *suffixes: str, mode: str = "o1") -> SparseLoRAConfig:
+        """From a ``.json``, ``.yaml`` or ``.yml`` file with the keys above, or in an official format.
+
+        An official file may be given by its folder; ``mode`` picks among a file's ``modes``.
+        """
+        if os.path.isdir(path):
+            return from_official(path, mode)
         data = load_file(path, suffixes or SUFFIXES)
-        return from_official_dict(data, source=os.fspath(path)) if is_official(data) else cls.from_dict(data)
+        if is_official(data) or mode != "o1":
+            return from_official_dict(data, mode, source=os.fspath(path))
+        return cls.from_dict(data)
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> SparseLoRAConfig:
@@ -115,10 +122,19 @@ class SparseLoRAConfig(Section):
 
 
 def from_official(path: str | os.PathLike[str], mode: str = "o1") -> SparseLoRAConfig:
-    """Read an official YAML, ``config.json`` or the folder with one; ``mode`` picks among a file's ``modes``."""
+    """Read an official YAML, ``config.json`` or ``args.json``, or the folder with one; ``mode`` picks among its ``modes``.
+
+    A model's own ``config.json`` beside ``args.json`` is passed over.
+    """
     name = os.fspath(path)
     if os.path.isdir(name):
-        name = os.path.join(name, "config.json")
+        names = [os.path.join(name, file) for file in FOLDER_FILES if os.path.isfile(os.path.join(name, file))]
+        if not names:
+            looked = os.path.join(name, FOLDER_FILES[0])
+            raise ConfigError(
+                f"config file '{looked}' cannot be read: there is none, and no {FOLDER_FILES[1]} beside it"
+            )
+        name = next((file for file in names if is_official(load_file(file))), names[0])
     return from_official_dict(load_file(name), mode, source=name)
 
 

@@ -200,7 +200,13 @@ def read_factors(
     model_id: str,
 ) -> FactorSet:
     """Read and verify a factor file; see :func:`load_or_build` for the errors."""
-    tensors, metadata = read_safetensors(path)
+    official = path.is_dir() or path.suffix in (".pt", ".pth")
+    tensors, metadata = ({}, {}) if official else read_safetensors(path)
+    if official or any(name.endswith((".w1", ".w2")) for name in tensors):
+        raise FactorMismatchError(
+            f"{path} looks like estimator files of the official SparseLoRA release, which do not say what they were built "
+            "from: remove sparse_lora.factors, and the same factors are built from the model, once"
+        )
     if metadata.get("format") != FORMAT:
         raise CorruptFileError(f"{path} is not a factor file: its format is {metadata.get('format')!r}, not {FORMAT!r}")
     actual = tensors_sha256(tensors)

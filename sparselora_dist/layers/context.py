@@ -173,6 +173,11 @@ class SparseContext:
         """The newest training forward, that is one with gradients."""
         return self._forwards[-1] if self._forwards else None
 
+    @property
+    def was_sparse(self) -> bool:
+        """Whether the newest training forward was: in the schedule, and with labels."""
+        return self.last is not None and self.last.partition is not None
+
     # --- a layer --------------------------------------------------------------------------------------------------
 
     def enter_layer(self, layer: int, hidden: Tensor, required: bool = True) -> None:

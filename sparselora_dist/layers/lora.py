@@ -34,20 +34,54 @@ class LoRABranch:
 
 
 def set_base_linear(parent: nn.Module, name: str, linear: nn.Module) -> None:
-    """Put ``linear`` where the base linear of ``parent.name`` was; a stored layout of our own cannot be merged into."""
+    """Put ``linear`` where the base linear of ``parent.name`` was."""
     module = getattr(parent, name)
     if isinstance(module, LoraLayer):
         module.base_layer = linear
-        if type(linear) is nn.Linear:
-            module.__dict__.pop("merge", None)
-        else:
-            module.__dict__["merge"] = _refuse_merge
+        merge_by_layout(module)
     else:
         setattr(parent, name, linear)
 
 
-def _refuse_merge(*_: object, **__: object) -> None:
-    raise ValueError("adapters cannot be merged into sparse layers: call remove_sparselora(model) first, then merge")
+class _Merging:
+    """Takes the place of a LoRA layer's ``merge`` or ``unmerge``: PEFT's own, on the weight as the family lays it out.
+
+    An object, so that it is copied with its model.
+    """
+
+    def __init__(self, layer: LoraLayer, method: str) -> None:
+        self.layer, self.method = layer, method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        layer, frozen = self.layer, self.layer.base_layer
+        if not isinstance(frozen, FrozenLinear):
+            return getattr(type(layer), self.method)(layer, *args, **kwargs)
+        if frozen.obstacle:
+            raise ValueError(cannot_merge(frozen.obstacle))
+        layer.base_layer = plain = frozen.plain()
+        try:
+            return getattr(type(layer), self.method)(layer, *args, **kwargs)
+        finally:  # What was merged before an error is merged.
+            layer.base_layer = frozen
+            frozen.take(plain)
+
+
+def cannot_merge(obstacle: str) -> str:
+    return (
+        f"{obstacle}: adapters cannot be merged into them, and the model cannot be unloaded or saved whole, in memory. "
+        "Save the adapter, and merge the files: sparselora-dist merge --base ... --adapter ... --output ..."
+    )
+
+
+def merge_by_layout(module: nn.Module) -> None:
+    """Make ``merge`` and ``unmerge`` of a LoRA layer right for what its base is stored as now."""
+    if not isinstance(module, LoraLayer):
+        return
+    for method in ("merge", "unmerge"):
+        if isinstance(module.base_layer, FrozenLinear):
+            module.__dict__[method] = _Merging(module, method)
+        else:
+            module.__dict__.pop(method, None)
 
 
 def active_branches(module: nn.Module) -> Iterator[LoRABranch]:

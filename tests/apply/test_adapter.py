@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sparselora_dist import remove_sparselora
 from support.applied import families, outputs, sparse_model
 from support.harness import without_package
 from support.models import FAMILIES, batch, tiny_base
@@ -78,13 +75,3 @@ def test_the_saved_adapter_needs_no_part_of_this_package(tmp_path: Path) -> None
         [sys.executable, "-c", WITHOUT_PACKAGE], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
     )
     assert result.stdout.strip().endswith("same logits"), result.stderr[-2000:]
-
-
-@pytest.mark.parametrize("safe", [False, True])
-def test_merging_into_sparse_layers_is_refused_and_works_after_removal(safe: bool) -> None:
-    model, data = sparse_model(), batch()
-    expected = model.eval()(**data).logits
-    with pytest.raises(ValueError, match="call remove_sparselora"):
-        copy.deepcopy(model).merge_and_unload(safe_merge=safe)
-    remove_sparselora(model)
-    assert torch.allclose(model.merge_and_unload(safe_merge=safe)(**data).logits, expected, rtol=1e-3, atol=1e-3)

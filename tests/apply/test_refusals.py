@@ -6,13 +6,18 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from sparselora_dist import apply_sparselora
 from sparselora_dist.apply import find_state
 from sparselora_dist.families import UnsupportedModelError
-from support.applied import config, refuse, sparse_model
-from support.models import batch, tiny_base, tiny_lora
+from support.applied import assert_identical, config, outputs, refuse, sparse_model
+from support.models import ALL_LINEAR, FAMILIES, batch, tiny_base, tiny_config, tiny_lora
 
 
 def test_unknown_family() -> None:
@@ -101,3 +106,36 @@ def test_twice() -> None:
 @pytest.mark.parametrize("ranges", ["3", "1-5", "20-30"])
 def test_a_range_that_the_model_does_not_have(ranges: str) -> None:
     refuse(tiny_lora(), rf"sparse_lora.layers.ffn.*{ranges}", layers={"ffn": {ranges: 0.5}})
+
+
+@pytest.mark.parametrize("kind", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_classifier(family: str, kind: type) -> None:
+    """A reward model, too: its labels are no tokens'."""
+    model = kind.from_config(tiny_config(family))
+    lora = LoraConfig(target_modules=["q_proj"], task_type="SEQ_CLS")
+    for options in ({}, {"skip_unused_logits": False}, {"enabled": False}):
+        refuse(get_peft_model(model, lora), r"Classification has no language model head.*plain PEFT", **options)
+        model = kind.from_config(tiny_config(family))
+        refuse(model.requires_grad_(False), "AutoModelForCausalLM", UnsupportedModelError, **options)
+
+
+@pytest.mark.parametrize("where", ["an activation", "the LM head", "the last step"])
+def test_a_failure_on_the_way_leaves_the_model_as_it_was(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_lora(targets=ALL_LINEAR)
+    before = outputs(model)
+    if where == "an activation":
+        model.get_base_model().model.layers[2].mlp.act_fn = nn.Softplus()
+        refuse(model, "layer 2: the FFN's activation Softplus")
+        model.get_base_model().model.layers[2].mlp.act_fn = nn.SiLU()
+    else:
+        name = "pack_logits" if where == "the LM head" else "merge_as_the_family"
+
+        def fail(*_: object) -> None:
+            raise MemoryError("no room")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(f"sparselora_dist.apply.model.{name}", fail)
+            refuse(model, "no room", MemoryError)
+    assert_identical(before, outputs(model))
+    apply_sparselora(model, config())

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel
 from torch import nn
 
 from sparselora_dist import apply_sparselora, remove_sparselora, selection, set_step
@@ -43,11 +44,32 @@ def test_remove_keeps_what_was_trained_and_the_mode() -> None:
     assert torch.allclose(model(**batch()).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_apply_again_after_remove() -> None:
+@pytest.mark.parametrize("inside", [False, True])
+def test_apply_again_after_remove(inside: bool) -> None:
     model = sparse_model()
     first = outputs(model)
-    remove_sparselora(model)
+    remove_sparselora(model.get_base_model() if inside else model)
+    assert find_state(model) is None
     assert_identical(first, outputs(apply_sparselora(model, config())))
+
+
+def test_remove_keeps_adapters_that_came_later() -> None:
+    """In sparse FFNs and projections that had none, beside one that had."""
+
+    def add(model: PeftModel) -> PeftModel:
+        torch.manual_seed(3)
+        model.add_adapter("late", LoraConfig(r=2, target_modules=ALL_LINEAR, init_lora_weights=False))
+        model.set_adapter("late")
+        return model
+
+    plain = add(tiny_lora(targets=["q_proj"]))
+    model = add(sparse_model(targets=["q_proj"]))
+    remove_sparselora(model)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert_identical(outputs(plain), outputs(model))
+    model.delete_adapter("late")
+    model.set_adapter("default")
+    assert_identical(outputs(tiny_lora(targets=["q_proj"])), outputs(model))
 
 
 def test_remove_without_apply() -> None:

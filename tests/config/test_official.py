@@ -1,6 +1,7 @@
 """Both config formats of the official release, in full size, and what in them cannot be honoured."""
 
 import json
+import warnings
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ def modes() -> dict[str, Any]:
 def test_yaml_of_32_layers(tmp_path: Any) -> None:
     path = tmp_path / "llama3-8b-math10k.yaml"
     path.write_text(yaml_text())
-    expected = SparseLoRAConfig(rank=8, start_step=0.05, layers=LAYERS)
+    expected = SparseLoRAConfig(rank=8, start_step=0.05, layers=LAYERS, lora_branch="dense")
     assert from_official(path) == SparseLoRAConfig.from_file(path) == SparseLoRAConfig.from_yaml(path) == expected
     assert expected.sparsity(32)["vo"] == dict.fromkeys(ATTENTION, 0.75)
 
@@ -63,8 +64,58 @@ def test_config_json_with_modes(tmp_path: Any) -> None:
     assert (o1.rank, o1.start_step, o1.end_step, o1.enabled) == (8, 0.0, None, True)
     assert SparseLoRAConfig.from_file(path) == SparseLoRAConfig.from_json(path) == from_official(tmp_path) == o1
     assert from_official(path, mode="o2").layers == LAYERS
+    assert SparseLoRAConfig.from_file(path, mode="o2") == SparseLoRAConfig.from_file(tmp_path, mode="o2")
+    assert SparseLoRAConfig.from_file(tmp_path, mode="o2").layers == LAYERS
     with pytest.raises(ConfigError, match=r"config\.json: mode 'o3' is not in this file: available modes: o1, o2"):
         from_official(path, mode="o3")
+    for data in ({"rank": 8}, {"mode": "svd_8", "sparsity": {"layers.3.mlp": 0.5}}):
+        (tmp_path / "other.json").write_text(json.dumps(data))
+        with pytest.raises(ConfigError, match=r"not an official|mode 'o2' was asked for, but this file has no 'modes'"):
+            SparseLoRAConfig.from_file(tmp_path / "other.json", mode="o2")
+
+
+def arguments() -> dict[str, Any]:
+    """What the official program writes beside its adapter: its YAML, its defaults, settings of its trainer."""
+    return {
+        "sparsity": math_entries(),
+        "current_step": 0,
+        "start_step": 0.05,
+        "mode": "svd_8",
+        "skip_output_tokens": True,
+        "ffn_sparsity": "ffn=0.99x28",
+        "qkvo_sparsity": "qkv=0.75x14",
+        "predictor_basepath": "./weights/",
+        "skip_sink_tokens": 0,
+        "skip_random_tokens": False,
+        "end_step": 1,
+        "sparse_lora_branch": False,
+        "qk_per_head": False,
+        "qkvo_seq_avg": False,
+        "mlp_seq_avg": True,
+        "sparse_output_tokens": 0,
+        "learning_rate": 3e-4,
+        "per_device_train_batch_size": 8,
+        "lora_target_modules": "q_proj,k_proj,v_proj,o_proj",
+        "model_max_length": 512,
+        "model_id": "org/model",
+    }
+
+
+def test_args_json_and_its_folder(tmp_path: Any) -> None:
+    (tmp_path / "args.json").write_text(json.dumps(arguments()))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 8}))
+    expected = SparseLoRAConfig(rank=8, start_step=0.05, end_step=1.0, layers=LAYERS, lora_branch="dense")
+    for path in (tmp_path / "args.json", tmp_path):
+        with pytest.warns(UserWarning, match=r"'mlp_seq_avg': true.*every context token scores for itself"):
+            assert SparseLoRAConfig.from_file(path) == expected
+    (tmp_path / "args.json").write_text(json.dumps(arguments() | {"skip_output_tokens": False}))
+    with pytest.raises(ConfigError, match=r"args\.json: 'skip_output_tokens' is false"):
+        SparseLoRAConfig.from_file(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(
+        ConfigError, match=r"empty.config\.json' cannot be read: there is none, and no args\.json beside it"
+    ):
+        SparseLoRAConfig.from_file(tmp_path / "empty")
 
 
 def test_settings_of_a_mode_go_before_those_of_the_file() -> None:
@@ -85,8 +136,21 @@ def test_flat_form_and_adapter_branch() -> None:
         "end_step": 1.0,
     }
     config = from_official_dict(data)
-    assert config.layers == LAYERS and config.lora_branch == "kept" and config.start_step == 0
+    assert config.layers == LAYERS and config.lora_branch == "dense" and config.start_step == 0
     assert from_official_dict({**data, "sparse_lora_branch": False}).lora_branch == "dense"
+    ffn = {"layer_sparsity": {"model.layers.3.mlp": 0.9, "model.layers.3.self_attn": 0}, "sparse_lora_branch": True}
+    assert from_official_dict(ffn).lora_branch == "kept"
+    refuse({**data, "sparse_lora_branch": True}, "'sparse_lora_branch' is true, and self_attn is sparse.*always whole")
+
+
+@pytest.mark.parametrize("key", ["mlp_seq_avg", "qkvo_seq_avg"])
+def test_averages_are_named(key: str) -> None:
+    data = {"sparsity": {"layers.3.mlp": 0.9}}
+    with pytest.warns(UserWarning, match=f"'{key}': true"):
+        assert from_official_dict({**data, key: True}) == from_official_dict(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert from_official_dict({**data, key: False}) == from_official_dict(data)
 
 
 def refuse(data: dict[str, Any], words: str, mode: str = "o1") -> None:

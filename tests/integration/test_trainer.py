@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from types import MethodType
@@ -12,7 +13,7 @@ import torch
 import transformers.trainer
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl, TrainerState
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from sparselora_dist import SparseLoRACallback, selection
@@ -110,6 +111,72 @@ def test_gradient_accumulation_agrees(plain: tuple[Any, list[dict]], tmp_path: P
     assert got[: STEPS // 2] == pytest.approx(expected[: STEPS // 2], rel=1e-5)
     # Sparse, each micro-batch chooses its own channels.
     assert got[STEPS // 2 :] == pytest.approx(expected[STEPS // 2 :], rel=0.05)
+
+
+@pytest.mark.parametrize("restore_callbacks", [False, True])
+def test_kept_masks_are_in_the_checkpoint(tmp_path: Path, restore_callbacks: bool) -> None:
+    """Resumed within the four steps that masks are kept for: the same masks and losses, bit for bit."""
+    settings: dict[str, Any] = {"use_cpu": True, "restore_callback_states_from_checkpoint": restore_callbacks}
+    settings |= {"save_strategy": "steps", "save_steps": 6}
+    whole, masks = train(make_sparse(tiny_base(), interval=4), arguments(tmp_path, **settings))
+    check_schedule(whole.state.log_history, masks)
+    model, checkpoint = make_sparse(tiny_base(), interval=4), str(tmp_path / "checkpoint-6")
+    resumed, again = train(model, arguments(tmp_path / "again", **settings), resume=checkpoint)
+    assert resumed.state.global_step == STEPS and len(again) == STEPS - 6
+    for one, other in zip(masks[6:], again, strict=True):
+        assert all(torch.equal(one[layer][group], other[layer][group]) for layer in one for group in one[layer])
+    assert losses(resumed.state.log_history) == losses(whole.state.log_history)
+    # A new run with the same model chooses anew.
+    trainer, fresh = train(model, arguments(tmp_path / "new", **settings))
+    assert trainer.state.global_step == len(fresh) == STEPS
+    assert any(not torch.equal(masks[4][layer][g], fresh[4][layer][g]) for layer in masks[4] for g in masks[4][layer])
+
+
+def test_masks_of_each_rank_alone_come_back_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks that choose for themselves, here one after the other in one process."""
+    model = make_sparse(tiny_base(), interval=4, mask_sync="local")
+    context, control = find_state(model).context, TrainerControl(should_save=True)
+    masks = [{"1.ffn.3": torch.tensor([2, 5])}, {"1.ffn.3": torch.tensor([0, 7, 9])}]
+
+    def gather(into: list[Any], mine: Any) -> None:
+        into[:] = [{name: " ".join(map(str, mask.tolist())) for name, mask in rank.items()} for rank in masks]
+        assert mine == into[0]
+
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    context.load_state_dict(masks[0])
+    writer, training = SparseLoRACallback(), arguments("unused", use_cpu=True)
+    writer.on_step_end(training, TrainerState(), control, model=model)
+    saved = json.loads(json.dumps({"SparseLoRACallback": writer.state()}))
+    for rank, expected in enumerate(masks):
+        monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
+        SparseLoRACallback().on_train_begin(
+            training, TrainerState(global_step=4, stateful_callbacks=saved), control, model=model
+        )
+        got = context.state_dict()
+        assert got.keys() == expected.keys() and torch.equal(got["1.ffn.3"], expected["1.ffn.3"])
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 3)
+    state = TrainerState(global_step=4, stateful_callbacks=saved)
+    SparseLoRACallback().on_train_begin(training, state, control, model=model)
+    assert context.state_dict() == {}
+
+
+@pytest.mark.parametrize("own_loss", [False, True])
+def test_without_labels_the_log_says_dense(tmp_path: Path, own_loss: bool) -> None:
+    """Label smoothing and a loss of one's own take the labels out before the model is called."""
+
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    training = arguments(tmp_path, use_cpu=True, max_steps=2, label_smoothing_factor=0.0 if own_loss else 0.1)
+    with pytest.warns(UserWarning, match="without labels and was computed densely"):
+        trainer, masks = train(
+            make_sparse(tiny_base(), start_step=0.0), training, compute_loss_func=loss if own_loss else None
+        )
+    assert masks == [{}, {}]
+    assert [row["sparsity/active"] for row in rows(trainer.state.log_history)] == [0.0, 0.0]
+    assert [row["sparsity/context_share"] for row in rows(trainer.state.log_history)] == [0.0, 0.0]
 
 
 def test_the_callback_needs_a_sparse_model(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sparselora_dist.codecs import PlainCodec
@@ -121,6 +122,19 @@ def test_a_given_file_is_never_built_over(tmp_path: Path, decomposed: list) -> N
     with pytest.raises(FileNotFoundError, match="nowhere"):
         build(ModelWeights(tiny_base()), path=tmp_path / "nowhere.safetensors")
     assert not decomposed
+
+
+@pytest.mark.parametrize("kind", ["pickle", "folder", "safetensors"])
+def test_official_estimator_files_are_refused_by_name(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / {"pickle": "layers.0.mlp_low_rank_a.pt", "folder": "r_8", "safetensors": "f.safetensors"}[kind]
+    if kind == "pickle":
+        torch.save(torch.zeros(2, 48, 4), path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        save_file({"model.layers.0.mlp.gate_proj.w1": torch.zeros(48, 4)}, path)
+    with pytest.raises(FactorMismatchError, match=rf"{path.name} looks like estimator files of the official.*remove"):
+        build(ModelWeights(tiny_base()), path=path)
 
 
 # --- from files ------------------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def trainer_rows() -> list[dict[str, list[int]]]:
     return [{name: column[row] for name, column in columns.items()} for row in range(16)]
 
 
-def make_sparse(base: Any) -> Any:
+def make_sparse(base: Any, **options: Any) -> Any:
     """The base model with the same adapter on every rank and in every process, sparse from half of the run on."""
     from peft import LoraConfig, get_peft_model
 
@@ -101,7 +101,8 @@ def make_sparse(base: Any) -> Any:
     torch.manual_seed(1)
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM")
     model = get_peft_model(base, lora)
-    return apply_sparselora(model, SparseLoRAConfig(rank=4, start_step=0.5, layers=SPARSE)).train()
+    settings = {"rank": 4, "start_step": 0.5, "layers": SPARSE, **options}
+    return apply_sparselora(model, SparseLoRAConfig.from_dict(settings)).train()
 
 
 def arguments(output_dir: Any, **options: Any) -> Any:
@@ -140,8 +141,10 @@ def watch() -> Any:
     return Watch()
 
 
-def train(model: Any, training: Any, evaluate: bool = False) -> tuple[Any, list[dict]]:
-    """A trained ``Trainer`` and the masks of each step."""
+def train(
+    model: Any, training: Any, evaluate: bool = False, resume: str | None = None, **options: Any
+) -> tuple[Any, list[dict]]:
+    """A trained ``Trainer`` and the masks of each step; ``resume`` is a checkpoint of the Trainer."""
     from transformers import Trainer
 
     from sparselora_dist import SparseLoRACallback
@@ -153,8 +156,9 @@ def train(model: Any, training: Any, evaluate: bool = False) -> tuple[Any, list[
         train_dataset=rows,
         eval_dataset=rows[:6] if evaluate else None,
         callbacks=[SparseLoRACallback(), watcher],
+        **options,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer, watcher.masks
 
 

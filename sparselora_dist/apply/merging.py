@@ -1,0 +1,149 @@
+"""Merging, unloading and saving a whole sparse model: what PEFT and Transformers give is the family's own model.
+
+``merge_and_unload`` and ``unload`` put the family's modules back first; ``merge_adapter`` merges where the weights are; the
+state dict of the causal LM, and so ``save_pretrained`` and PEFT's base state dict, has the family's names, and such a dict
+can be loaded. What cannot be done (4-bit or sharded weights) is refused before anything is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..codecs import PlainCodec
+from ..codecs.linear import FrozenLinear
+from ..families import causal_lm, decoder_layers
+from ..layers.estimator import AttentionEstimator, FFNEstimator
+from ..layers.lora import cannot_merge, merge_by_layout, set_base_linear
+from ..method.channels import ATTENTION, FFN
+
+
+def _check(model: nn.Module) -> None:
+    """Raises ValueError, with the remedy, where some frozen weight is not whole and plain."""
+    for module in model.modules():
+        if isinstance(module, FrozenLinear) and module.obstacle:
+            raise ValueError(cannot_merge(module.obstacle))
+
+
+class _Override:
+    """An attribute of one instance that stands before its class's method. An object, so that it is copied with its model."""
+
+    def __init__(self, owner: Any, name: str, model: nn.Module) -> None:
+        self.owner, self.name, self.model = owner, name, model
+        self.own = owner.__dict__.get(name)
+        owner.__dict__[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.own is not None:
+            return self.own(*args, **kwargs)
+        return getattr(type(self.owner), self.name)(self.owner, *args, **kwargs)
+
+    def remove(self) -> None:
+        self.owner.__dict__.pop(self.name, None)
+        if self.own is not None:
+            self.owner.__dict__[self.name] = self.own
+
+
+class _Unload(_Override):
+    """PEFT's ``merge_and_unload`` and ``unload``."""
+
+    def __init__(self, owner: Any, model: nn.Module, remove: Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__(owner, "_unload_and_optionally_merge", model)
+        self.remove_sparselora = remove
+
+    def __call__(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        if merge:
+            self.owner._check_merge_allowed()
+        _check(self.model)
+        self.remove_sparselora(self.model)
+        for layer in decoder_layers(self.model):
+            for name in (*ATTENTION, *FFN):
+                linear = layer.matrix(name)
+                if isinstance(linear, FrozenLinear):  # As the model was loaded, without ever having been sparse.
+                    set_base_linear(layer.attention if name in ATTENTION else layer.mlp, name, linear.plain())
+        return super().__call__(merge, *args, **kwargs)
+
+
+class _MergeAdapter(_Override):
+    """PEFT's ``merge_adapter``; the model stays sparse, and computes with the merged weights."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        _check(self.model)
+        for module in self.model.modules():  # Also adapters that came after apply_sparselora.
+            merge_by_layout(module)
+        return super().__call__(*args, **kwargs)
+
+
+class _Save(_Override):
+    """``save_pretrained`` of the causal LM."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # With Transformers' own add_adapter it saves the adapter alone.
+        if kwargs.get("state_dict") is None and not getattr(self.owner, "_hf_peft_config_loaded", False):
+            _check(self.model)
+        return super().__call__(*args, **kwargs)
+
+
+class _FamilyNames:
+    """State dict hook of the causal LM: the family's names and layout where it is asked for its own state dict.
+
+    Not as a part of what wraps it: engines and checkpoints address parameters by the names that they have.
+    """
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
+        if prefix:
+            return
+        frozen, estimators = _parts(module)
+        items = list(state.items())
+        state.clear()
+        for key, value in items:
+            parent, _, name = key.rpartition(".")
+            if parent in estimators:
+                continue
+            if parent in frozen and name == "rows":
+                key, value = f"{parent}.weight", value.t().contiguous() if frozen[parent].transposed else value
+            state[key] = value
+
+
+class _FromFamilyNames:
+    """The way back, before the causal LM loads a state dict. The estimator stays that of the weights before."""
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+        if prefix:
+            return
+        frozen, estimators = _parts(module)
+        for parent, linear in frozen.items():
+            if f"{parent}.weight" in state:
+                value: Tensor = state.pop(f"{parent}.weight")
+                state[f"{parent}.rows"] = value.t() if linear.transposed else value
+        for parent, estimator in estimators.items():
+            for name, parameter in estimator.named_parameters(recurse=False):
+                state.setdefault(f"{parent}.{name}", parameter.detach())
+
+
+def _parts(module: nn.Module) -> tuple[dict[str, FrozenLinear], dict[str, nn.Module]]:
+    """Plain frozen linears, and estimators, by name."""
+    named = dict(module.named_modules())
+    plain = {n: m for n, m in named.items() if isinstance(m, FrozenLinear) and isinstance(m.codec, PlainCodec)}
+    return plain, {n: m for n, m in named.items() if isinstance(m, (FFNEstimator, AttentionEstimator))}
+
+
+def merge_as_the_family(model: nn.Module, remove: Callable[[nn.Module], nn.Module]) -> list[Any]:
+    """Switch it on for a sparse model; returns handles whose ``remove()`` switches it off.
+
+    Args:
+        model: what :func:`~.model.apply_sparselora` was given.
+        remove: :func:`~.model.remove_sparselora`.
+    """
+    lm: Any = causal_lm(model)
+    handles: list[Any] = [
+        lm.register_state_dict_post_hook(_FamilyNames()),
+        lm.register_load_state_dict_pre_hook(_FromFamilyNames()),
+        _Save(lm, "save_pretrained", model),
+    ]
+    tuner = getattr(model, "base_model", None)
+    if lm is not model and hasattr(type(tuner), "_unload_and_optionally_merge"):
+        handles += [_Unload(tuner, model, remove), _MergeAdapter(tuner, "merge_adapter", model)]
+    return handles

@@ -116,7 +116,10 @@ def _sent(hosts: list[list[str]]) -> list[int]:
 
 
 def probe(path: Path) -> None:
-    """A rank: bytes that this host sends for one collective of each kind over all ranks, as a share of the tensor."""
+    """A rank: bytes that this host sends for one collective of each kind over all ranks, as a share of the tensor.
+
+    ``fixed`` is in bytes: of an all-gather of four numbers, so what any collective costs beside its data.
+    """
     import torch
     import torch.distributed as dist
 
@@ -135,6 +138,12 @@ def probe(path: Path) -> None:
         call()
         dist.barrier()
         found[name] = (int(Path(_COUNTER).read_text()) - before) / PROBE
+    tiny, cell = torch.zeros(WORLD), torch.zeros(1)
+    before = int(Path(_COUNTER).read_text())
+    for _ in range(100):
+        dist.all_gather_into_tensor(tiny, cell)
+    dist.barrier()
+    found["fixed"] = (int(Path(_COUNTER).read_text()) - before) / 100
     if dist.get_rank() == 0:
         path.write_text(json.dumps(found))
     dist.destroy_process_group()
@@ -175,12 +184,17 @@ def main() -> int:
         folder = Path(name)
         started(hosts, CASES[0].mapping, [str(Path(__file__)), "--probe", str(folder / "probe")], folder / "log")
         sent = json.loads((folder / "probe").read_text())
+        fixed = sent.pop("fixed")
         ideal = {"all-gather": 0.75, "reduce-scatter": 0.75, "all-reduce": 1.5}
         text = [
             "| collective over 4 ranks, bytes a host sends per byte of the tensor | gloo | a ring |",
             "|---|---:|---:|",
         ]
         text += [f"| {kind} | {share:.3f} | {ideal[kind]:.3f} |" for kind, share in sent.items()]
+        text += [
+            "",
+            f"Beside its data a collective costs {fixed / 1e3:.1f} kB: headers, acknowledgements, gloo's own messages.",
+        ]
         text += ["", "| layout | a host sends, MB a step | plan, MB | ratio | as gloo sends, MB | ratio | |"]
         text += ["|---|---:|---:|---:|---:|---:|---|"]
         print("\n".join(text), flush=True)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers import TrainerState
 
 import sparselora_dist.layers.ffn
 import sparselora_kernels.reference.score as reference
@@ -211,7 +212,7 @@ def test_the_trainer_compares_before_it_steps(
     model, callback = make(enabled=False), SparseLoRACallback()
     args = SimpleNamespace(deepspeed=deepspeed, deepspeed_plugin=plugin)
     monkeypatch.setattr(MaskSync, "check", lambda self: calls.append(1))
-    event: Any = (args, None, None)
+    event: Any = (args, TrainerState(), None)
     callback.on_train_begin(*event, model=model)
     assert find_state(model).context.check_masks == when
     model(**batch())

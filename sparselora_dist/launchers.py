@@ -75,6 +75,14 @@ def find_start(environment: Mapping[str, str]) -> Start:
     return Start()
 
 
+def boot_id() -> str:
+    """This kernel's boot, which clones of a host do not share and its containers do; empty where it does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
 def node_name() -> str:
     """What tells this host apart: its name, its kernel's boot (clones share a name), and torchrun's number of the node.
 
@@ -82,9 +90,7 @@ def node_name() -> str:
     """
     if told := os.environ.get("SPARSELORA_NODE"):
         return told
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    mark = boot.read_text().strip()[:8] if boot.is_file() else ""
-    return "/".join(filter(None, [socket.gethostname(), mark, os.environ.get("GROUP_RANK")]))
+    return "/".join(filter(None, [socket.gethostname(), boot_id()[:8], os.environ.get("GROUP_RANK")]))
 
 
 def spread(hosts: str) -> Iterator[str]:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from ..config.run import RunConfig
 from ..sharding.placement import Placement
+from ..sync.everyone import everyone
 from ..sync.heartbeat import Heartbeat
 from .ranks import Ranks, local_device
 
@@ -89,15 +90,13 @@ class Engine(ABC):
         Raises:
             FloatingPointError: names parameters and ranks.
         """
-        everyone = [(arose, held)]
-        if dist.is_initialized():
-            everyone = [(arose, held)] * self.ranks.world_size
-            dist.all_gather_object(everyone, (arose, held))
-        known = any(first for first, _ in everyone)
+        mine = arose, held
+        told = everyone(mine) if dist.is_initialized() else [mine]
+        known = any(first for first, _ in told)
         places = [
             f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} "
             f"{'on' if known else 'in the part of'} rank {rank}"
-            for rank, (first, second) in enumerate(everyone)
+            for rank, (first, second) in enumerate(told)
             if (names := first if known else second)
         ]
         raise FloatingPointError(

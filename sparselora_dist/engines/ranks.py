@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ..launchers import LaunchError, Start, find_start, node_name
+from ..sync.everyone import everyone
 from ..sync.heartbeat import Heartbeat
 from .hosts import Place, by_host, exchange
 
@@ -151,7 +152,7 @@ def start_distributed(ranks: Ranks, timeout: float, heartbeat_timeout: float = 0
         ValueError: two ranks have the same GPU.
     """
     if dist.is_initialized():
-        return replace(ranks, hosts=tuple(_all(node_name()))), Heartbeat()
+        return replace(ranks, hosts=tuple(everyone(node_name()))), Heartbeat()
     env = os.environ
     if "RANK" not in env:
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
@@ -191,13 +192,6 @@ def start_distributed(ranks: Ranks, timeout: float, heartbeat_timeout: float = 0
     return replace(ranks, rank=rank, hosts=hosts), heartbeat
 
 
-def _all(mine: str) -> list[str]:
-    """What each rank has, by rank. A collective."""
-    everyone = [mine] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
-
-
 def _open_store(ranks: Ranks, timeout: float, purpose: str, client: bool = False) -> dist.Store:
     """The job's store: torchrun's agent keeps it, else rank 0. A ``client`` connects to one that is there.
 
@@ -226,9 +220,8 @@ def refuse_shared_gpus() -> None:
         ValueError: two ranks have the same GPU; all ranks raise it.
     """
     mine = (socket.gethostname(), str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid))
-    places: list[tuple[str, str]] = [mine] * dist.get_world_size()
-    dist.all_gather_object(places, mine)
     holders: dict[tuple[str, str], list[int]] = {}
+    places: list[tuple[str, str]] = everyone(mine)
     for rank, place in enumerate(places):
         holders.setdefault(place, []).append(rank)
     for (host, _), ranks in holders.items():

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
+from ..launchers import boot_id
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +145,4 @@ def _held(folder: Path, said: dict[str, Any]) -> ConfigError:
 
 def _kernel() -> str:
     """Which kernel's locks these are: two containers of a host share one, two hosts of the same name do not."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return socket.gethostname()
+    return boot_id() or socket.gethostname()

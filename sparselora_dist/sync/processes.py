@@ -9,16 +9,19 @@ import tempfile
 import time
 from pathlib import Path
 
+from ..launchers import boot_id
+
 _STARTED = time.time()
 
 
 def place() -> str:
     """The kernel and the process numbers that this process and another must share for its number to mean anything."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-        return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+        if boot := boot_id():
+            return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
-        return f"unknown/{socket.gethostname()}/{os.getpid()}"
+        pass
+    return f"unknown/{socket.gethostname()}/{os.getpid()}"
 
 
 def _stat(pid: int) -> list[str]:
@@ -27,6 +30,12 @@ def _stat(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return []
+
+
+def parent(pid: int) -> int | None:
+    """The process that started it, or took its place; ``None`` where nothing is known of it."""
+    fields = _stat(pid)
+    return int(fields[1]) if len(fields) > 1 else None
 
 
 def born(pid: int) -> int:

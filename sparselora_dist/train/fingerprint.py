@@ -19,6 +19,7 @@ from ..config.run import RunConfig
 from ..data import TokenDataset
 from ..io.checkpoint import checkpoint_digest
 from ..io.shard_files import TensorFiles, read_json
+from ..sync.everyone import everyone
 
 Fingerprint = dict[str, Any]
 """Dotted key -> JSON value."""
@@ -89,10 +90,9 @@ def on_all_ranks(config: RunConfig, own: Fingerprint, eval_data: TokenDataset | 
     mine = {key: value for key, value in settings.items() if key not in _OWN} | own
     mine["evaluation data"] = data_digest(eval_data) if eval_data else None
     mine["checkpoint"] = f"{checkpoint.name}, SHA-256 {checkpoint_digest(checkpoint)}" if checkpoint else None
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (socket.gethostname(), mine))
-    host, first = everyone[0]
-    for rank, (other, theirs) in enumerate(everyone):
+    told = everyone((socket.gethostname(), mine))
+    host, first = told[0]
+    for rank, (other, theirs) in enumerate(told):
         if differing := _differences(theirs, first):
             raise ConfigError(
                 f"rank {rank} on {other} differs from rank 0 on {host}: {_words(differing)}. Every rank needs the same run "

@@ -12,6 +12,7 @@ from ..engines import Engine
 from ..engines.optimizers import under
 from ..io.checkpoint import Checkpoint
 from ..layers.context import SparseContext
+from ..sync.everyone import everyone
 
 log = logging.getLogger(__name__)
 
@@ -23,11 +24,8 @@ def gather_rank_state(engine: Engine, context: SparseContext) -> dict[str, Tenso
         mine["rng/cuda"] = torch.cuda.get_rng_state(engine.device)
     mine |= {f"mask/{name}": mask.cpu() for name, mask in context.state_dict().items()}
     mine |= {f"optim/{name}": codes for name, codes in engine.own_codes().items()}
-    everyone = [mine]
-    if dist.is_initialized():
-        everyone = [{} for _ in range(engine.ranks.world_size)]
-        dist.all_gather_object(everyone, mine)
-    return {f"{rank}/{name}": tensor for rank, state in enumerate(everyone) for name, tensor in state.items()}
+    told = everyone(mine) if dist.is_initialized() else [mine]
+    return {f"{rank}/{name}": tensor for rank, state in enumerate(told) for name, tensor in state.items()}
 
 
 def own_rank_state(resumed: Checkpoint, engine: Engine, context: SparseContext) -> dict[str, Tensor]:

@@ -7,9 +7,10 @@ import logging
 import socket
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
+
+from ..sync.everyone import everyone
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +32,8 @@ def check_shared(folder: Path, resume: bool | str) -> None:
         if dist.get_rank() == 0:
             # A name that no host can have looked up, and remember as missing.
             name = Path(stack.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=".seen-")).name).name
-        names = _everyone(name)
-        found = _everyone((socket.gethostname(), (folder / names[0]).exists()))
+        names = everyone(name)
+        found = everyone((socket.gethostname(), (folder / names[0]).exists()))
     writer = found[0][0]
     blind = ", ".join(dict.fromkeys(host for host, sees in found if not sees))
     if not blind:
@@ -49,10 +50,3 @@ def check_shared(folder: Path, resume: bool | str) -> None:
         log.warning(
             "%s. Checkpoints and the adapter will be on %s alone, and train.resume will not find them", what, writer
         )
-
-
-def _everyone(mine: Any) -> list[Any]:
-    """What each rank has, by rank."""
-    everyone = [mine] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone

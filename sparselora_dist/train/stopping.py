@@ -15,6 +15,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from ..io.checkpoint import newest_checkpoint
+from ..sync.processes import parent
 
 # Of Slurm's and people's: SIGUSR1 is what sbatch --signal sends ahead of the end of the job's time.
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
@@ -97,12 +98,7 @@ def on_disk(output_dir: Path) -> str:
 
 def _ancestors() -> list[int]:
     """The processes that started this one, up to the launcher: its parent and, under deepspeed, which has two, the next."""
-    parent = os.getppid()
-    found = [parent]
-    if "CROSS_SIZE" in os.environ:
-        try:
-            stat = Path(f"/proc/{parent}/stat").read_text(encoding="utf-8")
-            found.append(int(stat.rpartition(")")[2].split()[1]))
-        except (OSError, ValueError, IndexError):
-            pass
+    found = [os.getppid()]
+    if "CROSS_SIZE" in os.environ and (second := parent(found[0])) is not None:
+        found.append(second)
     return found

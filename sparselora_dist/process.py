@@ -45,11 +45,12 @@ def complain(text: str, hint: str = "") -> None:
     _tell_torchrun(text)
 
 
-def _tell_torchrun(text: str) -> None:
+def _tell_torchrun(text: str, delay: int = 0) -> None:
+    """Leave ``text`` in torchrun's file of this rank. It repeats that of the earliest second; ``delay`` is added here."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path or os.path.exists(path):
         return
-    said = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
+    said = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()) + delay)}}
     try:
         with open(path, "w", encoding="utf-8") as file:
             json.dump({"message": said}, file)
@@ -92,6 +93,9 @@ def leave(status: int) -> NoReturn:
     """
     if status == 0 and "mpi4py.MPI" in sys.modules:
         sys.modules["mpi4py.MPI"].Finalize()
+    if status:
+        # Not the cause, though it may end within the same second.
+        _tell_torchrun("ended because of another rank, which says why", delay=60)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -30,13 +30,14 @@ from typing import Any
 # The repository keeps its root off sys.path, and with it the folder of the script.
 sys.path.append(str(Path(__file__).resolve().parent))
 
-from faults import ROOT, run_file, two_hosts
+from faults import ROOT, run_file
 
 from sparselora_dist.config import RunConfig
 from sparselora_dist.engines.ranks import free_port
 from sparselora_dist.plan.shapes import find_shape
 from sparselora_dist.plan.storage import checkpointing, configured_scheme, tree_of
 from sparselora_dist.plan.traffic import traffic
+from support.networks import DEVICE, Network, two_networks
 
 SHORT, LONG = 3, 9
 HOSTS, PER_HOST = 2, 2
@@ -45,7 +46,7 @@ LARGE = 1e6
 """Bytes a step from which the plan must be met."""
 PROBE = 8 << 20
 """Bytes of the whole tensor of a probed collective."""
-_COUNTER = "/sys/class/net/link0/statistics/tx_bytes"
+_COUNTER = f"/sys/class/net/{DEVICE}/statistics/tx_bytes"
 # Matrices are sharded, and let go of, as they are in a large model.
 _ZERO = {
     "stage": 3,
@@ -87,18 +88,18 @@ CASES = (
 )
 
 
-def started(hosts: list[list[str]], mapping: Sequence[int], script: list[str], log: Path) -> int:
+def started(hosts: Sequence[Network], mapping: Sequence[int], script: list[str], log: Path) -> int:
     """Bytes that the busier host sent while four ranks ran a script to its end."""
-    before = _sent(hosts)
+    before = [host.counter("tx_bytes") for host in hosts]
     port = str(free_port())
     processes = []
     with open(log, "wb") as out:
         for rank, host in enumerate(mapping):
-            job = {"RANK": str(rank), "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "10.99.0.1", "MASTER_PORT": port,
+            job = {"RANK": str(rank), "WORLD_SIZE": str(WORLD), "MASTER_ADDR": hosts[0].address, "MASTER_PORT": port,
                    "LOCAL_RANK": str(list(mapping[:rank]).count(host)), "LOCAL_WORLD_SIZE": str(PER_HOST),
-                   "GLOO_SOCKET_IFNAME": "link0", "SPARSELORA_NODE": f"host{host}", "OMP_NUM_THREADS": "1",
+                   "GLOO_SOCKET_IFNAME": DEVICE, "SPARSELORA_NODE": f"host{host}", "OMP_NUM_THREADS": "1",
                    "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "1"}  # fmt: skip
-            words = [*hosts[host], sys.executable, *script]
+            words = [*hosts[host].words, sys.executable, *script]
             processes.append(
                 subprocess.Popen(words, cwd=ROOT, env=os.environ | job, stdout=out, stderr=subprocess.STDOUT)
             )
@@ -108,11 +109,7 @@ def started(hosts: list[list[str]], mapping: Sequence[int], script: list[str], l
         finally:
             for process in processes:
                 process.kill()
-    return max(after - start for start, after in zip(before, _sent(hosts)))
-
-
-def _sent(hosts: list[list[str]]) -> list[int]:
-    return [int(subprocess.run([*host, "cat", _COUNTER], check=True, capture_output=True).stdout) for host in hosts]
+    return max(host.counter("tx_bytes") - start for host, start in zip(hosts, before))
 
 
 def probe(path: Path) -> None:
@@ -180,7 +177,7 @@ def main() -> int:
         probe(options.probe)
         return 0
     bad = 0
-    with tempfile.TemporaryDirectory() as name, two_hosts() as hosts:
+    with tempfile.TemporaryDirectory() as name, two_networks() as hosts:
         folder = Path(name)
         started(hosts, CASES[0].mapping, [str(Path(__file__)), "--probe", str(folder / "probe")], folder / "log")
         sent = json.loads((folder / "probe").read_text())

@@ -2,7 +2,8 @@
 
 A factor file is safetensors: ``<matrix>.a`` (r, in) and ``<matrix>.b`` (out, r) with the matrix named as in
 :func:`sparselora_dist.families.matrix_name`. Its metadata holds the model it was built from, the rank, the dtype, a
-fingerprint of every matrix and a SHA-256 over the tensors. A file that does not match the model is refused by name.
+fingerprint of every matrix, a SHA-256 over the tensors, and one over each matrix's pair and that matrix's fingerprint. A
+file that does not match the model is refused by name.
 """
 
 from __future__ import annotations
@@ -183,11 +184,17 @@ def write_factors(
         "dtype": _name(next(iter(tensors.values())).dtype),
         "fingerprints": json.dumps({matrix_name(*matrix): fingerprints[matrix] for matrix in factors}),
         "sha256": tensors_sha256(tensors),
+        "pairs": json.dumps({matrix_name(*matrix): _pair(fingerprints[matrix], *factors[matrix]) for matrix in factors}),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     save_file(tensors, temporary, metadata)
     publish(temporary, path)
+
+
+def _pair(mark: str, a: Tensor, b: Tensor) -> str:
+    """Binds two factors to the matrix of that fingerprint: of equal shapes, those of another would fit as well."""
+    return tensors_sha256({f"{mark}.a": a, f"{mark}.b": b})
 
 
 def read_factors(
@@ -225,6 +232,7 @@ def read_factors(
     if "fingerprints" not in metadata:
         raise CorruptFileError(f"{path} is not a whole factor file: its metadata has no 'fingerprints'")
     built_from = json.loads(metadata["fingerprints"])
+    pairs = json.loads(metadata.get("pairs", "{}"))  # Files of before have none.
     found: FactorSet = {}
     for matrix in matrices:
         name = matrix_name(*matrix)
@@ -236,6 +244,11 @@ def read_factors(
                 "sparse_lora.factors to build matching ones"
             )
         found[matrix] = tensors[f"{name}.a"], tensors[f"{name}.b"]
+        if pairs and pairs.get(name) != _pair(fingerprints[matrix], *found[matrix]):
+            raise CorruptFileError(
+                f"{path}: the factors under the name {name} are not those that were built from that matrix. Delete the "
+                "file; it will be built again"
+            )
     if stray := sorted(tensors.keys() - {f"{name}.{side}" for name in built_from for side in "ab"}):
         raise FactorMismatchError(f"{path}: {stray[0]!r} is no factor: it names no matrix that the file was built from")
     return found

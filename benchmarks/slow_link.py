@@ -168,9 +168,7 @@ def main() -> int:
             with two_networks() as hosts:
                 clean = trained(files["clean"], hosts)
             carried = Carried()
-            link = partial(
-                slow_link, delay=options.delay / 1e3, loss=options.loss, seed=options.seed, carried=carried
-            )
+            link = partial(slow_link, delay=options.delay / 1e3, loss=options.loss, seed=options.seed, carried=carried)
             with two_networks(link, MTU) as hosts:
                 slow = trained(files["slow"], hosts)
                 again = retransmitted(hosts)

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..families import matrix_name
 from ..method.estimator import low_rank_factors
 from ..sharding.placement import OtherRankError
+from ..sync.everyone import everyone
 from .manifest import CorruptFileError, publish, read_safetensors, tensors_sha256
 from .shard_files import is_finite
 from .weights import WeightSource
@@ -128,8 +129,8 @@ def _marks(
     if weights.collective or len(ranks) == 1:
         return {matrix: weights.mark(*matrix) for matrix in matrices}
     own = matrices[ranks.index(dist.get_rank()) :: len(ranks)]
-    everyone = _together(lambda: {matrix: weights.mark(*matrix) for matrix in own}, ranks, group)
-    return {matrix: mark for marks in everyone for matrix, mark in marks.items()}
+    found = _together(lambda: {matrix: weights.mark(*matrix) for matrix in own}, ranks, group)
+    return {matrix: mark for marks in found for matrix, mark in marks.items()}
 
 
 def _together(work: Callable[[], Any], ranks: Sequence[int], group: dist.ProcessGroup | None) -> list[Any]:
@@ -145,9 +146,7 @@ def _together(work: Callable[[], Any], ranks: Sequence[int], group: dist.Process
     except Exception as problem:
         error = problem
     mine = None if error is None else str(error) or type(error).__name__, result
-    told: list[Any] = [mine] * len(ranks)
-    if len(ranks) > 1:
-        dist.all_gather_object(told, mine, group=group)
+    told = everyone(mine, group) if len(ranks) > 1 else [mine]
     if error is not None:
         raise error
     for rank, (message, _) in zip(ranks, told):
@@ -184,7 +183,9 @@ def write_factors(
         "dtype": _name(next(iter(tensors.values())).dtype),
         "fingerprints": json.dumps({matrix_name(*matrix): fingerprints[matrix] for matrix in factors}),
         "sha256": tensors_sha256(tensors),
-        "pairs": json.dumps({matrix_name(*matrix): _pair(fingerprints[matrix], *factors[matrix]) for matrix in factors}),
+        "pairs": json.dumps(
+            {matrix_name(*matrix): _pair(fingerprints[matrix], *factors[matrix]) for matrix in factors}
+        ),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

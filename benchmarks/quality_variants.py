@@ -12,7 +12,7 @@ from sparselora_dist.apply import find_state
 from sparselora_dist.codecs.linear import FrozenLinear
 from sparselora_dist.config.sparse import GROUPS
 from sparselora_dist.data import TokenDataset, collate
-from sparselora_dist.families import base_linear
+from sparselora_dist.layouts import base_linear
 from sparselora_dist.layers.context import SparseContext
 from sparselora_dist.layers.estimator import AttentionEstimator, FFNEstimator
 from sparselora_dist.layers.ffn import SparseFFN

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..config.sparse import SparseLoRAConfig
-from ..families import causal_lm
+from ..layouts import causal_lm
 from ..io.factors import FactorSet, Matrix, load_or_build
 from ..io.weights import WeightSource
 from ..method.channels import SCORED

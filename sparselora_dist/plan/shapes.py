@@ -6,12 +6,14 @@ import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from ..config import ConfigError
 from ..method.channels import ATTENTION, FFN, HeadGeometry
 from .known import ROWS, Row
+
+
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,12 +67,14 @@ def from_hf_config(data: dict[str, Any], source: str) -> ModelShape:
     """From the object in a Hugging Face ``config.json``.
 
     Raises:
-        ConfigError: a key is missing or no positive integer; the message names it and ``source``.
-        UnsupportedModelError: the family is not one that the sparse layers know.
+        ConfigError: a key is missing or no positive integer; the message names it and ``source``. Or the family is not
+            one whose parameters are known from the config alone.
     """
-    from ..families import check_family
-
-    family = check_family(SimpleNamespace(**data))
+    family = data.get("model_type")
+    if family not in _FAMILIES:
+        raise ConfigError(
+            f"{source}: nothing is known of the bytes of model_type {family!r}; known: {', '.join(_FAMILIES)}"
+        )
 
     def integer(key: str, default: int | None = None) -> int:
         value = data.get(key)

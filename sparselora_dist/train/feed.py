@@ -21,7 +21,7 @@ from ..data import (
     packed_eval_batches,
 )
 from ..engines import Engine
-from ..families import causal_lm
+from ..layouts import causal_lm
 from ..layers.packed_attention import PackedRows
 from ..method.tokens import TokenPartition, partition_tokens, send
 

@@ -18,7 +18,7 @@ from sparselora_dist.codecs import NF4Codec, PlainCodec
 from sparselora_dist.codecs.linear import FrozenLinear
 from sparselora_dist.config import ModelSection, QuantizationSection
 from sparselora_dist.engines.zero3 import FlatShards
-from sparselora_dist.families import decoder_layers
+from sparselora_dist.layouts import decoder_layers
 from sparselora_dist.io.adapter import is_adapted
 from sparselora_dist.io.load import LoadedBase, load_base
 from sparselora_dist.io.memory import InsufficientMemoryError, check_fits

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from sparselora_dist.apply.build import build_model
 from sparselora_dist.data import collate
 from sparselora_dist.engines import make_engine
-from sparselora_dist.layouts import decoder_layers
 from sparselora_dist.io.weights import ModelWeights
 from sparselora_dist.layers.ffn import SparseFFN
+from sparselora_dist.layouts import decoder_layers
 from sparselora_dist.method.channels import SCORED
 from sparselora_dist.method.estimator import low_rank_factors
 from sparselora_dist.method.tokens import partition_tokens

@@ -28,8 +28,8 @@ from sparselora_dist import SparseLoRAConfig, apply_sparselora
 from sparselora_dist.apply import find_state
 from sparselora_dist.codecs import NF4Codec
 from sparselora_dist.codecs.linear import FrozenLinear
-from sparselora_dist.layouts import decoder_layers
 from sparselora_dist.io.factors import write_factors
+from sparselora_dist.layouts import decoder_layers
 from sparselora_dist.method.channels import ATTENTION, FFN, SCORED, TRANSPOSED
 from sparselora_dist.plan.shapes import ModelShape
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ..codecs import PlainCodec
 from ..codecs.linear import FrozenLinear
-from ..layouts import causal_lm, decoder_layers
 from ..layers.estimator import AttentionEstimator, FFNEstimator
 from ..layers.lora import cannot_merge, merge_by_layout, set_base_linear
+from ..layouts import causal_lm, decoder_layers
 
 
 def _check(model: nn.Module) -> None:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..config.sparse import SparseLoRAConfig
-from ..layouts import DecoderLayer, UnsupportedModelError, base_linear, causal_lm, check_causal, check_known, decoder_layers
+from ..config.ranges import AUTO
+from ..config.sparse import GROUPS, SparseLoRAConfig
 from ..io.factors import FactorSet
 from ..io.weights import ModelWeights, WeightSource
 from ..layers.context import SparseContext
 from ..layers.hooks import BeginHook, FinishHook, LayerHook
 from ..layers.last_layer import trim
 from ..layers.logits import pack_logits
+from ..layouts import (
+    DecoderLayer,
+    UnsupportedModelError,
+    base_linear,
+    causal_lm,
+    check_causal,
+    check_known,
+    decoder_layers,
+)
 from ..sharding.parameters import is_dtensor, is_initialized_zero3, is_zero3
 from ..sharding.units import mark_unit, unmark_unit
 from ..sync.masks import MaskSync
@@ -22,6 +32,8 @@ from .factors import estimator_factors
 from .merging import merge_as_the_family
 from .replace import check_frozen, fuse_branches, replace_attention, replace_ffn, restore
 from .state import STATE, SparseState, find_state, state_of
+
+log = logging.getLogger(__name__)
 
 
 def apply_sparselora(
@@ -123,14 +135,19 @@ def _sparsity(config: SparseLoRAConfig, layers: list[DecoderLayer]) -> dict[str,
     Raises:
         UnsupportedModelError: it names a layer that has no such group.
     """
-    sparsity = config.sparsity(len(layers))
+    able = {group: [layer.index for layer in layers if group not in layer.missing] for group in GROUPS}
+    sparsity = config.sparsity(len(layers), able)
+    for group in GROUPS:
+        left = [layer for layer in layers if group in layer.missing]
+        if left and AUTO in config.layers.get(group, {}):
+            numbers = ", ".join(str(layer.index) for layer in left)
+            log.info("%s stays dense in layers %s: %s", group, numbers, left[0].missing[group])
     for group, by_layer in sparsity.items():
         unable = [index for index in by_layer if group in layers[index].missing]
         if unable:
-            can = [str(layer.index) for layer in layers if group not in layer.missing]
             raise UnsupportedModelError(
                 f"sparse_lora.layers.{group} names layer {unable[0]}, but {layers[unable[0]].missing[group]}. "
-                f"Layers that can: {', '.join(can) or 'none'}"
+                f"Layers that can: {', '.join(map(str, able[group])) or 'none'}"
             )
     return sparsity
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from sparselora_kernels import kept_count
 
 from ..codecs.linear import FrozenLinear
-from ..layouts import DecoderLayer, UnsupportedModelError, base_linear
 from ..io.factors import FactorSet
 from ..layers.estimator import AttentionEstimator, FFNEstimator
 from ..layers.ffn import SparseFFN
 from ..layers.joined import JoinedLoRA
 from ..layers.linear import AttentionChannels, SparseProjection
 from ..layers.lora import PLAIN_ONLY, fuse_lora, merge_by_layout, set_base_linear, unfuse_lora
+from ..layouts import DecoderLayer, UnsupportedModelError, base_linear
 from ..method.channels import ATTENTION, FFN, SCORED, TRANSPOSED
 from ..sharding.parameters import full_tensor, is_dtensor, shard_like
 from .state import SparseState

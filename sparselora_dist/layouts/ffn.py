@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from sparselora_kernels.activations import ACTIVATIONS, activation_name
 
@@ -20,6 +21,7 @@ from .names import is_linear, shape
 # Children of an FFN, in the order gate, up, down.
 _NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _CANONICAL = ("gate_proj", "up_proj", "down_proj")
+_FUNCTIONS = (functional.silu, functional.gelu, functional.relu)
 _ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation")
 
 
@@ -81,14 +83,14 @@ def _read(path: str, parent: nn.Module, attribute: str) -> FFN | str:
     if not gate == up == down[::-1]:
         return f"{what} has matrices of {gate}, {up} and {down}, expected (width, hidden) twice and (hidden, width)"
     activation = next((getattr(module, name) for name in _ACTIVATIONS if callable(getattr(module, name, None))), None)
-    if activation is None:
-        return f"{what} has no activation ({', '.join(_ACTIVATIONS)})"
-    if activation_name(activation) is None:
+    if activation is not None and activation_name(activation) is None:
         return f"{what} has the activation {activation}; known: {', '.join(ACTIVATIONS)}"
-    ffn = FFN(path, parent, attribute, names, activation)
-    if not hasattr(module, "family_names") and not _computes_as_expected(module, ffn):
-        return f"{what} computes something else than down(act(gate(x)) * up(x))"
-    return ffn
+    # Where the forward names its activation, it has no attribute.
+    for candidate in _FUNCTIONS if activation is None else (activation,):
+        ffn = FFN(path, parent, attribute, names, candidate)
+        if hasattr(module, "family_names") or _computes_as_expected(module, ffn):
+            return ffn
+    return f"{what} computes something else than down(act(gate(x)) * up(x))"
 
 
 @torch.no_grad()
@@ -108,7 +110,7 @@ def _computes_as_expected(module: Any, ffn: FFN) -> bool:
         stand_in._modules[name] = linear
     try:
         got = type(module).forward(stand_in, x)
-    except Exception:  # noqa: BLE001 - Whatever it needs, it is not this formula.
+    except Exception:
         return False
     expected = down(ffn.activation(gate(x)) * up(x))
     return isinstance(got, torch.Tensor) and got.shape == expected.shape and torch.allclose(got, expected)

@@ -98,6 +98,21 @@ def check_config(config: Any) -> str:
     return getattr(config, "model_type", None) or "unknown"
 
 
+# Between head and loss some types change the logits; a run reads the loss inside the head.
+_CHANGED_LOGITS = ("logit_scale", "logits_scaling", "final_logit_softcapping", "lm_head_multiplier", "output_multiplier")
+
+
+def check_logits(config: Any) -> None:
+    """Raises UnsupportedModelError where the loss is not that of the LM head's own outputs."""
+    for key in _CHANGED_LOGITS:
+        value = getattr(config, key, None)
+        if value is not None and value != 1:
+            raise UnsupportedModelError(
+                f"{_what(config)} changes its logits ({key} {value}) between head and loss, which a run does not "
+                "support: train it with the Hugging Face Trainer and SparseLoRACallback"
+            )
+
+
 def _what(config: Any) -> str:
     architecture = ", ".join(getattr(config, "architectures", None) or ["this model"])
     return f"{architecture} (model_type {getattr(config, 'model_type', None)!r})"
@@ -106,6 +121,8 @@ def _what(config: Any) -> str:
 def _stack(base: Any) -> tuple[str, nn.ModuleList] | None:
     """The decoder's list of layers and its path."""
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
+    if decoder is base:
+        decoder = getattr(base, getattr(base, "base_model_prefix", ""), base)
     count = getattr(getattr(decoder, "config", None), "num_hidden_layers", None)
     lists = {
         name: child

@@ -28,10 +28,12 @@ def rotary_pairs(attention: nn.Module, config: Any, head_dim: int) -> Pairs | st
         return _completed({}, head_dim)
     rotated = int(head_dim * _partial_factor(attention, config))
     # Either the function is given whole heads and cuts by the width of the angles, or the attention cuts before.
+    # There is an angle for each of the rotated dimensions, or one for each two.
     for width in dict.fromkeys((head_dim, rotated)):
-        mixed = _mixed(rotate, width, rotated)
-        if mixed is not None:
-            return _completed(mixed, head_dim)
+        for angles in (rotated, rotated // 2):
+            mixed = _mixed(rotate, width, angles)
+            if mixed is not None:
+                return _completed(mixed, head_dim)
     return "its rotary embedding does not mix dimensions two by two"
 
 
@@ -47,15 +49,15 @@ def _partial_factor(attention: Any, config: Any) -> float:
 
 
 @torch.no_grad()
-def _mixed(rotate: Callable[..., Any], width: int, rotated: int) -> dict[int, int] | None:
+def _mixed(rotate: Callable[..., Any], width: int, angles: int) -> dict[int, int] | None:
     """Rotate every unit vector of a head by one angle and see where it goes; ``None`` unless all go to two places."""
     vectors = torch.eye(width).view(1, 1, width, width)
-    angles = torch.ones(1, width, rotated)
+    ones = torch.ones(1, width, angles)
     names = list(inspect.signature(rotate).parameters)
     arguments = (vectors,) if names[:2] == ["x", "cos"] else (vectors, vectors)
     try:
-        out = rotate(*arguments, 0.6 * angles, 0.8 * angles)
-    except Exception:  # noqa: BLE001 - It takes something else.
+        out = rotate(*arguments, 0.6 * ones, 0.8 * ones)
+    except Exception:
         return None
     out = out[0] if isinstance(out, tuple) else out
     if not isinstance(out, torch.Tensor) or out.numel() != width * width:

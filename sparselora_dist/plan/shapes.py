@@ -12,7 +12,6 @@ from ..config import ConfigError
 from ..method.channels import ATTENTION, FFN, HeadGeometry
 from .known import ROWS, Row
 
-
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from sparselora_kernels import kept_count
 
-from ..layouts import DecoderLayer, decoder_layers
 from ..io.factors import FactorSet
 from ..layers.lora import active_branches
+from ..layouts import DecoderLayer, decoder_layers
 from ..method.channels import SCORED
 from ..method.tokens import partition_tokens
 from .fidelity import Site, estimated_sums, exact_sums, truncated
@@ -62,7 +62,7 @@ class Observer:
         ]
         counts = {layer.index: layer.channels for layer in self.layers}
         self.sites = {
-            (layer, group): Site(layer, group, counts[layer][group], kept_count(counts[layer][group], value), value, own_rank)
+            (layer, group): Site(layer, group, (n := counts[layer][group]), kept_count(n, value), value, own_rank)
             for group, by_layer in sparsity.items()
             for layer, value in sorted(by_layer.items())
         }

@@ -16,8 +16,8 @@ from sparselora_dist.cli import main
 from sparselora_dist.config import RunConfig
 from sparselora_dist.data import collate, load_dataset_tokens, padding_id
 from sparselora_dist.engines import make_engine
-from sparselora_dist.layouts import decoder_layers
 from sparselora_dist.io.load import load_tokenizer
+from sparselora_dist.layouts import decoder_layers
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 

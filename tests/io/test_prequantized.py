@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from sparselora_dist.codecs import NF4Codec, PlainCodec
 from sparselora_dist.config import ModelSection, QuantizationSection
-from sparselora_dist.layouts import decoder_layers, matrix_name
 from sparselora_dist.io.load import LoadedBase, load_base
 from sparselora_dist.io.manifest import CorruptFileError
 from sparselora_dist.io.prequantized import PrequantizedError, prequantized
 from sparselora_dist.io.shard_files import TensorFiles
+from sparselora_dist.layouts import decoder_layers, matrix_name
 from sparselora_dist.sharding.placement import Placement
 from support.compare import sqnr
 from support.merging import BLOCKS, logits, save_base

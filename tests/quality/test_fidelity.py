@@ -14,8 +14,8 @@ from torch import Tensor
 from sparselora_dist import SparseLoRAConfig, apply_sparselora, selection
 from sparselora_dist.apply import estimator_factors
 from sparselora_dist.config import RunConfig
-from sparselora_dist.layouts import causal_lm, decoder_layers, geometry
 from sparselora_dist.io.weights import ModelWeights
+from sparselora_dist.layouts import causal_lm, decoder_layers, geometry
 from sparselora_dist.method.channels import HeadGeometry
 from sparselora_dist.method.estimator import low_rank_factors
 from sparselora_dist.method.tokens import partition_tokens

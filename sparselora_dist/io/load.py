@@ -19,7 +19,7 @@ from ..codecs import Codec, codec_of
 from ..codecs.linear import FrozenLinear
 from ..config.quantization import QuantizationSection
 from ..config.run import ModelSection
-from ..layouts import check_config, check_known, check_logits, decoder_layers
+from ..layouts import check_known, check_run, decoder_layers
 from ..method.channels import TRANSPOSED
 from ..sharding.placement import OtherRankError, Placement
 from .manifest import CorruptFileError
@@ -43,8 +43,7 @@ def load_tokenizer(section: ModelSection) -> Any:
 def check_model(section: ModelSection) -> Any:
     """The model's config, refused early where the family is not supported."""
     config = read_config(section.name_or_path)
-    check_config(config)
-    check_logits(config)
+    check_run(config)
     return config
 
 

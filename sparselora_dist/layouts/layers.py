@@ -98,19 +98,19 @@ def check_config(config: Any) -> str:
     return getattr(config, "model_type", None) or "unknown"
 
 
-# Between head and loss some types change the logits; a run reads the loss inside the head.
-_CHANGED_LOGITS = ("logit_scale", "logits_scaling", "final_logit_softcapping", "lm_head_multiplier", "output_multiplier")
+# What a run does beside the sparse layers (rows packed in a line, loss inside the head, files read by name) is right for.
+RUNS = ("llama", "mistral", "qwen2", "qwen3")
 
 
-def check_logits(config: Any) -> None:
-    """Raises UnsupportedModelError where the loss is not that of the LM head's own outputs."""
-    for key in _CHANGED_LOGITS:
-        value = getattr(config, key, None)
-        if value is not None and value != 1:
-            raise UnsupportedModelError(
-                f"{_what(config)} changes its logits ({key} {value}) between head and loss, which a run does not "
-                "support: train it with the Hugging Face Trainer and SparseLoRACallback"
-            )
+def check_run(config: Any) -> str:
+    """The ``model_type``; raises UnsupportedModelError where a run, of ``launch/train.py``, is not known to be right."""
+    family = check_config(config)
+    if family not in RUNS:
+        raise UnsupportedModelError(
+            f"{_what(config)} is not supported in a run; supported families: {', '.join(RUNS)}. Many more work with "
+            "apply_sparselora and the Hugging Face Trainer (docs/models.md)"
+        )
+    return family
 
 
 def _what(config: Any) -> str:

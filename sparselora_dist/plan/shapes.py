@@ -6,14 +6,12 @@ import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ..config import ConfigError
 from ..method.channels import ATTENTION, FFN, HeadGeometry
 from .known import ROWS, Row
-
-_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
@@ -66,14 +64,12 @@ def from_hf_config(data: dict[str, Any], source: str) -> ModelShape:
     """From the object in a Hugging Face ``config.json``.
 
     Raises:
-        ConfigError: a key is missing or no positive integer; the message names it and ``source``. Or the family is not
-            one whose parameters are known from the config alone.
+        ConfigError: a key is missing or no positive integer; the message names it and ``source``.
+        UnsupportedModelError: the family is not one that a run knows.
     """
-    family = data.get("model_type")
-    if family not in _FAMILIES:
-        raise ConfigError(
-            f"{source}: nothing is known of the bytes of model_type {family!r}; known: {', '.join(_FAMILIES)}"
-        )
+    from ..layouts import check_run
+
+    family = check_run(SimpleNamespace(**data))
 
     def integer(key: str, default: int | None = None) -> int:
         value = data.get(key)

@@ -182,8 +182,8 @@ def write(path: Path) -> None:
     every = sum(all(one.groups.values()) for one in found)
     head = (
         f"Transformers {transformers.__version__} has {len(found)} causal model types. `ffn` works in "
-        f"{counts['ffn']} of them, `qk` in {counts['qk']}, `vo` in {counts['vo']}, all three in {every}. The number is of a small model's "
-        "four layers; *all* is every layer."
+        f"{counts['ffn']} of them, `qk` in {counts['qk']}, `vo` in {counts['vo']}, all three in {every}. "
+        "The number is of a small model's four layers; *all* is every layer."
     )
     lines = [head, "", "| model type | ffn | qk | vo | why not |", "|---|---|---|---|---|"]
     rest = [one for one in found if one not in some]

@@ -13,6 +13,7 @@ from ..config import ConfigError
 from ..method.channels import ATTENTION, FFN, HeadGeometry
 from .known import ROWS, Row
 
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
     """What the arithmetic needs to know of a decoder of a supported family."""

@@ -1,7 +1,7 @@
 """Estimator factors: built once per base model, rank and choice of layers, spread over ranks, cached, verified.
 
 A factor file is safetensors: ``<matrix>.a`` (r, in) and ``<matrix>.b`` (out, r) with the matrix named as in
-:func:`sparselora_dist.families.matrix_name`. Its metadata holds the model it was built from, the rank, the dtype, a
+:func:`sparselora_dist.layouts.matrix_name`. Its metadata holds the model it was built from, the rank, the dtype, a
 fingerprint of every matrix, a SHA-256 over the tensors, and one over each matrix's pair and that matrix's fingerprint. A
 file that does not match the model is refused by name.
 """
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..families import matrix_name
+from ..layouts import matrix_name
 from ..method.estimator import low_rank_factors
 from ..sharding.placement import OtherRankError
 from ..sync.everyone import everyone

@@ -28,7 +28,8 @@ def _fsdp_without_a_gpu() -> None:
 
     def named(self: Any, *args: Any, **kwargs: Any) -> None:
         plain(self, *args, **kwargs)
-        if self.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        asked = os.environ.get("ACCELERATE_USE_FSDP") == "true" or "--fsdp" in sys.argv
+        if asked and self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type = DistributedType.MULTI_XPU
 
     PartialState.__init__ = named
@@ -80,6 +81,13 @@ def main() -> None:
     _watch(seen)
     for name, its_script, more in runs:
         sys.argv = [its_script or script, *(arguments + more if not its_script else more)]
+        if os.environ.get("TRY"):
+            try:
+                runpy.run_path(sys.argv[0], run_name="__main__")
+                results[name] = seen.pop()
+            except Exception as error:
+                import traceback; traceback.print_exc(); results[name] = repr(error)
+            continue
         runpy.run_path(sys.argv[0], run_name="__main__")
         results[name] = seen.pop()
     rank = os.environ.get("RANK", "0")

@@ -1,8 +1,7 @@
-"""Between a launcher and a user's script: ``torchrun ... launched.py SCRIPT ARGUMENTS``, as ``coverage run`` stands there.
+"""Between a launcher and a user's script, as ``coverage run`` stands there.
 
-The script runs as ``__main__``, unchanged, once for each entry of ``SPARSELORA_RUNS``: a name, and arguments that follow
-its own. What every rank saw lies in ``SPARSELORA_SEEN/<rank>.pt``. All of them in one process, for starting one takes longer
-than the run.
+The scripts run as ``__main__``, unchanged, one for each entry of ``SPARSELORA_RUNS``: ``[name, [script, *arguments]]``. What
+every rank saw lies in ``SPARSELORA_SEEN/<rank>.pt``. All of them in one process, for starting one takes longer than a run.
 """
 
 from __future__ import annotations
@@ -37,33 +36,27 @@ def _fsdp_without_a_gpu() -> None:
 
 def _watch(seen: list[dict[str, Any]]) -> None:
     """Every ``Trainer.train`` leaves its log, the masks of its steps, and who held the weights how."""
-    from transformers import Trainer, TrainerCallback
+    from transformers import Trainer
 
-    from sparselora_dist import selection
-
-    class Watch(TrainerCallback):
-        def __init__(self) -> None:
-            self.masks: list[dict] = []
-
-        def on_step_end(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
-            self.masks.append(selection(model))
+    from support.trainer_workers import watch
 
     plain = Trainer.train
 
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
-        watch = Watch()
-        self.add_callback(watch)
+        watcher = watch()
+        self.add_callback(watcher)
         result = plain(self, *args, **kwargs)
         frozen = [p for name, p in self.model.named_parameters() if ".mlp." in name and not p.requires_grad]
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         seen.append(
             {
-                "log": self.state.log_history,
-                "masks": watch.masks,
-                "engine": str(self.accelerator.distributed_type),
+                "losses": [row["loss"] for row in self.state.log_history if "loss" in row],
+                "active": [row["sparsity/active"] for row in self.state.log_history if "loss" in row],
+                "masks": watcher.masks,
+                "engine": self.accelerator.distributed_type.value,
                 "stage": plugin.zero_stage if plugin else None,
                 "ranks": self.accelerator.num_processes,
-                "sharded": {type(p).__name__ if not hasattr(p, "ds_id") else "zero3" for p in frozen},
+                "weights": {"zero3" if hasattr(p, "ds_id") else type(p).__name__ for p in frozen},
                 "checkpointing": any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules()),
             }
         )
@@ -73,25 +66,17 @@ def _watch(seen: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    script, *arguments = sys.argv[1:]
-    runs = json.loads(os.environ["SPARSELORA_RUNS"])
     results: dict[str, dict[str, Any]] = {}
     seen: list[dict[str, Any]] = []
     _fsdp_without_a_gpu()
     _watch(seen)
-    for name, its_script, more in runs:
-        sys.argv = [its_script or script, *(arguments + more if not its_script else more)]
-        if os.environ.get("TRY"):
-            try:
-                runpy.run_path(sys.argv[0], run_name="__main__")
-                results[name] = seen.pop()
-            except Exception as error:
-                import traceback; traceback.print_exc(); results[name] = repr(error)
-            continue
+    before = dict(os.environ)
+    for name, sys.argv in json.loads(os.environ["SPARSELORA_RUNS"]):
+        os.environ.clear()  # Accelerate says there which engine it is, for good.
+        os.environ.update(before)
         runpy.run_path(sys.argv[0], run_name="__main__")
         results[name] = seen.pop()
-    rank = os.environ.get("RANK", "0")
-    target = Path(os.environ["SPARSELORA_SEEN"]) / f"{rank}.pt"
+    target = Path(os.environ["SPARSELORA_SEEN"]) / f"{os.environ.get('RANK', '0')}.pt"
     torch.save(results, target.with_suffix(".partial"))
     target.with_suffix(".partial").rename(target)
     # gloo's threads sometimes abort the interpreter's exit after FSDP2; the result file is what counts.

@@ -25,6 +25,11 @@ HELD = {
     "zero3": ("DEEPSPEED", 3, {"zero3"}),
     "fsdp2": ("FSDP", None, {"DTensor"}),
 }
+# Whether save_model writes an adapter, and what is changed in configs/trainer/fsdp2.json.
+FSDP_OPTIONS: dict[str, tuple[bool, dict[str, Any]]] = {
+    "sharded": (False, {"state_dict_type": "SHARDED_STATE_DICT"}),
+    "lean": (True, {"activation_checkpointing": True, "cpu_ram_efficient_loading": True}),
+}
 SAVED_AT = 4
 Seen = list[dict[str, dict[str, Any]]]
 
@@ -98,6 +103,14 @@ def torchrun(folder: Path) -> Seen:
     found = [c for page in ("trainer.md", "sft.md") for c in commands(page) if c.launcher[0] == "torchrun"]
     assert {c.launcher for c in found} == {found[0].launcher}
     runs = [run for c in found for run in ([c.name, list(c.script)], again(c))]
+    (fsdp2,) = (c for c in found if c.name == "trainer-fsdp2")
+    for name, (_, options) in FSDP_OPTIONS.items():
+        file = folder / f"{name}.json"
+        own = json.loads((ROOT / "configs" / "trainer" / "fsdp2.json").read_text(encoding="utf-8"))
+        file.write_text(json.dumps(own | options), encoding="utf-8")
+        script = [*fsdp2.script, "--fsdp_config", str(file), "--output_dir", f"runs/{name}"]
+        command = Command(fsdp2.launcher, (*script, "--gradient_checkpointing", str("sharded" in name)))
+        runs += [[name, list(command.script)], again(command, to="again")]
     return run_all(found[0].launcher, runs, folder)
 
 
@@ -111,6 +124,19 @@ def test_the_trainer_by_torchrun(engine: str, folder: Path, one: dict[str, dict[
 def test_sft_by_torchrun(folder: Path, one: dict[str, dict[str, Any]], torchrun: Seen) -> None:
     check("sft-ddp", "ddp", one["sft"], torchrun, folder)
     check_resumed("sft-ddp", "sft-ddp again", torchrun, folder)
+
+
+@pytest.mark.parametrize("name", FSDP_OPTIONS)
+def test_options_of_fsdp2(name: str, folder: Path, one: dict[str, dict[str, Any]], torchrun: Seen) -> None:
+    """Another kind of checkpoint; and its own recomputation, with weights that rank 0 hands out."""
+    has_adapter, _ = FSDP_OPTIONS[name]
+    for rank in torchrun:
+        same_masks(one["trainer"]["masks"], rank[name]["masks"])
+        assert (rank[name]["engine"], rank[name]["weights"]) == ("FSDP", {"DTensor"})
+        losses = torch.tensor(rank[name]["losses"])
+        torch.testing.assert_close(losses, torch.tensor(one["trainer"]["losses"]), rtol=1e-6, atol=0)
+        assert rank[f"{name} again"]["losses"] == rank[name]["losses"]
+    assert (folder / "runs" / name / "adapter_model.safetensors").is_file() == has_adapter
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -137,6 +163,6 @@ def test_by_accelerate_launch(engine: str, folder: Path, one: dict[str, dict[str
 
     base = AutoModelForCausalLM.from_pretrained(ROOT / "demo" / "model", dtype=torch.float32)
     plain = PeftModel.from_pretrained(base, folder / "runs" / keep.name)
-    loaded = {key: tensor for key, tensor in plain.state_dict().items() if "lora_" in key}
+    loaded = {name.replace(".default", ""): p for name, p in plain.named_parameters() if "lora_" in name}
     saved = adapter(folder / "runs" / keep.name)
-    assert len(loaded) == len(saved) and all(torch.equal(loaded[k.replace("weight", "default.weight")], saved[k]) for k in saved)
+    assert loaded.keys() == saved.keys() and all(torch.equal(loaded[name], saved[name]) for name in saved)

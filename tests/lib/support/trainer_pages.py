@@ -27,7 +27,8 @@ class Command:
     @property
     def name(self) -> str:
         """The last part of its ``--output_dir``."""
-        return Path(self.script[self.script.index("--output_dir") + 1]).name
+        at = len(self.script) - self.script[::-1].index("--output_dir")
+        return Path(self.script[at]).name
 
     def with_engine(self, engine: str) -> Command:
         """By another file of configs/accelerate, into another folder."""

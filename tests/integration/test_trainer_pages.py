@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sparselora_dist import SparseLoRACallback, SparseLoRAConfig, selection
 from support.harness import ROOT
 from support.trainer_pages import Command, clone, commands, run_all
 from support.versions import ACCELERATE_FSDP2
+
+from .conftest import Tiny, task_rows
 
 pytestmark = pytest.mark.usefixtures("alone")
 ENGINES = ("ddp", "zero2", "zero3", "fsdp2")
@@ -170,3 +173,24 @@ def test_by_accelerate_launch(engine: str, folder: Path, one: dict[str, dict[str
     loaded = {name.replace(".default", ""): p for name, p in plain.named_parameters() if "lora_" in name}
     saved = adapter(folder / "runs" / keep.name)
     assert loaded.keys() == saved.keys() and all(torch.equal(loaded[name], saved[name]) for name in saved)
+
+
+def test_trl_makes_the_peft_model_itself(tiny: Tiny, tmp_path: Path) -> None:
+    """Then the callback's configuration is applied to it, before training begins."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    settings = {"rank": 4, "start_step": 0.5, "layers": {"ffn": {"1": 0.7}}}
+    trainer = trl.SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float32),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+        args=trl.SFTConfig(
+            output_dir=str(tmp_path), max_steps=2, logging_steps=1, report_to="none", use_cpu=True, bf16=False
+        ),
+        train_dataset=Dataset.from_list(task_rows(16, seed=0)),
+        processing_class=AutoTokenizer.from_pretrained(tiny.model),
+        callbacks=[SparseLoRACallback(SparseLoRAConfig.from_dict(settings))],
+    )
+    trainer.train()
+    assert [row["sparsity/active"] for row in trainer.state.log_history if "loss" in row] == [0.0, 1.0]
+    assert {layer: set(groups) for layer, groups in selection(trainer.model).items()} == {1: {"ffn"}}

@@ -32,9 +32,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 quickstart: venv
 	@$(BIN)/python benchmarks/quickstart.py
 
+# Two at a time; those that start ranks one after another (tests/lib/support/workers.py).
+JOBS ?= 2
 test: venv
 	@.ci/browser
-	@$(BIN)/pytest
+	@$(BIN)/pytest -n $(JOBS)
 
 # The tests that need a GPU, and no others.
 test-gpu: venv
@@ -42,7 +44,7 @@ test-gpu: venv
 
 # The versions that pyproject.toml promises at least, in an environment of their own (6 GB: this torch comes with CUDA).
 test-oldest: $(OLDEST)/.ready
-	@$(OLDEST)/bin/pytest $(TESTS)
+	@$(OLDEST)/bin/pytest -n $(JOBS) $(TESTS)
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	@echo "Installing the oldest supported versions into $(OLDEST)..."

@@ -18,16 +18,19 @@ os.environ.update(
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from sparselora_dist.process import quiet_bitsandbytes
 from support import models  # noqa: F401  (sets the factor cache to a folder of this session)
 
 GPU = os.environ.get("SPARSELORA_TEST_GPU") == "1"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+quiet_bitsandbytes()
 # Models here are tiny: with more threads the tests spend their time waiting for each other.
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
@@ -39,6 +42,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if (item.get_closest_marker("gpu") is not None) != GPU:
             reason = "runs on the CPU: make test" if GPU else "needs a GPU: make test-gpu"
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from support.workers import ByQueue
+
+    return ByQueue(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,10 @@
 
     python benchmarks/objectives.py --model models/base-9m --rows math/train.jsonl
 
-DPO prefers a problem's own answer over another problem's; GRPO rewards the share of digits in a short completion, with
-two passes over each generation and a KL penalty. Dense and sparse runs of the same seeds see the same data. For each: what the
-first step says (DPO's loss must be ln 2 and its margin 0; GRPO's KL and clipped share 0), and the mean of the last steps.
-A few minutes on one CPU core that is not shared.
+DPO prefers a problem's own answer over another problem's; GRPO rewards the share of digits in a short completion, with two
+passes over each generation and a KL penalty. Dense and sparse runs of the same seeds see the same data. For each: what the
+first step says (DPO's loss must be ln 2 and its margin 0; GRPO's KL and clipped share 0), and the mean of the last steps
+by seed. A few minutes on one CPU core that is not shared.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import logging
 import statistics
 import tempfile
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def run(objective: str, sparse: bool, seed: int, options: argparse.Namespace) ->
     if objective == "dpo":
         pairs = [
             {"prompt": row["instruction"] + "\n", "chosen": row["output"][:120], "rejected": other["output"][:120]}
-            for row, other in zip(rows, rows[1:])
+            for row, other in pairwise(rows)
         ]
         settings |= {"per_device_train_batch_size": 4, "max_length": 192}
         trainer = DPOTrainer(args=DPOConfig(**settings), train_dataset=Dataset.from_list(pairs), **common)
@@ -125,7 +126,8 @@ def main() -> None:
     disable_progress_bar()
     disable_loading_bar()
     torch.set_num_threads(1)
-    print("| objective | run | first step | mean of the last steps, 3 seeds | context tokens | FLOPs |\n|---|---|---|---|---|---|")
+    print("| objective | run | first step | mean of the last steps | context tokens | FLOPs |")
+    print("|---|---|---|---|---|---|")
     for objective in options.objectives:
         for sparse in (False, True):
             first: dict[str, list[float]] = {name: [] for name in WATCHED[objective]}
@@ -141,7 +143,8 @@ def main() -> None:
                     told = tuple(f"{100 * share:.1f} %" for share in shares(model))  # type: ignore[assignment]
             begin = ", ".join(f"{name} {max(values, key=abs):.7g}" for name, values in first.items())
             end = ", ".join(f"{name} {spread(values)}" for name, values in last.items())
-            print(f"| {objective} | {'sparse' if sparse else 'dense'} | {begin} | {end} | {told[0]} | {told[1]} |", flush=True)
+            cells = objective, "sparse" if sparse else "dense", begin, end, *told
+            print("|", " | ".join(cells), "|", flush=True)
 
 
 if __name__ == "__main__":

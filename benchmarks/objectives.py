@@ -39,15 +39,18 @@ WATCHED = {
     "grpo": ("kl", "clip_ratio/region_mean", "reward"),
 }
 LAST = 4
-"""Logged steps at the end whose mean is shown."""
+"""Logged values at the end whose mean is shown."""
+CHECKED = 3
 
 
-def model_of(path: str, sparse: bool, seed: int) -> Any:
+def model_of(path: str, scale: float | None, seed: int) -> Any:
+    """``scale`` of the sparsity in :data:`LAYERS`; ``None``: plain PEFT."""
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR, task_type="CAUSAL_LM"))
-    if sparse:
-        apply_sparselora(model, SparseLoRAConfig.from_dict({"layers": LAYERS}))
+    if scale is not None:
+        layers = {group: {at: scale * share for at, share in ranges.items()} for group, ranges in LAYERS.items()}
+        apply_sparselora(model, SparseLoRAConfig.from_dict({"layers": layers}))
     return model
 
 
@@ -55,14 +58,16 @@ def digits(completions: list[str], **_: Any) -> list[float]:
     return [sum(map(str.isdigit, text)) / max(1, len(text)) for text in completions]
 
 
-def run(objective: str, sparse: bool, seed: int, options: argparse.Namespace) -> tuple[list[dict[str, float]], Any]:
+def run(
+    objective: str, scale: float | None, seed: int, options: argparse.Namespace, steps: int
+) -> tuple[list[dict[str, float]], Any]:
     """The logged rows of a run, and its model."""
     rows = [json.loads(line) for line in Path(options.rows).read_text(encoding="utf-8").splitlines()[:400]]
     rows = [row for row in rows if len(row["instruction"]) < 260]
-    model = model_of(options.model, sparse, seed)
+    model = model_of(options.model, scale, seed)
     settings: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(),
-        "max_steps": options.steps,
+        "max_steps": steps,
         "logging_steps": 1,
         "learning_rate": 2e-3,
         "lr_scheduler_type": "constant",
@@ -77,7 +82,7 @@ def run(objective: str, sparse: bool, seed: int, options: argparse.Namespace) ->
     common: dict[str, Any] = {
         "model": model,
         "processing_class": AutoTokenizer.from_pretrained(options.model),
-        "callbacks": [SparseLoRACallback()] if sparse else [],
+        "callbacks": [] if scale is None else [SparseLoRACallback()],
     }
     trainer: Any
     if objective == "dpo":
@@ -113,6 +118,14 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
 
 
+def check(objective: str, options: argparse.Namespace) -> None:
+    """At sparsity 0 a run is that of plain PEFT."""
+    sides = [run(objective, scale, 0, options, CHECKED)[0] for scale in (None, 0.0)]
+    apart = max(abs(float(one["loss"]) - float(other["loss"])) for one, other in zip(*sides, strict=True))
+    print(f"{objective}: at sparsity 0 the losses of {CHECKED} steps are within {apart:.1e} of plain PEFT's", flush=True)
+    assert apart < 1e-5
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -126,6 +139,10 @@ def main() -> None:
     disable_progress_bar()
     disable_loading_bar()
     torch.set_num_threads(1)
+    for objective in options.objectives:
+        check(objective, options)
+    if not options.seeds:
+        return
     print("| objective | run | first step | mean of the last steps | context tokens | FLOPs |")
     print("|---|---|---|---|---|---|")
     for objective in options.objectives:
@@ -134,9 +151,9 @@ def main() -> None:
             last: dict[str, list[float]] = {name: [] for name in WATCHED[objective]}
             told = ("", "")
             for seed in range(options.seeds):
-                history, model = run(objective, sparse, seed, options)
+                history, model = run(objective, 1.0 if sparse else None, seed, options, options.steps)
                 for name in WATCHED[objective]:
-                    values = [float(row[name]) for row in history]
+                    values = [float(row[name]) for row in history if name in row]
                     first[name].append(values[0])
                     last[name].append(statistics.mean(values[-LAST:]))
                 if sparse:

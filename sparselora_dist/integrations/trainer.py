@@ -13,6 +13,7 @@ from transformers.trainer_callback import ExportableState
 from ..apply import find_state
 from ..layers.context import SparseContext
 from ..layers.ffn import SparseFFN
+from ..sync.everyone import everyone
 from .objectives import begin_objective, check_reference
 
 _ALL = "all"
@@ -79,9 +80,7 @@ class SparseLoRACallback(TrainerCallback, ExportableState):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         context = self._context(kwargs["model"])
         if control.should_save and context.interval > 1 and context.sync.mode != "global" and _ranks() > 1:
-            everyone: list[Any] = [None] * _ranks()
-            dist.all_gather_object(everyone, _written(context))
-            self.held = {str(rank): masks for rank, masks in enumerate(everyone)}
+            self.held = {str(rank): masks for rank, masks in enumerate(everyone(_written(context)))}
 
     on_epoch_end = on_step_end
 

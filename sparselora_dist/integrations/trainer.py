@@ -10,7 +10,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ..apply import find_state
+from ..apply import apply_sparselora, find_state
+from ..config.sparse import SparseLoRAConfig
 from ..layers.context import SparseContext
 from ..layers.ffn import SparseFFN
 from ..sync.everyone import everyone
@@ -26,9 +27,14 @@ class SparseLoRACallback(TrainerCallback, ExportableState):
     Logs ``sparsity/active`` (whether the step's forwards were sparse) and ``sparsity/context_share`` with the Trainer's
     own metrics. Masks that are being kept (``interval`` > 1) are in the Trainer's checkpoints, in
     ``trainer_state.json``, and a run that resumes goes on with them.
+
+    Args:
+        config: where a program builds model and Trainer itself and takes callbacks only: :func:`apply_sparselora` is called
+            on its model when the Trainer is there, before training begins.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, config: SparseLoRAConfig | None = None) -> None:
+        self._config = config
         self.held: dict[str, dict[str, str]] = {}
         """What a checkpoint keeps: rank (or ``all``) -> ``layer.group.step`` -> channels, parted by spaces."""
         self._saved_context: SparseContext | None = None
@@ -40,9 +46,9 @@ class SparseLoRACallback(TrainerCallback, ExportableState):
             self.held = {_ALL: _written(context)}
         return {"args": {}, "attributes": {"held": self.held}}
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._config is not None and find_state(kwargs["model"]) is None:
+            apply_sparselora(kwargs["model"], self._config)
         found = find_state(kwargs["model"])
         if found is not None:  # Sooner than training begins: a reference is about to be computed.
             check_reference(args, found.context)

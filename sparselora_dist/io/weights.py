@@ -74,10 +74,18 @@ class ModelWeights:
         self.dtype: torch.dtype = lm.get_input_embeddings().weight.dtype
 
     def get(self, layer: int, name: str) -> Tensor:
+        """Raises ValueError where the weight is not there: a rank that fails here alone is seen by its launcher."""
         linear: Any = self._layers[layer].matrix(name)
         if isinstance(linear, FrozenLinear):
-            return linear.matrix([full_tensor(part) for part in linear.parts], self.dtype)
-        return full_tensor(linear.weight)
+            weight = linear.matrix([full_tensor(part) for part in linear.parts], self.dtype)
+        else:
+            weight = full_tensor(linear.weight)
+        if weight.is_meta:
+            raise ValueError(
+                f"layers.{layer}.{name} is on the meta device, and the estimator's factors are made of it: load the weights "
+                "on every rank before apply_sparselora (cpu_ram_efficient_loading of FSDP may keep them on one: turn it off)"
+            )
+        return weight
 
     def shape(self, layer: int, name: str) -> tuple[int, int]:
         linear: Any = self._layers[layer].matrix(name)

@@ -96,6 +96,13 @@ def test_weights_on_several_devices() -> None:
     apply_sparselora(model, config(layers={"ffn": {"0": 0.5}}))
 
 
+def test_weights_that_are_not_there() -> None:
+    model = tiny_lora()
+    up = model.get_base_model().model.layers[1].mlp.up_proj
+    up.weight = nn.Parameter(up.weight.detach().to("meta"), requires_grad=False)
+    refuse(model, r"layers\.1\.up_proj is on the meta device.*cpu_ram_efficient_loading")
+
+
 def test_a_replica_of_data_parallel() -> None:
     model = sparse_model()
     replica = model._replicate_for_data_parallel()

@@ -8,26 +8,33 @@ Trainer(model=peft_model, callbacks=[SparseLoRACallback()], ...)
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .apply import apply_sparselora, remove_sparselora, selection, set_step
+    from .apply import apply_sparselora, remove_sparselora, selection, set_step, shared_masks, sparse_tokens
     from .config.sparse import SparseLoRAConfig
+    from .integrations.own_loss import SparseLossMixin
     from .integrations.trainer import SparseLoRACallback
 
 _HOMES = {
     "SparseLoRACallback": "integrations.trainer",
     "SparseLoRAConfig": "config.sparse",
+    "SparseLossMixin": "integrations.own_loss",
     "apply_sparselora": "apply",
     "remove_sparselora": "apply",
     "selection": "apply",
     "set_step": "apply",
+    "shared_masks": "apply",
+    "sparse_tokens": "apply",
 }
 
 __all__ = [
     "SparseLoRACallback",
     "SparseLoRAConfig",
+    "SparseLossMixin",
     "apply_sparselora",
     "remove_sparselora",
     "selection",
     "set_step",
+    "shared_masks",
+    "sparse_tokens",
 ]
 
 

@@ -3,6 +3,7 @@
 from .factors import estimator_factors
 from .model import apply_sparselora, remove_sparselora, selection, set_step
 from .state import SparseState, find_state
+from .tokens import shared_masks, sparse_tokens
 
 __all__ = [
     "SparseState",
@@ -12,4 +13,6 @@ __all__ = [
     "remove_sparselora",
     "selection",
     "set_step",
+    "shared_masks",
+    "sparse_tokens",
 ]

@@ -87,6 +87,7 @@ def apply_sparselora(
     )
     context.enabled = bool(active)
     context.skip_unused_logits = config.skip_unused_logits
+    context.sparse_references = config.reference == "sparse"
     state = SparseState(config=config, context=context, sparsity=active)
     factors: FactorSet = {}
     if active:

@@ -68,6 +68,11 @@ class SparseLoRAConfig(Section):
     interval: Positive = 1
     """Steps for which a layer keeps its channels before they are chosen again."""
 
+    reference: Literal["sparse", "dense"] = "sparse"
+    """Forwards without gradients in training mode, as of a reference model or of the policy before the step: computed as
+    the policy is, with its masks where they see the same tokens; or dense, which compares a sparse policy with a dense one
+    (DPO's loss does not begin at ln 2, GRPO clips tokens at once)."""
+
     lora_branch: Literal["kept", "dense"] = "kept"
     """The adapters inside the FFN: ``kept`` drops a neuron whole, ``dense`` keeps full width as the paper does."""
 

@@ -15,6 +15,7 @@ from ..config.sparse import SparseLoRAConfig
 from ..layers.context import SparseContext
 from ..layers.ffn import SparseFFN
 from ..sync.everyone import everyone
+from .objectives import begin_objective, check_reference
 
 _ALL = "all"
 """In the place of a rank, where every rank keeps the same masks."""
@@ -48,12 +49,16 @@ class SparseLoRACallback(TrainerCallback, ExportableState):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._config is not None and find_state(kwargs["model"]) is None:
             apply_sparselora(kwargs["model"], self._config)
+        found = find_state(kwargs["model"])
+        if found is not None:  # Sooner than training begins: a reference is about to be computed.
+            check_reference(args, found.context)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         context = self._context(kwargs["model"])
         _check_not_replaced(kwargs["model"])
+        begin_objective(args, context)
         # DeepSpeed steps inside backward, before on_pre_optimizer_step: there the masks are compared after each forward.
         # Under accelerate launch the Trainer has the plugin alone.
         context.check_masks = "each" if args.deepspeed or args.deepspeed_plugin else "caller"
@@ -69,7 +74,9 @@ class SparseLoRACallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._context(kwargs["model"]).check_masks = "next"
+        context = self._context(kwargs["model"])
+        context.check_masks = "next"
+        context.sharing.reset()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -23,7 +23,9 @@ from torch import Tensor
 from ..method.schedule import is_sparse_step
 from ..method.tokens import TokenPartition, partition_tokens
 from ..sync.masks import MaskSync, Site
-from .micro_batch import LossPositions, MicroBatch, TokenCounts
+from .held import HeldMasks
+from .micro_batch import GivenTokens, LossPositions, MicroBatch, TokenCounts
+from .sharing import Given, MaskSharing, same_memory
 
 # Forwards whose backward may still be to come.
 _PENDING_FORWARDS = 64
@@ -42,7 +44,8 @@ class SparseContext:
         self, sync: MaskSync, start_step: float | int = 0.0, end_step: float | int | None = None, interval: int = 1
     ) -> None:
         self.sync = sync
-        self.start_step, self.end_step, self.interval = start_step, end_step, interval
+        self.start_step, self.end_step = start_step, end_step
+        self.held = HeldMasks(interval)
         self.step: int | None = None
         self.total_steps: int | None = None
         self.counts = TokenCounts()
@@ -57,6 +60,11 @@ class SparseContext:
         self.check_masks: Literal["next", "each", "caller"] = "next"
         """When the mask collectives of a forward are compared on a GPU, which waits for it: before the next forward, at
         the forward's own end, or never here, because the caller does so before each optimizer step."""
+        self.sparse_references = True
+        """Training forwards without gradients are as sparse as those with; False: they are dense."""
+        self.sharing = MaskSharing()
+        self.given: GivenTokens | None = None
+        """The tokens of forwards that come without labels, see :func:`sparselora_dist.sparse_tokens`."""
         self.probe: Mapping[tuple[int, str], int] | None = None
         """Channels to keep by (layer, group). While it is set, every forward with labels is sparse at these sites and
         dense elsewhere, in evaluation too and whatever the schedule says. Set it between forwards, on every rank."""
@@ -65,7 +73,6 @@ class SparseContext:
         self._replayed: MicroBatch | None = None
         self._forwards: deque[MicroBatch] = deque(maxlen=_PENDING_FORWARDS)
         self._training_forwards = 0
-        self._held: dict[tuple[int, str], tuple[int, Tensor]] = {}
         self._handed: tuple[Tensor, TokenPartition] | None = None
         self._warned = self._warned_labels = False
 
@@ -107,50 +114,80 @@ class SparseContext:
         opened_by: object = None,
         logits_only: bool = True,
         device: torch.device | None = None,
+        tokens: Tensor | None = None,
     ) -> None:
         """Open the micro-batch of a forward.
 
-        Without labels, in evaluation, or without gradients, everything is dense (see ``probe``). ``logits_only`` says
-        that nobody reads more of the last decoder layer than what the loss reads; ``device`` is where the model
-        computes, by default that of the labels.
+        Without labels, or tokens that were named for it, and in evaluation, everything is dense (see ``probe``).
+        ``logits_only`` says that nobody reads more of the last decoder layer than what the loss reads; ``device`` is
+        where the model computes, by default that of the labels; ``tokens``, (B, S), is what the forward reads: by their
+        memory it is recognised (:mod:`.sharing`).
         """
         if self.check_masks == "next":
             self.sync.check()
         handed, self._handed = self._handed, None
-        partition: TokenPartition | None = None
-        loss: LossPositions | None = None
+        named = self.given if labels is None else None
+        if named is not None:
+            labels, shifted = named.labels_of(tokens), False
         # Reentrant checkpointing turns gradients off inside the layers only: here it is still on.
-        training = training and torch.is_grad_enabled()
+        gradients = torch.is_grad_enabled()
+        training = training and (gradients or self.sparse_references)
         evaluating = self.evaluating and not training
+        batch = MicroBatch(None, learns=training and gradients)
         if labels is not None and (training or evaluating or self.probe is not None):
-            sparse = self.probe is not None or (training and self.is_sparse)
-            packed = (self.skip_unused_logits or evaluating) and not shifted
+            sparse = self.probe is not None or (training and self.sharing.enter(self.is_sparse, gradients))
+            packed = (self.skip_unused_logits or evaluating) and not shifted and (named is None or named.packed)
             if sparse or packed:
-                if handed is not None and _same(handed[0], labels) and not shifted:
+                given = Given(tokens, labels, attention_mask, shifted)
+                self.sharing.at(self.step, opened_by)
+                if handed is not None and same_memory(handed[0], labels) and not shifted:
                     found = handed[1]
                 else:
-                    found = partition_tokens(labels, attention_mask, shifted=shifted)
+                    with torch.inference_mode(False):
+                        found = self.sharing.partition(given) or partition_tokens(
+                            labels, attention_mask, shifted=shifted
+                        )
                 if device is not None and found.dense.device != device:
                     found = found.to(device)
-                partition = found if sparse else None
                 if packed:
-                    asked: Any = "scores" if evaluating else "sum" if self.chunk_loss else "rows"
-                    loss = LossPositions(labels.shape, found.loss_rows, found.loss_labels, asked)
-            if partition is not None and self.probe is None:
-                self.counts.dense += partition.dense.numel()
-                self.counts.context += partition.context.numel()
-        elif training and self.enabled and not self._warned_labels:
+                    asked: Any = "scores" if evaluating else "sum" if self.chunk_loss and named is None else "rows"
+                    batch.loss = LossPositions(labels.shape, found.loss_rows, found.loss_labels, asked)
+                batch.partition = found if sparse else None
+            if batch.partition is not None and self.probe is None:
+                self.counts.dense += found.dense.numel()
+                self.counts.context += found.context.numel()
+                self.sharing.share(given, batch)
+        elif batch.learns and self.enabled and not self._warned_labels:
             self._warned_labels = True
             warnings.warn(
                 "a training forward came without labels and was computed densely: pass labels to the model (a custom loss "
-                "function or label smoothing takes them out)",
+                "function or label smoothing takes them out), or say which tokens are context: SparseLossMixin in a "
+                "Trainer, sparse_tokens(model, labels=...) in a loop of your own",
                 stacklevel=2,
             )
-        last_layer = self.last_layer if loss is not None and (training or evaluating) and logits_only else None
-        self._current, self._opened_by = MicroBatch(partition, loss=loss, last_layer=last_layer), opened_by
-        if training:
+        if batch.loss is not None and (training or evaluating) and logits_only:
+            batch.last_layer = self.last_layer
+        self._current, self._opened_by = batch, opened_by
+        if batch.learns:
             self._training_forwards += 1
-            self._forwards.append(self._current)
+            self._forwards.append(batch)
+            self.held.put(batch.masks, self._now, over=False)  # Those that it was given.
+
+    @property
+    def interval(self) -> int:
+        return self.held.interval
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Masks that are being kept (``interval`` > 1): ``{"layer.group.step": mask}``."""
+        return self.held.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.held.load_state_dict(state)
+
+    @property
+    def _now(self) -> int:
+        """The optimizer step, by which masks are kept."""
+        return self._training_forwards if self.step is None else self.step
 
     def finish(self, opened_by: object = None) -> None:
         """Close the micro-batch that ``opened_by`` opened: from here on, a layer that runs is being recomputed."""
@@ -242,47 +279,28 @@ class SparseContext:
             return None
         if self._current is not batch:
             raise RuntimeError(f"{site} has no mask of its first forward; a mask is never chosen in recomputation")
-        hold = self.interval > 1 and self.probe is None
-        now = self._training_forwards if self.step is None else self.step
-        held = [self._held.get((site.layer, group)) for group in groups]
-        if hold and all(entry is not None and 0 <= now - entry[0] < self.interval for entry in held):
-            batch.masks.update(
-                {(site.layer, group): entry[1] for group, entry in zip(groups, held) if entry is not None}
-            )
+        now = self._now
+        kept = self.held.find([(site.layer, group) for group in groups], now) if self.probe is None else None
+        if kept is not None:
+            batch.masks.update(kept)
             return None
-        with torch.no_grad():
+        # A mask that a reference chose, in inference mode, is used again where gradients are.
+        with torch.inference_mode(False), torch.no_grad():
             selected = select()
 
         def finish() -> None:
             if all((site.layer, group) in batch.masks for group in groups):
                 return  # Asked again.
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 chosen = {(site.layer, group): mask for group, mask in selected().items()}
-            if hold:
-                self._held.update({key: (now, mask) for key, mask in chosen.items()})
+            if self.probe is None and batch.learns:
+                self.held.put(chosen, now)
             batch.masks.update(chosen)
 
         if self.sync.alone:  # There is nothing to wait for.
             finish()
             return None
         return finish
-
-    # --- state of a run ---------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Masks that are being kept (``interval`` > 1): ``{"layer.group.step": mask}``."""
-        return {f"{layer}.{group}.{step}": mask for (layer, group), (step, mask) in self._held.items()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self._held.clear()
-        for key, mask in state.items():
-            layer, group, step = key.split(".")
-            self._held[int(layer), group] = (int(step), mask)
-
-
-def _same(held: Tensor, labels: Tensor) -> bool:
-    """By address, because engines may rewrap the labels; while they are held, their memory is nobody else's."""
-    return held.data_ptr() == labels.data_ptr() and held.shape == labels.shape
 
 
 def _in_backward() -> bool:

@@ -29,6 +29,7 @@ class BeginHook:
         if kwargs.get("shift_labels") is not None:
             # They win in the loss too; sequence parallelism passes them beside labels.
             labels, shifted = kwargs["shift_labels"], True
+        tokens = _tokens(args, kwargs)
         self.context.begin(
             labels,
             kwargs.get("attention_mask"),
@@ -36,16 +37,16 @@ class BeginHook:
             shifted,
             opened_by=module,
             logits_only=not _asks_for_more(module, kwargs),
-            device=_input_device(args, kwargs),
+            # Where the model computes; labels may still be on the host, as the loss moves them.
+            device=None if tokens is None else tokens.device,
+            tokens=tokens,
         )
 
 
-def _input_device(args: tuple, kwargs: dict[str, Any]) -> torch.device | None:
-    """Where the model computes; labels may still be on the host, as the loss moves them."""
-    for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]):
-        if isinstance(value, Tensor):
-            return value.device
-    return None
+def _tokens(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    """What the model reads: (B, S) ids, or (B, S, H) embeddings."""
+    values = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])
+    return next((value for value in values if isinstance(value, Tensor)), None)
 
 
 def _asks_for_more(module: Any, kwargs: dict[str, Any]) -> bool:

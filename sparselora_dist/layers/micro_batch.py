@@ -27,6 +27,8 @@ class MicroBatch:
     """Where the loss reads logits; ``None`` leaves the LM head whole."""
     last_layer: int | None = None
     """The decoder layer that computes q, o and FFN at ``loss`` only."""
+    learns: bool = True
+    """Whether it is a training forward with gradients."""
 
 
 @dataclass(slots=True)
@@ -43,6 +45,29 @@ class LossPositions:
     """What is read of the LM head, see :mod:`.logits`: logits of these rows, their loss, or how well each was met."""
     head: Literal["whole", "rows", "sum", "scores"] = "whole"
     """What it gave."""
+
+
+@dataclass(frozen=True, slots=True)
+class GivenTokens:
+    """Labels for forwards whose caller does not pass any."""
+
+    labels: Tensor
+    """(B, S), -100 at context tokens; of the others only the tests for -100 are read unless ``packed``."""
+    packed: bool = False
+    """The LM head and the last layer are computed at label positions only, as where labels are passed."""
+
+    def labels_of(self, tokens: Tensor | None) -> Tensor:
+        """The labels of a forward that reads ``tokens``, (B, S) or (B, S, H).
+
+        Raises:
+            ValueError: they are of another shape.
+        """
+        if tokens is not None and tokens.shape[:2] != self.labels.shape:
+            raise ValueError(
+                f"sparse_tokens was given tokens of shape {tuple(self.labels.shape)}, and the model was called with "
+                f"{tuple(tokens.shape[:2])} (rows, positions): open it around the forwards of that batch alone"
+            )
+        return self.labels
 
 
 @dataclass(slots=True)

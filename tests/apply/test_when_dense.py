@@ -34,9 +34,9 @@ def test_training_without_labels_is_dense() -> None:
     torch.testing.assert_close(model(**data).logits, plain(**data).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_a_training_forward_without_gradients_is_dense_and_not_counted() -> None:
-    """As of a reference model; the channels of the last step stay to be seen."""
-    plain, model = tiny_lora(targets=ALL_LINEAR), sparse_model()
+def test_a_training_forward_without_gradients_is_dense_and_not_counted_where_references_are_dense() -> None:
+    """The channels of the last step stay to be seen."""
+    plain, model = tiny_lora(targets=ALL_LINEAR), sparse_model(reference="dense")
     outputs(model)
     counts, chosen = find_state(model).context.counts, selection(model)
     before = counts.dense, counts.context

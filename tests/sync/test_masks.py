@@ -133,6 +133,13 @@ def test_interval(two: Any) -> None:
             assert all(rank["collectives"][f"interval {interval} held"])
 
 
+def test_masks_that_are_shared_are_not_asked_for(two: Any) -> None:
+    """A policy and its reference; two forwards of a generation, the micro-batch on it, and one after it."""
+    for rank in two:
+        assert rank["sharing"]["issued"] == [PREDICTED, 0, PREDICTED, 0, 0, PREDICTED]
+    assert_same_masks(*(rank["sharing"]["masks"] for rank in two))
+
+
 def test_dense_tokens_are_computed_while_the_scores_are_on_their_way(two: Any) -> None:
     for rank in two:
         gate_and_up = ["started", "dense", "dense", "waited", "selected", "context", "context"]

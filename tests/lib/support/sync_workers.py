@@ -210,6 +210,26 @@ def _order() -> list[str]:
     return events
 
 
+def _sharing() -> dict[str, Any]:
+    """All-reduces of forwards that share masks, in order: a policy and its reference, a generation; the last masks."""
+    model, inputs = sparse_model(), my_rows(batch(4, 24, seed=2))
+    sharing, issued = find_state(model).context.sharing, []
+    with counted() as groups:
+
+        def count(data: dict[str, Tensor], gradients: bool) -> None:
+            before = len(groups)
+            with torch.set_grad_enabled(gradients):
+                forward(model, data)
+            issued.append(len(groups) - before)
+
+        count(inputs, True), count(inputs, False)
+        sharing.reset(generation=1)
+        for seed, gradients in ((4, False), (5, False), (6, True), (7, True)):
+            count(my_rows(batch(4, 24, seed=seed)), gradients)
+    sync_of(model).check()
+    return {"issued": issued, "masks": selection(model)}
+
+
 def two_ranks() -> dict[str, Any]:
     seen: dict[str, Any] = {}
     model = sparse_model()
@@ -232,6 +252,7 @@ def two_ranks() -> dict[str, Any]:
     seen["local collectives"] = len(groups), sync_of(local).collectives
     seen["collectives"] = _collectives()
     seen["order"] = _order()
+    seen["sharing"] = _sharing()
 
     # Rank 1 stays away from the very first sync, where the group would be made.
     sync = MaskSync("global", 8, timeout=2.0)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from ..method.schedule import is_sparse_step
 from ..method.tokens import TokenPartition, partition_tokens
 from ..sync.masks import MaskSync, Site
-from .micro_batch import LossPositions, MicroBatch, TokenCounts
+from .micro_batch import OPEN, LossPositions, MicroBatch, TokenCounts
 
 # Forwards whose backward may still be to come.
 _PENDING_FORWARDS = 64
@@ -62,6 +62,7 @@ class SparseContext:
         dense elsewhere, in evaluation too and whatever the schedule says. Set it between forwards, on every rank."""
         self._current: MicroBatch | None = None
         self._opened_by: object = None
+        self._outer_loss: LossPositions | None = None
         self._replayed: MicroBatch | None = None
         self._forwards: deque[MicroBatch] = deque(maxlen=_PENDING_FORWARDS)
         self._training_forwards = 0
@@ -148,6 +149,7 @@ class SparseContext:
             )
         last_layer = self.last_layer if loss is not None and (training or evaluating) and logits_only else None
         self._current, self._opened_by = MicroBatch(partition, loss=loss, last_layer=last_layer), opened_by
+        self._outer_loss, OPEN.loss = OPEN.loss, loss
         if training:
             self._training_forwards += 1
             self._forwards.append(self._current)
@@ -156,6 +158,7 @@ class SparseContext:
         """Close the micro-batch that ``opened_by`` opened: from here on, a layer that runs is being recomputed."""
         if self._opened_by is opened_by:
             self._current = self._opened_by = None
+            OPEN.loss, self._outer_loss = self._outer_loss, None
             if self.check_masks == "each":
                 self.sync.check()
 
@@ -164,14 +167,39 @@ class SparseContext:
         return self._current is not None
 
     @property
+    def opened_by(self) -> object:
+        """The module whose forward is running."""
+        return self._opened_by
+
+    def lists(self) -> Iterator[Tensor]:
+        """Of the running forward, the tensors whose length depends on the labels."""
+        return self._current.lists() if self._current is not None else iter(())
+
+    @property
     def loss_positions(self) -> LossPositions | None:
         """Of the running forward."""
+        if torch.compiler.is_compiling():
+            return OPEN.loss
         return self._current.loss if self._current is not None else None
 
     @property
     def last(self) -> MicroBatch | None:
         """The newest training forward, that is one with gradients."""
         return self._forwards[-1] if self._forwards else None
+
+    def pending(self, ticket: int) -> MicroBatch:
+        """The forward with this :attr:`MicroBatch.ticket`, running or waiting for its backward.
+
+        Raises:
+            RuntimeError: it is not known.
+        """
+        for batch in (self._current, *reversed(self._forwards)):
+            if batch is not None and int(batch.ticket) == ticket:
+                return batch
+        raise RuntimeError(
+            f"a compiled graph asks for the masks of a forward that is not known: more than {_PENDING_FORWARDS} forwards "
+            "were waiting for their backward"
+        )
 
     @property
     def was_sparse(self) -> bool:
@@ -189,7 +217,7 @@ class SparseContext:
         address = hidden.data_ptr()
         if self._current is not None:
             self._current.inputs[layer] = address
-        elif _in_backward():
+        elif in_backward():
             # The newest one with this address: the memory of a finished forward may have been given out again.
             found = (batch for batch in reversed(self._forwards) if batch.inputs.get(layer) == address)
             self._replayed = next(found, None)
@@ -202,7 +230,9 @@ class SparseContext:
     @property
     def _running(self) -> MicroBatch | None:
         """The micro-batch that the running layer belongs to, in recomputation that of its first run."""
-        return self._current or (self._replayed if _in_backward() else None)
+        if torch.compiler.is_compiling():  # A graph is never run again layer by layer, see :class:`~.hooks.LayerHook`.
+            return self._current
+        return self._current or (self._replayed if in_backward() else None)
 
     def active(self, layer: int, group: str, role: str | None = None) -> MicroBatch | None:
         """The micro-batch that the running layer belongs to, or ``None`` where its ``group`` is computed densely.
@@ -220,7 +250,9 @@ class SparseContext:
     def wanted(self, layer: int) -> LossPositions | None:
         """The positions that q, o and the FFN of the running ``layer`` are computed at; ``None`` is all of them."""
         batch = self._running
-        return batch.loss if batch is not None and batch.last_layer == layer else None
+        if batch is None or batch.last_layer != layer:
+            return None
+        return self.loss_positions if torch.compiler.is_compiling() else batch.loss
 
     def keep(self, layer: int, group: str, usual: int) -> int:
         """How many channels to choose: ``usual``, or what the probe says."""
@@ -285,5 +317,6 @@ def _same(held: Tensor, labels: Tensor) -> bool:
     return held.data_ptr() == labels.data_ptr() and held.shape == labels.shape
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
+    """Whether autograd is running, that is a layer that runs now is being recomputed."""
     return torch._C._current_graph_task_id() != -1

@@ -39,7 +39,9 @@ def make(side: str, options: argparse.Namespace, checkpointing: bool) -> Any:
         num_key_value_heads=4,
         use_cache=False,
     )
-    model: Any = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=8, target_modules=TARGETS, init_lora_weights=False))
+    model: Any = get_peft_model(
+        LlamaForCausalLM(config), LoraConfig(r=8, target_modules=TARGETS, init_lora_weights=False)
+    )
     if side != SIDES[0]:
         last = options.layers - 1
         groups = {"ffn": {f"0-{last}": 0.9}, "qk": {f"1-{last}": 0.5}, "vo": {f"1-{last}": 0.5}}

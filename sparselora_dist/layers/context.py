@@ -61,7 +61,7 @@ class SparseContext:
         """Channels to keep by (layer, group). While it is set, every forward with labels is sparse at these sites and
         dense elsewhere, in evaluation too and whatever the schedule says. Set it between forwards, on every rank."""
         self._current: MicroBatch | None = None
-        self._opened_by: object = None
+        self.opened_by: object = None
         self._outer_loss: LossPositions | None = None
         self._replayed: MicroBatch | None = None
         self._forwards: deque[MicroBatch] = deque(maxlen=_PENDING_FORWARDS)
@@ -148,7 +148,7 @@ class SparseContext:
                 stacklevel=2,
             )
         last_layer = self.last_layer if loss is not None and (training or evaluating) and logits_only else None
-        self._current, self._opened_by = MicroBatch(partition, loss=loss, last_layer=last_layer), opened_by
+        self._current, self.opened_by = MicroBatch(partition, loss=loss, last_layer=last_layer), opened_by
         self._outer_loss, OPEN.loss = OPEN.loss, loss
         if training:
             self._training_forwards += 1
@@ -156,8 +156,8 @@ class SparseContext:
 
     def finish(self, opened_by: object = None) -> None:
         """Close the micro-batch that ``opened_by`` opened: from here on, a layer that runs is being recomputed."""
-        if self._opened_by is opened_by:
-            self._current = self._opened_by = None
+        if self.opened_by is opened_by:
+            self._current = self.opened_by = None
             OPEN.loss, self._outer_loss = self._outer_loss, None
             if self.check_masks == "each":
                 self.sync.check()
@@ -165,11 +165,6 @@ class SparseContext:
     @property
     def in_forward(self) -> bool:
         return self._current is not None
-
-    @property
-    def opened_by(self) -> object:
-        """The module whose forward is running."""
-        return self._opened_by
 
     def lists(self) -> Iterator[Tensor]:
         """Of the running forward, the tensors whose length depends on the labels."""

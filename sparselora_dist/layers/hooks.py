@@ -108,7 +108,7 @@ class LayerHook:
 
     @torch.compiler.disable
     def _refuse_recomputation(self) -> None:
-        """Raises RuntimeError: a layer that was compiled by itself is recomputed, and which forward it belongs to is lost."""
+        """Raises RuntimeError in recomputation: of a layer compiled by itself it is lost which forward it belongs to."""
         if self.required and in_backward():
             raise RuntimeError(
                 f"layer {self.layer} is compiled apart from the model and recomputed in backward: compile the whole model "

@@ -118,5 +118,6 @@ def test_a_copy_and_a_pickled_model_choose_for_themselves() -> None:
     assert not torch.equal(apart, expected)
     torch.testing.assert_close(apart, other(**moved(0)).loss)
     again = pickle.loads(pickle.dumps(model))
-    numbers = [module.handle.number for made in (model, other, again) for module in made.modules() if hasattr(module, "handle")]
+    modules = [module for one in (model, other, again) for module in one.modules()]
+    numbers = [module.handle.number for module in modules if hasattr(module, "handle")]
     assert len(set(numbers)) == len(numbers) == 9

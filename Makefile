@@ -8,7 +8,7 @@ export PYTHONSAFEPATH := 1
 # One mount point under which mypy sees both packages by their import names.
 TYPES := build/types
 
-.PHONY: help venv quickstart test test-gpu test-oldest check schema kernels-aot kernels-aot-oldest pictures clean
+.PHONY: help venv quickstart test test-gpu test-oldest check schema models kernels-aot kernels-aot-oldest pictures clean
 help:
 	@echo "make venv        create $(VENV) with the project and everything it needs"
 	@echo "make quickstart  fine-tune the embedded model on 2 CPU ranks under ZeRO-3, dense and sparse, and compare"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-oldest run the suite, or TESTS=..., with the oldest versions that pyproject.toml promises"
 	@echo "make check       lint (ruff) and type-check (mypy)"
 	@echo "make schema      write configs/schema.json, by which editors complete and check run files"
+	@echo "make models      write the table of supported model types in docs/models.md"
 	@echo "make kernels-aot compile every Triton kernel for sm_80, sm_90 and sm_100 (no GPU needed)"
 	@echo "make kernels-aot-oldest  the same with the oldest supported Triton, in an environment of its own"
 	@echo "make pictures    draw the README's pictures again, from committed results"
@@ -52,6 +53,10 @@ check: venv
 	@$(BIN)/ruff check .
 	@mkdir -p $(TYPES) && ln -sfn $(CURDIR)/kernels $(TYPES)/sparselora_kernels && ln -sfn $(CURDIR)/sparselora_dist $(TYPES)/sparselora_dist
 	@MYPYPATH=$(TYPES) $(BIN)/mypy --no-error-summary -p sparselora_dist -p sparselora_kernels && echo "mypy: no issues"
+
+# The table of docs/models.md.
+models: venv
+	@PYTHONPATH=tests/lib $(BIN)/python tests/lib/support/every_type.py docs/models.md
 
 schema: venv
 	@$(BIN)/sparselora-dist schema --output configs/schema.json

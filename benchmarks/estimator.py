@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from sparselora_dist.apply.build import build_model
 from sparselora_dist.data import collate
 from sparselora_dist.engines import make_engine
-from sparselora_dist.families import decoder_layers
 from sparselora_dist.io.weights import ModelWeights
 from sparselora_dist.layers.ffn import SparseFFN
+from sparselora_dist.layouts import decoder_layers
 from sparselora_dist.method.channels import SCORED
 from sparselora_dist.method.estimator import low_rank_factors
 from sparselora_dist.method.tokens import partition_tokens
@@ -60,7 +60,7 @@ def install(model: nn.Module, kind: str, rank: int, moments: Moments) -> None:
     weights = ModelWeights(model)
     with torch.no_grad():
         for layer in decoder_layers(model):
-            for part, estimator in (("mlp", layer.mlp), ("attention", layer.attention)):
+            for part, estimator in (("mlp", layer.module.mlp), ("attention", layer.module.self_attn)):
                 estimator = getattr(estimator, "estimator" if part == "mlp" else "sparse_estimator", None)
                 for name in sum(SCORED.values(), ()) if estimator is not None else ():
                     short = name.removesuffix("_proj")
@@ -94,7 +94,7 @@ def agreement(harness: Harness, model: nn.Module) -> dict[str, tuple[float, floa
 
     handles = []
     for layer in decoder_layers(model):
-        mlp, attention = layer.mlp, layer.attention
+        mlp, attention = layer.module.mlp, layer.module.self_attn
         see = partial(compare, mlp.estimator, ExactFFN(mlp))
         handles.append(mlp.register_forward_pre_hook(see))
         see = partial(compare, attention.sparse_estimator, ExactAttention(attention))

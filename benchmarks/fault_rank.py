@@ -24,8 +24,12 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparselora_dist.process import run_and_leave
+
+if TYPE_CHECKING:
+    from sparselora_dist.sync.heartbeat import Heartbeat
 
 ROOT = Path(__file__).resolve().parents[1]
 ACTION, RANK, PHASE = os.environ["FAULT"].split(" ", 2)
@@ -33,8 +37,6 @@ ONCE = Path(os.environ.get("FAULT_ONCE", os.devnull))
 
 
 def happen() -> None:
-    if ACTION in ("kill", "stop", "memory", "cut"):
-        time.sleep(0.5)  # In the middle of the phase.
     if ACTION in ("kill", "stop"):
         os.kill(os.getpid(), signal.SIGKILL if ACTION == "kill" else signal.SIGSTOP)
     elif ACTION == "memory":
@@ -53,6 +55,20 @@ def happen() -> None:
         _spoil_a_gradient()
     elif ACTION == "slow":
         _slow_batches()
+
+
+def until_read(beat: Heartbeat) -> None:
+    """Until the other ranks have read what this one does now, however slow the machine is."""
+
+    def counts() -> dict[int, int]:
+        return {rank: peer.count for rank, peer in list(beat._peers.items())}
+
+    # Each beat writes and then reads: whoever has begun the next but one has read what was there before.
+    told, read = beat._count + 2, None
+    while beat._count < told or read is None or any(counts()[rank] < count + 2 for rank, count in read.items()):
+        if beat._count >= told and read is None:
+            read = counts()
+        time.sleep(0.02)
 
 
 def _spoil_a_gradient() -> None:
@@ -91,9 +107,11 @@ def arm() -> None:
             with open(os.environ["FAULT_PHASES"], "a") as file:
                 file.write(f"{os.getpid()} {phase}\n")
         if phase == PHASE and RANK in ("all", os.environ.get("RANK", "0")):
+            if "FAULT_ONCE" in os.environ and ONCE.exists() and RANK != "all":
+                return
+            if ACTION in ("kill", "stop", "cut") and self.active:
+                until_read(self)  # In the middle of the phase.
             if "FAULT_ONCE" in os.environ:
-                if ONCE.exists() and RANK != "all":
-                    return
                 ONCE.touch()
             happen()
 

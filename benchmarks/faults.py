@@ -22,11 +22,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+# Hosts on one machine are made for tests and benchmarks in one place.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "lib"))
+
+from support.networks import DEVICE, Network, reason_against, two_networks
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -70,12 +75,14 @@ class Tested:
 
 MASKS = "tests/sync/test_masks.py::test_"
 REFUSALS = "tests/integration/test_refusals.py::test_"
+RESUME = "tests/integration/test_refused_resume.py::test_"
+DATA = "tests/integration/test_refused_data.py::test_"
 FACTORS = "tests/apply/test_factor_files.py::test_"
 TABLE: tuple[Fault | Tested, ...] = (
     Tested("F1", "a rank skips a layer's mask sync", (f"{MASKS}a_skipped_sync_names_both_ranks_and_layers",)),
     Tested("F2", "activation checkpointing, all three", (f"{MASKS}checkpointing_changes_nothing",)),
     Tested("F3", "one rank has no context tokens", (f"{MASKS}a_rank_with_nothing_to_score_takes_part",)),
-    Tested("F4", "accumulation, rows without labels", (f"{REFUSALS}a_micro_batch_without_labels_beside_one_with",)),
+    Tested("F4", "accumulation, rows without labels", (f"{DATA}a_micro_batch_without_labels_beside_one_with",)),
     Tested("F5", "all scores tied, 4 ranks", (f"{MASKS}ties_break_the_same_way_everywhere",)),
     Tested("F6", "NaN or Inf scores on one rank", (f"{MASKS}non_finite_scores_of_one_rank_stop_all",)),
     Fault(
@@ -107,7 +114,7 @@ TABLE: tuple[Fault | Tested, ...] = (
     ),
     Fault("F12", "out of memory on one rank", "memory 1 optimizer of step 5", r"OutOfMemoryError(.|\n)*\(rank 1 failed\)"),
     Fault("N11", "a gradient is NaN, its loss is not", "nan 1 backward of step 5", "gradients of step 5 are not finite"),
-    Tested("B1", "truncated factor file", (f"{REFUSALS}a_truncated_factor_file",)),
+    Tested("B1", "truncated factor file", ("tests/integration/test_refused_factors.py::test_a_truncated_factor_file",)),
     Tested("B2", "factor file with a flipped bit", (f"{FACTORS}a_damaged_factor_file_is_refused_by_name",)),
     Tested("B3", "factors of another model, rank or dtype", (f"{FACTORS}factors_of_another_model_rank_or_dtype",)),
     Tested("B4", "swapped or missing factor, with a fitting hash", (f"{FACTORS}what_a_fitting_hash_does_not_vouch_for",)),
@@ -125,18 +132,18 @@ TABLE: tuple[Fault | Tested, ...] = (
     ),
     Tested(
         "B9", "checkpoints that are gone or damaged",
-        ("tests/io/test_run_folder.py::test_auto_where_checkpoints_are_gone", f"{REFUSALS}resume_of_a_damaged_checkpoint"),
+        ("tests/io/test_run_folder.py::test_auto_where_checkpoints_are_gone", f"{RESUME}resume_of_a_damaged_checkpoint"),
     ),
-    Tested("B10", "resume with another global batch", (f"{REFUSALS}resume_with_another_global_batch",)),
+    Tested("B10", "resume with another global batch", (f"{RESUME}resume_with_another_global_batch",)),
     Tested("N1", "two runs in one folder", (f"{REFUSALS}two_runs_in_one_folder",)),
-    Tested("N3", "rows longer than the model reaches", (f"{REFUSALS}rows_longer_than_the_model_reaches",)),
+    Tested("N3", "rows longer than the model reaches", (f"{DATA}rows_longer_than_the_model_reaches",)),
     Tested(
         "N4", "resume with other settings, data or weights",
-        (f"{REFUSALS}resume_with_other_settings", f"{REFUSALS}resume_with_other_data_or_weights"),
+        (f"{RESUME}resume_with_other_settings", f"{RESUME}resume_with_other_data_or_weights"),
     ),
-    Tested("N13", "an abandoned branch is not continued", (f"{REFUSALS}an_abandoned_branch_is_not_continued",)),
+    Tested("N13", "an abandoned branch is not continued", (f"{RESUME}an_abandoned_branch_is_not_continued",)),
     Tested("N14", "ranks that differ", (f"{REFUSALS}ranks_that_differ",)),
-    Tested("N16", "a finished folder", (f"{REFUSALS}a_finished_folder",)),
+    Tested("N16", "a finished folder", (f"{RESUME}a_finished_folder",)),
 )  # fmt: skip
 
 
@@ -169,43 +176,27 @@ def alive(config: Path) -> list[int]:
     return found
 
 
-@contextmanager
-def two_hosts() -> Iterator[list[list[str]]]:
-    """Two network namespaces with a link between them; the words that run a command in each."""
-    one, two = (f"sparselora-{os.getpid()}-{i}" for i in (0, 1))
-
-    def ip(*words: str) -> None:
-        subprocess.run(["ip", *words], check=True, capture_output=True)
-
-    with ExitStack() as stack:
-        for name in (one, two):
-            ip("netns", "add", name)
-            stack.callback(subprocess.run, ["ip", "netns", "del", name], capture_output=True)
-        ip("link", "add", "link0", "netns", one, "type", "veth", "peer", "name", "link0", "netns", two)
-        for number, name in enumerate((one, two), 1):
-            ip("-n", name, "addr", "add", f"10.99.0.{number}/24", "dev", "link0")
-            ip("-n", name, "link", "set", "link0", "up")
-            ip("-n", name, "link", "set", "lo", "up")
-        yield [["ip", "netns", "exec", name] for name in (one, two)]
-
-
-def start(launcher: tuple[str, ...], config: Path, fault: str, hosts: list[list[str]] | None = None) -> Any:
-    """The processes that were started, and the file of what they say."""
+def start(launcher: tuple[str, ...], config: Path, fault: str, hosts: Sequence[Network] | None = None) -> Any:
+    """The processes that were started, by a launcher or a rank on each host, and the file of what they say."""
     mark, log = config.with_suffix(".once"), config.with_suffix(".log")
     mark.unlink(missing_ok=True)
     path = f"{BIN}:{os.environ['PATH']}"
-    env = {**os.environ, "FAULT": fault, "FAULT_ONCE": str(mark), "FAULT_LINK": "link0", "PATH": path,
+    env = {**os.environ, "FAULT": fault, "FAULT_ONCE": str(mark), "FAULT_LINK": DEVICE, "PATH": path,
            "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
     script = ["benchmarks/fault_rank.py", "--config", str(config)]
     options: dict[str, Any] = {"cwd": ROOT, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
     with open(log, "wb") as out:
         if hosts is None:
-            return [subprocess.Popen([str(BIN / launcher[0]), *launcher[1:], *script], env=env, stdout=out, **options)], log
-        job = {"WORLD_SIZE": "2", "MASTER_ADDR": "10.99.0.1", "MASTER_PORT": "29511", "GLOO_SOCKET_IFNAME": "link0",
+            return [
+                subprocess.Popen([str(BIN / launcher[0]), *launcher[1:], *script], env=env, stdout=out, **options)
+            ], log
+        job = {"WORLD_SIZE": "2", "MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29511", "GLOO_SOCKET_IFNAME": DEVICE,
                "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}  # fmt: skip
         return [
-            subprocess.Popen([*words, sys.executable, *script], env=env | job | {"RANK": str(rank)}, stdout=out, **options)
-            for rank, words in enumerate(hosts)
+            subprocess.Popen(
+                [*host.words, sys.executable, *script], env=env | job | {"RANK": str(rank)}, stdout=out, **options
+            )
+            for rank, host in enumerate(hosts)
         ], log
 
 
@@ -223,22 +214,29 @@ def losses(folder: Path) -> list[tuple[float, float]]:
     return [(row["step"], row.get("loss", row.get("eval_loss"))) for row in rows]
 
 
-def provoke(fault: Fault, engine: str, folder: Path, whole: list[tuple[float, float]]) -> tuple[str, float, str]:
-    """Verdict, seconds from the fault until all had ended (or the run was done), and the line that was said."""
+def provoke(fault: Fault, engine: str, folder: Path, whole: list[tuple[float, float]]) -> tuple[str, str, float, str]:
+    """Verdict, seconds from the fault until it was said and until all had ended (or the run was done), and the line."""
     name = re.sub(r"\W+", "-", f"{fault.number}-{engine}-{fault.words}")
     config = run_file(folder, engine, name, fault.settings)
     with ExitStack() as stack:
-        hosts = stack.enter_context(two_hosts()) if fault.hosts else None
+        hosts = stack.enter_context(two_networks()) if fault.hosts else None
         processes, log = start(fault.launcher, config, fault.words, hosts)
         stack.callback(lambda: [os.kill(pid, signal.SIGKILL) for pid in alive(config)])
         mark = config.with_suffix(".once")
         if not wait(mark.exists, 240):
-            return "the fault did not happen", 0.0, log.read_text()[-300:]
+            return "the fault did not happen", "", 0.0, log.read_text()[-300:]
         if fault.told:
             time.sleep(0.5)
             processes[0].send_signal(fault.told)
-        began = time.monotonic()
-        ended = wait(lambda: not alive(config) and all(p.poll() is not None for p in processes), HEARTBEAT + SLACK + 60)
+        began, named = time.monotonic(), ""
+
+        def over() -> bool:
+            nonlocal named
+            if not named and re.search(fault.said, log.read_text(errors="replace")):
+                named = f"{time.monotonic() - began:.1f}"
+            return not alive(config) and all(p.poll() is not None for p in processes)
+
+        ended = wait(over, HEARTBEAT + SLACK + 60)
         seconds = time.monotonic() - began
     text = log.read_text(errors="replace")
     found = re.search(fault.said, text)
@@ -254,7 +252,7 @@ def provoke(fault: Fault, engine: str, folder: Path, whole: list[tuple[float, fl
             problems.append("does not resume")
     if losses(folder / name) != whole:
         problems.append("other losses")
-    return "; ".join(problems) or "survived", seconds, line
+    return "; ".join(problems) or "survived", named, seconds, line
 
 
 def tested(case: Tested) -> tuple[str, float, str]:
@@ -271,7 +269,7 @@ def main() -> int:
     parser.add_argument("--engines", nargs="+", default=["fsdp2", "zero3"], choices=["fsdp2", "zero3"])
     parser.add_argument("--output", type=Path, help="write the table here too")
     options = parser.parse_args()
-    rows = ["| | fault | engine | verdict | seconds | what was said |", "|---|---|---|---|---:|---|"]
+    rows = ["| | fault | engine | verdict | said, s | ended, s | what was said |", "|---|---|---|---|---:|---:|---|"]
     print("\n".join(rows), flush=True)
     bad = 0
     with tempfile.TemporaryDirectory() as name:
@@ -280,10 +278,11 @@ def main() -> int:
             if options.only and case.number not in options.only:
                 continue
             for engine in options.engines if isinstance(case, Fault) else ["both"]:
+                named = ""
                 if isinstance(case, Tested):
                     verdict, seconds, said = tested(case)
-                elif case.hosts and os.geteuid() != 0:
-                    verdict, seconds, said = "skipped: network namespaces need root", 0.0, ""
+                elif case.hosts and (reason := reason_against()):
+                    verdict, seconds, said = f"skipped: {reason}", 0.0, ""
                 else:
                     if engine not in whole:
                         config = run_file(folder, engine, f"whole-{engine}", {})
@@ -291,15 +290,19 @@ def main() -> int:
                         if processes[0].wait(600):
                             raise SystemExit(log.read_text()[-3000:])
                         whole[engine] = losses(folder / f"whole-{engine}")
-                    verdict, seconds, said = provoke(case, engine, folder, whole[engine])
+                    verdict, named, seconds, said = provoke(case, engine, folder, whole[engine])
                 bad += verdict not in ("survived", "held")
                 said = said.replace("|", "\\|").replace(f"{folder}/", "")
-                rows.append(f"| {case.number} | {case.what} | {engine} | {verdict} | {seconds:.1f} | {said} |")
+                rows.append(
+                    f"| {case.number} | {case.what} | {engine} | {verdict} | {named} | {seconds:.1f} | {said} |"
+                )
                 print(rows[-1], flush=True)
     if options.output:
         words = " ".join(["python benchmarks/faults.py", *sys.argv[1:]])
         head = f"# Faults, provoked\n\n`{words}`; two ranks on one CPU machine, `train.heartbeat_timeout` {HEARTBEAT:g} s. "
-        head += "Seconds: from the fault until every process had ended (F7: until the run was done).\n\n"
+        head += (
+            "Seconds: from the fault until it was said, and until every process had ended (F7: the run was done).\n\n"
+        )
         options.output.write_text(head + "\n".join(rows) + "\n", encoding="utf-8")
     return 1 if bad else 0
 

@@ -12,7 +12,7 @@ from gpu_sides import Side
 from torch import Tensor
 
 from sparselora_dist import selection
-from sparselora_dist.families import base_linear, decoder_layers, geometry
+from sparselora_dist.layouts import base_linear, decoder_layers, geometry
 from sparselora_dist.method.tokens import partition_tokens
 
 TOLERANCE = {torch.float32: (1e-3, 1e-3), torch.bfloat16: (0.25, 0.1)}
@@ -48,9 +48,9 @@ def _dropped(model: Any, kept: dict[int, dict[str, Tensor]], context: Tensor) ->
     fused = {module: module.__dict__.pop("forward") for module in model.modules() if "forward" in module.__dict__}
     for layer in decoder_layers(model):
         chosen = kept.get(layer.index, {})
-        projections: Any = layer.attention
+        projections: Any = layer.module.self_attn
         if "ffn" in chosen:
-            handles.append(layer.mlp.down_proj.register_forward_pre_hook(_before(chosen["ffn"], context)))
+            handles.append(layer.module.mlp.down_proj.register_forward_pre_hook(_before(chosen["ffn"], context)))
         if "qk" in chosen:
             for name, rows in (("q_proj", heads.q_rows(chosen["qk"])), ("k_proj", heads.k_rows(chosen["qk"]))):
                 handles.append(base_linear(getattr(projections, name)).register_forward_hook(_after(rows, context)))

@@ -16,7 +16,6 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from accelerate import init_empty_weights
@@ -25,12 +24,12 @@ from shapes import hf_config, stack
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from sparselora_dist import SparseLoRAConfig, apply_sparselora, families
+from sparselora_dist import SparseLoRAConfig, apply_sparselora
 from sparselora_dist.apply import find_state
 from sparselora_dist.codecs import NF4Codec
 from sparselora_dist.codecs.linear import FrozenLinear
-from sparselora_dist.families import decoder_layers
 from sparselora_dist.io.factors import write_factors
+from sparselora_dist.layouts import decoder_layers
 from sparselora_dist.method.channels import ATTENTION, FFN, SCORED, TRANSPOSED
 from sparselora_dist.plan.shapes import ModelShape
 
@@ -99,7 +98,7 @@ def build(
     if storage != "plain":
         for layer in decoder_layers(model):
             for name in (*ATTENTION, *FFN):
-                parent = layer.attention if name in ATTENTION else layer.mlp
+                parent = layer.module.self_attn if name in ATTENTION else layer.module.mlp
                 make = _nf4_linear if storage == "nf4" else _bitsandbytes_linear
                 setattr(parent, name, make(getattr(parent, name), name in TRANSPOSED, device, dtype))
     if storage == "bitsandbytes":
@@ -220,9 +219,7 @@ def make_pair(
 
 def credit(dense: Any) -> Any:
     """Give plain PEFT LoRA the exact savings too: it runs the LM head, for one, at label positions only."""
-    # The library sparsifies its own NF4 layers and refuses Linear4bit; nothing is replaced here.
-    with mock.patch.object(families, "_problems", lambda *_: iter(())):
-        return apply_sparselora(dense, SparseLoRAConfig.from_dict({"enabled": False}))
+    return apply_sparselora(dense, SparseLoRAConfig.from_dict({"enabled": False}))
 
 
 def plain_copy(sparse: Any, shape: ModelShape, *, device: torch.device, dtype: torch.dtype, length: int) -> Any:

@@ -34,7 +34,7 @@ from gpu_sides import Side, make_batch
 from gpu_timing import free, no_collection, rounded, start_peak, timed
 from shapes import llama
 
-from sparselora_dist.families import decoder_layers
+from sparselora_dist.layouts import decoder_layers
 
 SHAPES = {
     "7b": llama(hidden=4096, width=11008, layers=32, heads=32, kv_heads=32, vocabulary=32000),
@@ -74,7 +74,7 @@ def official_model(model: Any, sparsity: dict[str, dict[int, float]], folder: st
 
     config = model.get_base_model().config
     for layer in decoder_layers(model):
-        number, module, mlp = layer.index, layer.attention, layer.mlp
+        number, module, mlp = layer.index, layer.module.self_attn, layer.module.mlp
         heads = {"num_heads": config.num_attention_heads, "num_key_value_heads": config.num_key_value_heads}
         older = {"hidden_size": config.hidden_size, "rotary_emb": None, "_flash_attn_uses_top_left_mask": False}
         for name, value in (heads | older).items():

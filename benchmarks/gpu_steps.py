@@ -22,7 +22,7 @@ from gpu_timing import free, no_collection, rounded, start_peak, timed
 from shapes import SHAPES
 from torch import Tensor, nn
 
-from sparselora_dist.families import causal_lm
+from sparselora_dist.layouts import causal_lm
 from sparselora_dist.method.tokens import partition_tokens
 from sparselora_dist.train.metrics import flop_model
 

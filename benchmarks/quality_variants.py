@@ -12,11 +12,11 @@ from sparselora_dist.apply import find_state
 from sparselora_dist.codecs.linear import FrozenLinear
 from sparselora_dist.config.sparse import GROUPS
 from sparselora_dist.data import TokenDataset, collate
-from sparselora_dist.families import base_linear
 from sparselora_dist.layers.context import SparseContext
 from sparselora_dist.layers.estimator import AttentionEstimator, FFNEstimator
 from sparselora_dist.layers.ffn import SparseFFN
 from sparselora_dist.layers.linear import AttentionChannels, SparseProjection
+from sparselora_dist.layouts import base_linear
 from sparselora_dist.method.flops import FlopModel, layer_shares
 from sparselora_dist.method.tokens import TokenPartition, partition_tokens
 from sparselora_kernels import kept_count

@@ -27,16 +27,19 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 # The repository keeps its root off sys.path, and with it the folder of the script.
 sys.path.append(str(Path(__file__).resolve().parent))
 
-from faults import ROOT, losses, run_file, start, two_hosts, wait
+from faults import ROOT, losses, run_file, start, wait
+
+from support.networks import DEVICE, Network, two_networks
 
 MTU = 1500
 HEARTBEAT = 30.0
@@ -53,16 +56,16 @@ class Carried:
 
 
 def _tun(space: str) -> int:
-    """A TUN device ``link0`` in a namespace, as a file; this process stays in that namespace."""
+    """A TUN device in a namespace, as a file; this process stays in that namespace."""
     with open(f"/run/netns/{space}") as handle:
         if ctypes.CDLL(None, use_errno=True).setns(handle.fileno(), _CLONE_NEWNET):
             raise OSError(ctypes.get_errno(), f"setns {space}")
     device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
-    fcntl.ioctl(device, _TUNSETIFF, struct.pack("16sH22x", b"link0", _IFF_TUN | _IFF_NO_PI))
+    fcntl.ioctl(device, _TUNSETIFF, struct.pack("16sH22x", DEVICE.encode(), _IFF_TUN | _IFF_NO_PI))
     return device
 
 
-def _carry(spaces: tuple[str, str], delay: float, loss: float, seed: int, ready: Any, carried: Carried) -> None:
+def _carry(spaces: Sequence[str], delay: float, loss: float, seed: int, ready: Any, carried: Carried) -> None:
     """The link itself: a process of its own, until it is ended."""
     ends = [_tun(space) for space in spaces]
     ready.set()
@@ -87,29 +90,18 @@ def _carry(spaces: tuple[str, str], delay: float, loss: float, seed: int, ready:
 
 
 @contextmanager
-def slow_hosts(delay: float, loss: float, seed: int) -> Iterator[tuple[list[list[str]], Carried]]:
-    """Like ``faults.two_hosts``, with a link that delays (seconds, each way) and drops (a share of the packets)."""
-    spaces = (f"sparselora-{os.getpid()}-a", f"sparselora-{os.getpid()}-b")
-    carried, context = Carried(), multiprocessing.get_context("fork")
-    with ExitStack() as stack:
-        for name in spaces:
-            subprocess.run(["ip", "netns", "add", name], check=True, capture_output=True)
-            stack.callback(subprocess.run, ["ip", "netns", "del", name], capture_output=True)
-        ready = context.Event()
-        link = context.Process(target=_carry, args=(spaces, delay, loss, seed, ready, carried), daemon=True)
-        link.start()
-        stack.callback(link.kill)
+def slow_link(first: str, second: str, delay: float, loss: float, seed: int, carried: Carried) -> Iterator[None]:
+    """A link between two namespaces that delays (seconds, each way) and drops (a share of the packets)."""
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    link = context.Process(target=_carry, args=((first, second), delay, loss, seed, ready, carried), daemon=True)
+    link.start()
+    try:
         if not ready.wait(10):
             raise SystemExit("there is no TUN device here: /dev/net/tun")
-        for number, name in enumerate(spaces, 1):
-            ip = ["ip", "-n", name]
-            for words in (
-                ["addr", "add", f"10.99.0.{number}/24", "dev", "link0"],
-                ["link", "set", "link0", "mtu", str(MTU), "up"],
-                ["link", "set", "lo", "up"],
-            ):
-                subprocess.run([*ip, *words], check=True, capture_output=True)
-        yield [["ip", "netns", "exec", name] for name in spaces], carried
+        yield
+    finally:
+        link.kill()
 
 
 def small_model(folder: Path) -> Path:
@@ -126,17 +118,17 @@ def small_model(folder: Path) -> Path:
     return folder
 
 
-def retransmitted(hosts: list[list[str]]) -> int:
+def retransmitted(hosts: Sequence[Network]) -> int:
     """TCP segments that were sent again, on both hosts."""
     count = 0
     for host in hosts:
-        text = subprocess.run([*host, "cat", "/proc/net/snmp"], check=True, capture_output=True, text=True).stdout
+        text = subprocess.run([*host.words, "cat", "/proc/net/snmp"], check=True, capture_output=True, text=True).stdout
         names, values = (line.split() for line in text.splitlines() if line.startswith("Tcp:"))
         count += int(values[names.index("RetransSegs")])
     return count
 
 
-def trained(config: Path, hosts: list[list[str]]) -> float:
+def trained(config: Path, hosts: Sequence[Network]) -> float:
     """Seconds of a run on two hosts."""
     began = time.monotonic()
     processes, log = start((), config, "none all never", hosts)
@@ -173,9 +165,11 @@ def main() -> int:
                 run["model"]["name_or_path"] = str(model)
                 run["sparse_lora"]["layers"] = {"ffn": {"1-2": 0.9}}
                 files[kind].write_text(json.dumps(run))
-            with two_hosts() as hosts:
+            with two_networks() as hosts:
                 clean = trained(files["clean"], hosts)
-            with slow_hosts(options.delay / 1e3, options.loss, options.seed) as (hosts, carried):
+            carried = Carried()
+            link = partial(slow_link, delay=options.delay / 1e3, loss=options.loss, seed=options.seed, carried=carried)
+            with two_networks(link, MTU) as hosts:
                 slow = trained(files["slow"], hosts)
                 again = retransmitted(hosts)
             expected, got = (losses(folder / f"{kind}-{engine}") for kind in ("clean", "slow"))

@@ -25,7 +25,7 @@ from transformers import LlamaForCausalLM
 
 from sparselora_dist import SparseLoRAConfig, apply_sparselora, selection
 from sparselora_dist.apply import find_state
-from sparselora_dist.families import decoder_layers
+from sparselora_dist.layouts import decoder_layers
 from sparselora_dist.method.tokens import partition_tokens
 from sparselora_dist.train.metrics import flop_model
 
@@ -82,7 +82,7 @@ def check(dense: nn.Module, sparse: nn.Module, batch: dict[str, Tensor], toleran
     for layer in decoder_layers(dense):
         kept = selection(sparse).get(layer.index, {}).get("ffn")
         if kept is not None:
-            handles.append(layer.mlp.down_proj.register_forward_pre_hook(_mask(kept, context)))  # type: ignore[union-attr]
+            handles.append(layer.module.mlp.down_proj.register_forward_pre_hook(_mask(kept, context)))  # type: ignore[union-attr]
     step(dense, batch)
     for handle in handles:
         handle.remove()

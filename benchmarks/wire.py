@@ -6,10 +6,13 @@ Two hosts (network namespaces), two ranks on each, the embedded demo model in fp
 twice, with ``SHORT`` and with ``LONG`` steps; a step is the difference by the steps between. Counted is what the link's
 device has sent, headers included (``tx_bytes``), on the host that sends more.
 
-The plan knows what a rank receives (``plan/traffic.py``), not where from. Gloo's algorithms, like NCCL's rings, pass data
-from neighbour to neighbour, and ranks are numbered host by host: of a ring over both hosts one rank's share crosses in each
-direction, however many ranks a host has; an all-reduce between replicas has a ring for each shard of a host. What gloo sends
-for each collective is measured first, since it makes a reduce-scatter of an all-reduce.
+The plan knows what a rank receives (``plan/traffic.py``), not where from. NCCL's rings and gloo's algorithms pass data from
+neighbour to neighbour, and ranks are numbered host by host: of a ring over both hosts one rank's share crosses in each
+direction, however many ranks a host has; an all-reduce between replicas has a ring for each shard of a host. Gloo makes an
+all-reduce of a reduce-scatter and so moves gradients twice: the plan says which bytes those are.
+
+What is left between the plan and the wire is taken apart: one step's collectives are counted on rank 0, and what gloo
+sends for each kind, by byte and by call, is measured first (``wire_rank.py``).
 
 Needs root, for the namespaces.
 """
@@ -30,22 +33,23 @@ from typing import Any
 # The repository keeps its root off sys.path, and with it the folder of the script.
 sys.path.append(str(Path(__file__).resolve().parent))
 
-from faults import ROOT, run_file, two_hosts
+from faults import ROOT, run_file
 
 from sparselora_dist.config import RunConfig
 from sparselora_dist.engines.ranks import free_port
 from sparselora_dist.plan.shapes import find_shape
 from sparselora_dist.plan.storage import checkpointing, configured_scheme, tree_of
 from sparselora_dist.plan.traffic import traffic
+from support.networks import DEVICE, Network, two_networks
 
 SHORT, LONG = 3, 9
 HOSTS, PER_HOST = 2, 2
 WORLD = HOSTS * PER_HOST
 LARGE = 1e6
 """Bytes a step from which the plan must be met."""
-PROBE = 8 << 20
-"""Bytes of the whole tensor of a probed collective."""
-_COUNTER = "/sys/class/net/link0/statistics/tx_bytes"
+RANK = "benchmarks/wire_rank.py"
+IDEAL = {"all-gather/all": 0.75, "reduce-scatter/all": 0.75, "all-reduce/all": 1.5, "all-reduce/pair": 2.0}
+"""A ring's bytes that a host sends per byte of the tensor; of pairs there is one for each rank of a host."""
 # Matrices are sharded, and let go of, as they are in a large model.
 _ZERO = {
     "stage": 3,
@@ -87,18 +91,18 @@ CASES = (
 )
 
 
-def started(hosts: list[list[str]], mapping: Sequence[int], script: list[str], log: Path) -> int:
+def started(hosts: Sequence[Network], mapping: Sequence[int], script: list[str], log: Path) -> int:
     """Bytes that the busier host sent while four ranks ran a script to its end."""
-    before = _sent(hosts)
+    before = [host.counter("tx_bytes") for host in hosts]
     port = str(free_port())
     processes = []
     with open(log, "wb") as out:
         for rank, host in enumerate(mapping):
-            job = {"RANK": str(rank), "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "10.99.0.1", "MASTER_PORT": port,
+            job = {"RANK": str(rank), "WORLD_SIZE": str(WORLD), "MASTER_ADDR": hosts[0].address, "MASTER_PORT": port,
                    "LOCAL_RANK": str(list(mapping[:rank]).count(host)), "LOCAL_WORLD_SIZE": str(PER_HOST),
-                   "GLOO_SOCKET_IFNAME": "link0", "SPARSELORA_NODE": f"host{host}", "OMP_NUM_THREADS": "1",
+                   "GLOO_SOCKET_IFNAME": DEVICE, "SPARSELORA_NODE": f"host{host}", "OMP_NUM_THREADS": "1",
                    "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "1"}  # fmt: skip
-            words = [*hosts[host], sys.executable, *script]
+            words = [*hosts[host].words, sys.executable, *script]
             processes.append(
                 subprocess.Popen(words, cwd=ROOT, env=os.environ | job, stdout=out, stderr=subprocess.STDOUT)
             )
@@ -108,95 +112,49 @@ def started(hosts: list[list[str]], mapping: Sequence[int], script: list[str], l
         finally:
             for process in processes:
                 process.kill()
-    return max(after - start for start, after in zip(before, _sent(hosts)))
+    return max(host.counter("tx_bytes") - start for host, start in zip(hosts, before))
 
 
-def _sent(hosts: list[list[str]]) -> list[int]:
-    return [int(subprocess.run([*host, "cat", _COUNTER], check=True, capture_output=True).stdout) for host in hosts]
-
-
-def probe(path: Path) -> None:
-    """A rank: bytes that this host sends for one collective of each kind over all ranks, as a share of the tensor.
-
-    ``fixed`` is in bytes: of an all-gather of four numbers, so what any collective costs beside its data.
-    """
-    import torch
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo")
-    whole, part = torch.zeros(PROBE // 4), torch.zeros(PROBE // 4 // WORLD)
-    calls = {
-        "all-gather": lambda: dist.all_gather_into_tensor(whole, part),
-        "reduce-scatter": lambda: dist.reduce_scatter_tensor(part, whole),
-        "all-reduce": lambda: dist.all_reduce(whole),
-    }
-    found = {}
-    for name, call in calls.items():
-        call()  # The first one connects.
-        dist.barrier()
-        before = int(Path(_COUNTER).read_text())
-        call()
-        dist.barrier()
-        found[name] = (int(Path(_COUNTER).read_text()) - before) / PROBE
-    tiny, cell = torch.zeros(WORLD), torch.zeros(1)
-    before = int(Path(_COUNTER).read_text())
-    for _ in range(100):
-        dist.all_gather_into_tensor(tiny, cell)
-    dist.barrier()
-    found["fixed"] = (int(Path(_COUNTER).read_text()) - before) / 100
-    if dist.get_rank() == 0:
-        path.write_text(json.dumps(found))
-    dist.destroy_process_group()
-
-
-def planned(config: RunConfig, sent: dict[str, float]) -> tuple[float, float]:
-    """Bytes that a host sends in a step: as the plan counts them, and as gloo sends them."""
+def planned(config: RunConfig) -> tuple[float, float]:
+    """Bytes that a host sends in a step by the plan: over NCCL's rings, and by gloo."""
     shape = find_shape(config.model.name_or_path)
     scheme = configured_scheme(config, shape, WORLD)
     tree = tree_of(shape, config, scheme)
-    steps = config.train.gradient_accumulation_steps
-    moved = traffic(tree, scheme, checkpointing(config), steps)
-    over_both = sum(received for ranks, received in moved.wire.items() if ranks > PER_HOST)
-    across = moved.across * min(scheme.shards, PER_HOST)
-    if not over_both:
-        return across, across
-    trained = [p for p in tree.parameters() if p.trainable]
-    if scheme.engine == "zero3":
-        reduced = steps * sum(map(scheme.gathered_bytes, trained))
-    else:
-        reduced = 4 * sum(map(scheme.whole, trained))
-    share = (WORLD - 1) / WORLD
-    as_sent = (over_both - share * reduced) / share * sent["all-gather"] + reduced * sent["reduce-scatter"]
-    return over_both + across, as_sent + across
+    moved = traffic(tree, scheme, checkpointing(config), config.train.gradient_accumulation_steps)
+
+    def crossing(found: dict[int, float]) -> float:
+        return sum(received for ranks, received in found.items() if ranks > PER_HOST)
+
+    rings = crossing(moved.wire) + moved.across * min(scheme.shards, PER_HOST)
+    return rings, rings + crossing(moved.reduced)
+
+
+def counted(calls: dict[str, list[int]], sent: dict[str, list[float]]) -> tuple[int, float]:
+    """Collectives of a step between the hosts, and the bytes that a host sends for them."""
+    between = {kind: found for kind, found in calls.items() if not kind.endswith("/inside")}
+    number = sum(count for count, _ in between.values())
+    return number, sum(sent[kind][0] * size + sent[kind][1] * count for kind, (count, size) in between.items())
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", help="layouts, such as hsdp")
     parser.add_argument("--output", type=Path, help="write the tables here too")
-    parser.add_argument("--probe", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.probe:
-        probe(options.probe)
-        return 0
     bad = 0
-    with tempfile.TemporaryDirectory() as name, two_hosts() as hosts:
+    with tempfile.TemporaryDirectory() as name, two_networks() as hosts:
         folder = Path(name)
-        started(hosts, CASES[0].mapping, [str(Path(__file__)), "--probe", str(folder / "probe")], folder / "log")
+        started(hosts, CASES[0].mapping, [RANK, "probe", str(folder / "probe")], folder / "log")
         sent = json.loads((folder / "probe").read_text())
-        fixed = sent.pop("fixed")
-        ideal = {"all-gather": 0.75, "reduce-scatter": 0.75, "all-reduce": 1.5}
-        text = [
-            "| collective over 4 ranks, bytes a host sends per byte of the tensor | gloo | a ring |",
-            "|---|---:|---:|",
-        ]
-        text += [f"| {kind} | {share:.3f} | {ideal[kind]:.3f} |" for kind, share in sent.items()]
-        text += [
-            "",
-            f"Beside its data a collective costs {fixed / 1e3:.1f} kB: headers, acknowledgements, gloo's own messages.",
-        ]
-        text += ["", "| layout | a host sends, MB a step | plan, MB | ratio | as gloo sends, MB | ratio | |"]
-        text += ["|---|---:|---:|---:|---:|---:|---|"]
+        text = ["| collective | gloo: bytes a host sends per byte of the tensor | a ring | and per call, kB |"]
+        text += ["|---|---:|---:|---:|"]
+        for kind, ideal in IDEAL.items():
+            share, fixed = sent[kind]
+            words = kind.replace("/all", f", {WORLD} ranks").replace("/pair", f", {PER_HOST} pairs")
+            text.append(f"| {words} | {share:.3f} | {ideal:.3f} | {fixed / 1e3:.1f} |")
+        text += ["", "| layout | a host sends, MB a step | plan, NCCL | plan, gloo | measured / plan, gloo | |"]
+        text[-1] += " collectives counted | they cost | measured / that |"
+        text += ["|---|---:|---:|---:|---:|---|---:|---:|---:|"]
         print("\n".join(text), flush=True)
         for number, case in enumerate(CASES):
             if options.only and case.name not in options.only:
@@ -210,16 +168,17 @@ def main() -> int:
                 run["sparse_lora"]["start_step"] = 0
                 run["engine"] = case.engine
                 path.write_text(json.dumps(run))
-                words = ["launch/train.py", "--config", str(path)]
+                words = [RANK, "count", str(folder / "calls"), "--config", str(path)]
                 bytes_of[steps] = started(hosts, case.mapping, words, folder / "log")
             measured = (bytes_of[LONG] - bytes_of[SHORT]) / (LONG - SHORT)
-            plan, as_sent = planned(RunConfig.from_file(path), sent)
-            within = abs(measured / as_sent - 1) <= 0.1
-            verdict = ("within 10 %" if within else "NO") if as_sent >= LARGE else "small"
+            rings, plan = planned(RunConfig.from_file(path))
+            calls, cost = counted(json.loads((folder / "calls").read_text()), sent)
+            within = abs(measured / plan - 1) <= 0.1
+            verdict = ("within 10 %" if within else "NO") if plan >= LARGE else "small"
             bad += verdict == "NO"
             text.append(
-                f"| {case.name} | {measured / 1e6:.3f} | {plan / 1e6:.3f} | {measured / plan:.3f} | {as_sent / 1e6:.3f} "
-                f"| {measured / as_sent:.3f} | {verdict} |"
+                f"| {case.name} | {measured / 1e6:.3f} | {rings / 1e6:.3f} | {plan / 1e6:.3f} | {measured / plan:.3f} "
+                f"| {verdict} | {calls} | {cost / 1e6:.3f} | {measured / cost:.3f} |"
             )
             print(text[-1], flush=True)
     if options.output:

@@ -62,9 +62,9 @@ def test_nothing_imports_the_package_that_hands_out_everything() -> None:
     ("file", "line"),
     [
         ("method/flops.py", "from ..io.load import load_base"),
-        ("families.py", "def f():\n    from .layers import ffn"),
+        ("layouts/ffn.py", "def f():\n    from ..layers import ffn"),
         ("engines/zero3.py", "import sparselora_dist.apply.model"),
-        ("codecs/base.py", "if TYPE_CHECKING:\n    from ..families import DecoderLayer"),
+        ("codecs/base.py", "if TYPE_CHECKING:\n    from ..layouts import DecoderLayer"),
         ("quality/probe.py", "import importlib\nimportlib.import_module('sparselora_dist.train.run')"),
     ],
 )

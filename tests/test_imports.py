@@ -21,7 +21,7 @@ MAX_LINES = 320
 def test_the_reader_sees_every_form() -> None:
     """``import a.b``, ``from .a import b``, ``from ..a import b``, imports inside functions."""
     found = set(imports(ROOT / "sparselora_dist" / "io" / "factors.py"))
-    assert {"torch.distributed", "sparselora_dist.families", "sparselora_dist.io.manifest", "hashlib"} <= found
+    assert {"torch.distributed", "sparselora_dist.layouts", "sparselora_dist.io.manifest", "hashlib"} <= found
     assert "sparselora_kernels.reference.score" in set(imports(ROOT / "kernels" / "reference" / "__init__.py"))
     assert "sparselora_dist.train.run" in set(imports(ROOT / "launch" / "train.py"))
 

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch import nn
 
 from ..config.sparse import SparseLoRAConfig
-from ..families import causal_lm
 from ..io.factors import FactorSet, Matrix, load_or_build
 from ..io.weights import WeightSource
+from ..layouts import causal_lm
 from ..method.channels import SCORED
 
 _ARCHITECTURE_KEYS = (

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from ..codecs import PlainCodec
 from ..codecs.linear import FrozenLinear
-from ..families import causal_lm, decoder_layers
 from ..layers.estimator import AttentionEstimator, FFNEstimator
 from ..layers.lora import cannot_merge, merge_by_layout, set_base_linear
-from ..method.channels import ATTENTION, FFN
+from ..layouts import causal_lm, decoder_layers
 
 
 def _check(model: nn.Module) -> None:
@@ -59,10 +58,10 @@ class _Unload(_Override):
         _check(self.model)
         self.remove_sparselora(self.model)
         for layer in decoder_layers(self.model):
-            for name in (*ATTENTION, *FFN):
+            for name in layer.names:
                 linear = layer.matrix(name)
                 if isinstance(linear, FrozenLinear):  # As the model was loaded, without ever having been sparse.
-                    set_base_linear(layer.attention if name in ATTENTION else layer.mlp, name, linear.plain())
+                    set_base_linear(*layer.slot(name), linear.plain())
         return super().__call__(merge, *args, **kwargs)
 
 

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..config.sparse import SparseLoRAConfig
-from ..families import DecoderLayer, base_linear, causal_lm, check_causal, decoder_layers, geometry
+from ..config.ranges import AUTO
+from ..config.sparse import GROUPS, SparseLoRAConfig
 from ..io.factors import FactorSet
 from ..io.weights import ModelWeights, WeightSource
 from ..layers.context import SparseContext
 from ..layers.hooks import BeginHook, FinishHook, LayerHook, OuterBeginHook, OuterFinishHook
 from ..layers.last_layer import trim
 from ..layers.logits import pack_logits
+from ..layouts import (
+    DecoderLayer,
+    UnsupportedModelError,
+    base_linear,
+    causal_lm,
+    check_causal,
+    check_known,
+    decoder_layers,
+)
 from ..sharding.parameters import is_dtensor, is_initialized_zero3, is_zero3
 from ..sharding.units import mark_unit, unmark_unit
 from ..sync.masks import MaskSync
@@ -22,6 +32,8 @@ from .factors import estimator_factors
 from .merging import merge_as_the_family
 from .replace import check_frozen, fuse_branches, replace_attention, replace_ffn, restore
 from .state import STATE, SparseState, find_state, state_of
+
+log = logging.getLogger(__name__)
 
 
 def apply_sparselora(
@@ -61,16 +73,14 @@ def apply_sparselora(
     layers = decoder_layers(model)
     check_causal(model)
     _check_one_device(layers)
-    sparsity = config.sparsity(len(layers))
-    if not config.enabled:
-        sparsity = {}
+    if config.enabled:
+        check_known(model, layers)
+    sparsity = _sparsity(config, layers) if config.enabled else {}
     active = {group: by_layer for group, by_layer in sparsity.items() if by_layer}
     for layer in layers:
         check_frozen(layer, active)
-    heads = geometry(model)
-    width = layers[0].matrix("gate_proj").out_features
     context = SparseContext(
-        MaskSync(config.mask_sync, max(width, 4 * heads.qk_channels), process_group, timeout),
+        MaskSync(config.mask_sync, max(map(_sums, layers)), process_group, timeout),
         config.start_step,
         config.end_step,
         config.interval,
@@ -91,23 +101,25 @@ def apply_sparselora(
 
 def _apply(model: nn.Module, layers: list[DecoderLayer], state: SparseState, factors: FactorSet) -> None:
     """Change the model; ``state`` says at any time what has been done."""
-    context, config, heads = state.context, state.config, geometry(model)
+    context, config = state.context, state.config
     sparse = {index for by_layer in state.sparsity.values() for index in by_layer}
     for layer in layers:
         replace_ffn(layer, state, factors)
-        replace_attention(layer, state, factors, heads)
+        replace_attention(layer, state, factors)
     for layer in layers:
         fuse_branches(layer, state)
     for module in _units(model, layers):
         mark_unit(module)
     last = layers[-1]
     state.handles += pack_logits(causal_lm(model), context)
-    if config.skip_unused_logits:
-        state.handles += trim(last.index, (last.attention.q_proj, last.attention.o_proj, last.mlp), context)
+    # Anew: its FFN may be another module now.
+    trims = decoder_layers(model)[-1].trims if config.skip_unused_logits else ()
+    if trims:
+        state.handles += trim(last.index, trims, context)
     for layer in layers:
-        if layer.index in sparse or (layer is last and config.skip_unused_logits):
+        if layer.index in sparse or (layer is last and trims):
             hook = LayerHook(context, layer.index, required=layer.index in sparse)
-            state.handles.append(layer.input_norm.register_forward_pre_hook(hook))
+            state.handles.append(layer.entry.register_forward_pre_hook(hook, with_kwargs=True))
     state.handles += merge_as_the_family(model, remove_sparselora)
     # PEFT's wrapper hands on to the inner model; whichever of the two is called first opens the micro-batch.
     for entry in {id(m): m for m in (model, causal_lm(model))}.values():
@@ -116,6 +128,35 @@ def _apply(model: nn.Module, layers: list[DecoderLayer], state: SparseState, fac
         state.handles.append(entry.register_forward_hook(finish(context), always_call=True))
         setattr(entry, STATE, state)
         state.entries.append(entry)
+
+
+def _sparsity(config: SparseLoRAConfig, layers: list[DecoderLayer]) -> dict[str, dict[int, float]]:
+    """What ``config`` says of these layers.
+
+    Raises:
+        UnsupportedModelError: it names a layer that has no such group.
+    """
+    able = {group: [layer.index for layer in layers if group not in layer.missing] for group in GROUPS}
+    sparsity = config.sparsity(len(layers), able)
+    for group in GROUPS:
+        left = [layer for layer in layers if group in layer.missing]
+        if left and AUTO in config.layers.get(group, {}):
+            numbers = ", ".join(str(layer.index) for layer in left)
+            log.info("%s stays dense in layers %s: %s", group, numbers, left[0].missing[group])
+    for group, by_layer in sparsity.items():
+        unable = [index for index in by_layer if group in layers[index].missing]
+        if unable:
+            raise UnsupportedModelError(
+                f"sparse_lora.layers.{group} names layer {unable[0]}, but {layers[unable[0]].missing[group]}. "
+                f"Layers that can: {', '.join(map(str, able[group])) or 'none'}"
+            )
+    return sparsity
+
+
+def _sums(layer: DecoderLayer) -> int:
+    """The most score sums that the layer sends at once."""
+    width: int = layer.matrix("gate_proj").out_features if layer.ffn else 0
+    return max(width, 4 * layer.attention.heads.qk_channels if layer.attention else 0)
 
 
 def _undo(model: nn.Module, layers: list[DecoderLayer], state: SparseState) -> None:

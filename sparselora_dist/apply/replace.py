@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from sparselora_kernels import kept_count
 
 from ..codecs.linear import FrozenLinear
-from ..families import DecoderLayer, base_linear
 from ..io.factors import FactorSet
 from ..layers.estimator import AttentionEstimator, FFNEstimator
 from ..layers.ffn import SparseFFN
 from ..layers.joined import JoinedLoRA
 from ..layers.linear import AttentionChannels, SparseProjection
 from ..layers.lora import PLAIN_ONLY, fuse_lora, merge_by_layout, set_base_linear, unfuse_lora
-from ..method.channels import ATTENTION, FFN, SCORED, TRANSPOSED, HeadGeometry
+from ..layouts import DecoderLayer, UnsupportedModelError, base_linear
+from ..method.channels import ATTENTION, FFN, SCORED, TRANSPOSED
 from ..sharding.parameters import full_tensor, is_dtensor, shard_like
 from .state import SparseState
 
@@ -33,9 +33,10 @@ def check_frozen(layer: DecoderLayer, active: dict[str, dict[int, float]]) -> No
     if any(layer.index in active.get(group, {}) for group in ("qk", "vo")):
         names += ATTENTION
     for name in names:
-        linear = layer.matrix(name)
-        parent = getattr(layer.attention if name in ATTENTION else layer.mlp, name)
+        linear, parent = layer.matrix(name), layer.linear(name)
         where = f"layers.{layer.index}.{name}"
+        if type(linear) is not nn.Linear and not isinstance(linear, FrozenLinear):
+            raise UnsupportedModelError(f"{where} is a {type(linear).__name__}, expected torch.nn.Linear")
         if is_dtensor(_first_part(linear)):
             raise ValueError(
                 f"{where} is already sharded by FSDP2: call apply_sparselora before fully_shard, so that the factors "
@@ -76,15 +77,19 @@ def replace_ffn(layer: DecoderLayer, state: SparseState, factors: FactorSet) -> 
     sparsity = state.sparsity.get("ffn", {}).get(layer.index)
     if sparsity is None:
         return
-    mlp = layer.mlp
+    ffn = layer.ffn
+    assert ffn is not None
+    mlp = ffn.module
     estimator = FFNEstimator(
         _on_device(factors, layer, "gate_proj"),
         _on_device(factors, layer, "up_proj"),
-        mlp.act_fn,
+        ffn.activation,
     )
     shard_like(estimator.parameters(), _first_part(layer.matrix("down_proj")))
     sparse = SparseFFN(
         mlp,
+        ffn.names,
+        ffn.activation,
         estimator=estimator,
         context=state.context,
         layer=layer.index,
@@ -93,13 +98,13 @@ def replace_ffn(layer: DecoderLayer, state: SparseState, factors: FactorSet) -> 
     )
     for name in FFN:
         original: nn.Linear = layer.matrix(name)
-        set_base_linear(sparse, name, _freeze(original, transposed=name in TRANSPOSED))
-        state.linears.append((sparse, name, original))
-    state.mlps.append((layer.module, mlp))
-    layer.module.mlp = sparse
+        set_base_linear(sparse, ffn.names[name], _freeze(original, transposed=name in TRANSPOSED))
+        state.linears.append((sparse, ffn.names[name], original))
+    state.mlps.append((ffn.parent, ffn.attribute, mlp))
+    setattr(ffn.parent, ffn.attribute, sparse)
 
 
-def replace_attention(layer: DecoderLayer, state: SparseState, factors: FactorSet, heads: HeadGeometry) -> None:
+def replace_attention(layer: DecoderLayer, state: SparseState, factors: FactorSet) -> None:
     """Put :class:`SparseProjection` where the configuration has some, and their estimator beside them."""
     sparsity = {
         group: state.sparsity[group][layer.index]
@@ -108,12 +113,15 @@ def replace_attention(layer: DecoderLayer, state: SparseState, factors: FactorSe
     }
     if not sparsity:
         return
+    attention = layer.attention
+    assert attention is not None
+    heads = attention.heads
     scored = [name for group in sparsity for name in SCORED[group]]
     estimator = AttentionEstimator({name: _on_device(factors, layer, name) for name in scored}, heads)
     shard_like(estimator.parameters(), _first_part(layer.matrix("q_proj")))
-    layer.attention.add_module(_ESTIMATOR, estimator)
-    state.attentions.append(layer.attention)
-    counts = heads.channel_counts(layer.matrix("gate_proj").out_features)
+    attention.module.add_module(_ESTIMATOR, estimator)
+    state.attentions.append(attention.module)
+    counts = {"qk": heads.qk_channels, "vo": heads.vo_channels}
     keep = {group: kept_count(counts[group], s) for group, s in sparsity.items()}
     channels = AttentionChannels(state.context, layer.index, estimator, keep)
     roles: Iterable[Any] = ("q", "k") * ("qk" in sparsity) + ("v", "o") * ("vo" in sparsity)
@@ -121,14 +129,17 @@ def replace_attention(layer: DecoderLayer, state: SparseState, factors: FactorSe
         name = f"{role}_proj"
         original: nn.Linear = layer.matrix(name)
         frozen = _freeze(original, transposed=name in TRANSPOSED)
-        set_base_linear(layer.attention, name, SparseProjection(frozen, role=role, channels=channels))
-        state.linears.append((layer.attention, name, original))
+        own = attention.names[name]
+        set_base_linear(attention.module, own, SparseProjection(frozen, role=role, channels=channels))
+        state.linears.append((attention.module, own, original))
 
 
 def fuse_branches(layer: DecoderLayer, state: SparseState) -> None:
     """Compute base and LoRA branch of the layer's matrices together."""
-    for parent, names in ((layer.attention, ATTENTION), (layer.module.mlp, FFN)):
-        linears = [getattr(parent, name) for name in names]
+    for part, names in ((layer.attention, ATTENTION), (layer.ffn, FFN)):
+        if part is None:
+            continue
+        linears = [getattr(part.module, part.names[name]) for name in names]
         for linear in linears:
             merge_by_layout(linear)
         fused = [linear for linear in linears if fuse_lora(linear, merge=state.config.merge_lora)]
@@ -150,11 +161,12 @@ def restore(state: SparseState) -> None:
             original.weight = stored
         original.train(sparse.training)
         set_base_linear(parent, name, original)
-    for module, mlp in state.mlps:
-        mlp.train(module.training)
-        for name in FFN:  # An adapter may have come, or gone, meanwhile.
-            setattr(mlp, name, getattr(module.mlp, name))
-        module.mlp = mlp
+    for parent, attribute, mlp in state.mlps:
+        sparse = getattr(parent, attribute)
+        mlp.train(sparse.training)
+        for name in sparse.family_names.values():  # An adapter may have come, or gone, meanwhile.
+            setattr(mlp, name, getattr(sparse, name))
+        setattr(parent, attribute, mlp)
     for layer in state.fused:
         unfuse_lora(layer)
     for attention in state.attentions:

@@ -27,8 +27,8 @@ class SparseState:
     handles: list[Any] = field(default_factory=list)
     linears: list[tuple[nn.Module, str, nn.Linear]] = field(default_factory=list)
     """(parent, name, original) of every frozen linear that was replaced."""
-    mlps: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)
-    """(decoder layer, original MLP)."""
+    mlps: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
+    """(parent, name, original) of every FFN that was replaced."""
     attentions: list[nn.Module] = field(default_factory=list)
     """Attention modules that were given an estimator."""
     fused: list[nn.Module] = field(default_factory=list)

@@ -13,10 +13,10 @@ from ..config import ConfigError, RunConfig
 from ..config.engine import EngineSection
 from ..data import collate, load_dataset_tokens, padding_id
 from ..engines import make_engine
-from ..families import causal_lm
 from ..io.adapter import is_adapted
 from ..io.factors import write_factors
 from ..io.load import check_model, load_base, load_tokenizer
+from ..layouts import causal_lm
 from ..method.channels import SCORED
 from ..method.estimator import low_rank_factors
 from ..train.moments import second_moments

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Mapping
 from dataclasses import field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -50,8 +51,9 @@ class SparseLoRAConfig(Section):
     layers: Annotated[dict[str, dict[str, float]], BeforeValidator(_check_layers), _LAYERS] = field(
         default_factory=dict
     )
-    """Per channel group (``ffn``, ``qk``, ``vo``): layer ranges (``"5"``, ``"3-30"``, ``"14-19,21-23"``, ends included)
-    and their sparsity in [0, 1), the share of channels left out. Layers that are not named are dense."""
+    """Per channel group (``ffn``, ``qk``, ``vo``): layer ranges (``"5"``, ``"3-30"``, ``"14-19,21-23"``, ends included;
+    ``"auto"`` is every layer that can) and their sparsity in [0, 1), the share of channels left out. Layers that are not
+    named are dense."""
 
     start_step: Step = 0.0
     """Training is dense before this. A float is a fraction of the run in [0, 1]; an int is a step number."""
@@ -112,13 +114,19 @@ class SparseLoRAConfig(Section):
         """``from_file`` for a file whose name ends in ``.yaml`` or ``.yml``."""
         return cls.from_file(path, ".yaml", ".yml")
 
-    def sparsity(self, num_layers: int) -> dict[str, dict[int, float]]:
+    def sparsity(
+        self, num_layers: int, able: Mapping[str, Collection[int]] | None = None
+    ) -> dict[str, dict[int, float]]:
         """``{group: {layer: sparsity}}`` for a model with ``num_layers`` layers, with all three groups as keys.
 
-        What ``layers`` says, whether ``enabled`` or not. A range that the model does not have is a ConfigError.
+        What ``layers`` says, whether ``enabled`` or not. A range that the model does not have is a ConfigError. ``able``
+        are the layers by group that ``"auto"`` stands for, by default all.
         """
         at = f"{self.PATH}.layers"
-        return {group: resolve_ranges(self.layers.get(group, {}), num_layers, f"{at}.{group}") for group in GROUPS}
+        return {
+            group: resolve_ranges(self.layers.get(group, {}), num_layers, f"{at}.{group}", (able or {}).get(group))
+            for group in GROUPS
+        }
 
 
 def from_official(path: str | os.PathLike[str], mode: str = "o1") -> SparseLoRAConfig:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import datetime
+import logging
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
+
+log = logging.getLogger(__name__)
+
+_PATIENCE = 30.0
+"""Seconds until it is said which ranks have not begun; then twice as many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,12 +25,35 @@ class Place:
     host: str
 
 
-def exchange(store: dist.Store, mine: Place, world_size: int) -> list[Place]:
-    """Every rank's place, by the launcher's rank, through the store: before there is a process group."""
+def exchange(store: dist.Store, mine: Place, world_size: int, timeout: float) -> list[Place]:
+    """Every rank's place, by the launcher's rank, through the store: before there is a process group.
+
+    Args:
+        timeout: seconds that the ranks are waited for. Who has not begun is said long before.
+
+    Raises:
+        TimeoutError: not all have begun; they are named, and the hosts of those that have.
+    """
     store.set(f"host/{mine.rank}", mine.host)
     keys = [f"host/{rank}" for rank in range(world_size)]
-    store.wait(keys)
-    return [Place(rank, store.get(key).decode()) for rank, key in enumerate(keys)]
+    began, waits = time.monotonic(), _PATIENCE
+    while True:
+        left = timeout - (time.monotonic() - began)
+        try:
+            store.wait(keys, datetime.timedelta(seconds=max(min(waits, left), 0.1)))
+            return [Place(rank, store.get(key).decode()) for rank, key in enumerate(keys)]
+        except dist.DistStoreError:
+            there = [rank for rank, key in enumerate(keys) if store.check([key])]
+        waited = time.monotonic() - began
+        away = ", ".join(str(rank) for rank in range(world_size) if rank not in there)
+        counts = Counter(store.get(keys[rank]).decode().split("/")[0] for rank in there)
+        hosts = ", ".join(f"{count} on {host}" for host, count in counts.items())
+        said = f"{len(there)} of {world_size} ranks have begun ({hosts}); for {waited:.0f} s not rank {away}"
+        if waited >= timeout:
+            raise TimeoutError(f"{said}: see what its launcher says, or whether that host reaches this one")
+        waits *= 2
+        if mine.rank == there[0]:
+            log.warning("%s (waiting for %.0f s, train.ddp_timeout)", said, timeout)
 
 
 def by_host(places: Sequence[Place]) -> list[int]:

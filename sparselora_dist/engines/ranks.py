@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 
 from ..launchers import LaunchError, Start, find_start, node_name
+from ..process import SaidElsewhere
 from ..sync.everyone import everyone
 from ..sync.heartbeat import Heartbeat
+from ..sync.processes import first_of_host
 from .hosts import Place, by_host, exchange
 
 log = logging.getLogger(__name__)
@@ -149,6 +151,7 @@ def start_distributed(ranks: Ranks, timeout: float, heartbeat_timeout: float = 0
 
     Raises:
         LaunchError: nobody says where the ranks meet.
+        TimeoutError: some ranks have not begun; they are named. Said once a host.
         ValueError: two ranks have the same GPU.
     """
     if dist.is_initialized():
@@ -168,7 +171,13 @@ def start_distributed(ranks: Ranks, timeout: float, heartbeat_timeout: float = 0
         env["MASTER_PORT"] = str(free_port())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store = _open_store(ranks, timeout, "group")
-    places = exchange(store, Place(ranks.rank, node_name()), ranks.world_size)
+    address = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
+    try:
+        places = exchange(store, Place(ranks.rank, node_name()), ranks.world_size, timeout)
+    except TimeoutError as error:
+        if not first_of_host(address):
+            raise SaidElsewhere(1) from error
+        raise
     order = by_host(places)
     rank = order.index(ranks.rank)
     hosts = tuple(places[old].host for old in order)
@@ -183,7 +192,6 @@ def start_distributed(ranks: Ranks, timeout: float, heartbeat_timeout: float = 0
     )
     if torch.cuda.is_available():
         refuse_shared_gpus()
-    address = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
     if rank == 0 and ranks.world_size > 1:
         count = len(set(hosts))
         moved = "" if order == list(range(len(order))) else ", numbered anew host by host"
@@ -206,7 +214,7 @@ def _open_store(ranks: Ranks, timeout: float, purpose: str, client: bool = False
         None if client else ranks.world_size,
         ranks.rank == 0 and not kept_by_agent and not client,
         datetime.timedelta(seconds=timeout),
-        wait_for_workers=not client and not kept_by_agent,
+        wait_for_workers=False,
         multi_tenant=True,
     )
     start = env.get("TORCHELASTIC_RESTART_COUNT", "0")

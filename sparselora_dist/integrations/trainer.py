@@ -10,9 +10,11 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ..apply import find_state
+from ..apply import apply_sparselora, find_state
+from ..config.sparse import SparseLoRAConfig
 from ..layers.context import SparseContext
 from ..layers.ffn import SparseFFN
+from ..sync.everyone import everyone
 
 _ALL = "all"
 """In the place of a rank, where every rank keeps the same masks."""
@@ -24,9 +26,14 @@ class SparseLoRACallback(TrainerCallback, ExportableState):
     Logs ``sparsity/active`` (whether the step's forwards were sparse) and ``sparsity/context_share`` with the Trainer's
     own metrics. Masks that are being kept (``interval`` > 1) are in the Trainer's checkpoints, in
     ``trainer_state.json``, and a run that resumes goes on with them.
+
+    Args:
+        config: where a program builds model and Trainer itself and takes callbacks only: :func:`apply_sparselora` is called
+            on its model when the Trainer is there, before training begins.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, config: SparseLoRAConfig | None = None) -> None:
+        self._config = config
         self.held: dict[str, dict[str, str]] = {}
         """What a checkpoint keeps: rank (or ``all``) -> ``layer.group.step`` -> channels, parted by spaces."""
         self._saved_context: SparseContext | None = None
@@ -37,6 +44,10 @@ class SparseLoRACallback(TrainerCallback, ExportableState):
         if context is not None and (context.sync.mode == "global" or _ranks() == 1):
             self.held = {_ALL: _written(context)}
         return {"args": {}, "attributes": {"held": self.held}}
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._config is not None and find_state(kwargs["model"]) is None:
+            apply_sparselora(kwargs["model"], self._config)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -68,9 +79,7 @@ class SparseLoRACallback(TrainerCallback, ExportableState):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         context = self._context(kwargs["model"])
         if control.should_save and context.interval > 1 and context.sync.mode != "global" and _ranks() > 1:
-            everyone: list[Any] = [None] * _ranks()
-            dist.all_gather_object(everyone, _written(context))
-            self.held = {str(rank): masks for rank, masks in enumerate(everyone)}
+            self.held = {str(rank): masks for rank, masks in enumerate(everyone(_written(context)))}
 
     on_epoch_end = on_step_end
 

@@ -1,8 +1,9 @@
 """Estimator factors: built once per base model, rank and choice of layers, spread over ranks, cached, verified.
 
 A factor file is safetensors: ``<matrix>.a`` (r, in) and ``<matrix>.b`` (out, r) with the matrix named as in
-:func:`sparselora_dist.families.matrix_name`. Its metadata holds the model it was built from, the rank, the dtype, a
-fingerprint of every matrix and a SHA-256 over the tensors. A file that does not match the model is refused by name.
+:func:`sparselora_dist.layouts.matrix_name`. Its metadata holds the model it was built from, the rank, the dtype, a
+fingerprint of every matrix, a SHA-256 over the tensors, and one over each matrix's pair and that matrix's fingerprint. A
+file that does not match the model is refused by name.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..families import matrix_name
+from ..layouts import matrix_name
 from ..method.estimator import low_rank_factors
 from ..sharding.placement import OtherRankError
+from ..sync.everyone import everyone
 from .manifest import CorruptFileError, publish, read_safetensors, tensors_sha256
 from .shard_files import is_finite
 from .weights import WeightSource
@@ -127,8 +129,8 @@ def _marks(
     if weights.collective or len(ranks) == 1:
         return {matrix: weights.mark(*matrix) for matrix in matrices}
     own = matrices[ranks.index(dist.get_rank()) :: len(ranks)]
-    everyone = _together(lambda: {matrix: weights.mark(*matrix) for matrix in own}, ranks, group)
-    return {matrix: mark for marks in everyone for matrix, mark in marks.items()}
+    found = _together(lambda: {matrix: weights.mark(*matrix) for matrix in own}, ranks, group)
+    return {matrix: mark for marks in found for matrix, mark in marks.items()}
 
 
 def _together(work: Callable[[], Any], ranks: Sequence[int], group: dist.ProcessGroup | None) -> list[Any]:
@@ -144,9 +146,7 @@ def _together(work: Callable[[], Any], ranks: Sequence[int], group: dist.Process
     except Exception as problem:
         error = problem
     mine = None if error is None else str(error) or type(error).__name__, result
-    told: list[Any] = [mine] * len(ranks)
-    if len(ranks) > 1:
-        dist.all_gather_object(told, mine, group=group)
+    told = everyone(mine, group) if len(ranks) > 1 else [mine]
     if error is not None:
         raise error
     for rank, (message, _) in zip(ranks, told):
@@ -183,11 +183,19 @@ def write_factors(
         "dtype": _name(next(iter(tensors.values())).dtype),
         "fingerprints": json.dumps({matrix_name(*matrix): fingerprints[matrix] for matrix in factors}),
         "sha256": tensors_sha256(tensors),
+        "pairs": json.dumps(
+            {matrix_name(*matrix): _pair(fingerprints[matrix], *factors[matrix]) for matrix in factors}
+        ),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     save_file(tensors, temporary, metadata)
     publish(temporary, path)
+
+
+def _pair(mark: str, a: Tensor, b: Tensor) -> str:
+    """Binds two factors to the matrix of that fingerprint: of equal shapes, those of another would fit as well."""
+    return tensors_sha256({f"{mark}.a": a, f"{mark}.b": b})
 
 
 def read_factors(
@@ -225,6 +233,7 @@ def read_factors(
     if "fingerprints" not in metadata:
         raise CorruptFileError(f"{path} is not a whole factor file: its metadata has no 'fingerprints'")
     built_from = json.loads(metadata["fingerprints"])
+    pairs = json.loads(metadata.get("pairs", "{}"))  # Files of before have none.
     found: FactorSet = {}
     for matrix in matrices:
         name = matrix_name(*matrix)
@@ -236,6 +245,11 @@ def read_factors(
                 "sparse_lora.factors to build matching ones"
             )
         found[matrix] = tensors[f"{name}.a"], tensors[f"{name}.b"]
+        if pairs and pairs.get(name) != _pair(fingerprints[matrix], *found[matrix]):
+            raise CorruptFileError(
+                f"{path}: the factors under the name {name} are not those that were built from that matrix. Delete the "
+                "file; it will be built again"
+            )
     if stray := sorted(tensors.keys() - {f"{name}.{side}" for name in built_from for side in "ab"}):
         raise FactorMismatchError(f"{path}: {stray[0]!r} is no factor: it names no matrix that the file was built from")
     return found

@@ -19,15 +19,15 @@ from ..codecs import Codec, codec_of
 from ..codecs.linear import FrozenLinear
 from ..config.quantization import QuantizationSection
 from ..config.run import ModelSection
-from ..families import check_family, decoder_layers
-from ..method.channels import ATTENTION, FFN, TRANSPOSED
+from ..layouts import check_known, check_run, decoder_layers
+from ..method.channels import TRANSPOSED
 from ..sharding.placement import OtherRankError, Placement
 from .manifest import CorruptFileError
 from .memory import check_fits, peak_bytes, trim_heap
 from .prequantized import check_quantization_config, prequantized, stored_codec
 from .pretrained import read_config, read_tokenizer
 from .shard_files import TensorFiles
-from .weights import CheckpointWeights, checkpoint_folder, matrix_key, weight_key
+from .weights import CheckpointWeights, checkpoint_folder, weight_key
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def load_tokenizer(section: ModelSection) -> Any:
 def check_model(section: ModelSection) -> Any:
     """The model's config, refused early where the family is not supported."""
     config = read_config(section.name_or_path)
-    check_family(config)
+    check_run(config)
     return config
 
 
@@ -120,6 +120,7 @@ def load_base(
                 config, dtype=dtype, attn_implementation=section.attn_implementation, trust_remote_code=False
             )
         model.requires_grad_(False)
+        check_known(model, decoder_layers(model))
         stream = _Stream(checkpoint, codec, dtype, placement)
         jobs = [*stream.matrices(model), *stream.others(model, whole)]
         check_fits(sum(job.kept for job in jobs), placement.home, local_ranks, placement.rank)
@@ -138,7 +139,7 @@ def load_base(
     except OSError:
         log.debug("%s has no generation_config.json", section.name_or_path)
     report = LoadReport(time.perf_counter() - started, stream.kept, *peak_bytes(placement.device))
-    return LoadedBase(model, CheckpointWeights(checkpoint, codec, dtype), report)
+    return LoadedBase(model, CheckpointWeights(checkpoint, codec, dtype, decoder_layers(model)), report)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,10 +162,10 @@ class _Stream:
 
     def matrices(self, model: Any) -> Iterator[_Job]:
         for layer in decoder_layers(model):
-            for name in (*ATTENTION, *FFN):
+            for name in layer.names:
                 linear: Any = layer.matrix(name)
-                parent = layer.attention if name in ATTENTION else layer.mlp
-                key = matrix_key(self.checkpoint, layer.index, name)
+                parent, own = layer.slot(name)
+                key = weight_key(self.checkpoint, f"{layer.path_of(name)}.weight")
                 found = prequantized(self.checkpoint, key)
                 shape = found.shape if found else self.checkpoint.tensors[key].shape
                 self._check_shape(key, shape, tuple(linear.weight.shape))
@@ -175,13 +176,13 @@ class _Stream:
 
                 def fill(
                     parent: Any = parent,
-                    name: str = name,
+                    own: str = own,
                     linear: Any = linear,
                     key: str = key,
                     codec: Codec = codec,
                     transposed: bool = transposed,
                 ) -> None:
-                    setattr(parent, name, self._frozen(linear, key, codec, transposed))
+                    setattr(parent, own, self._frozen(linear, key, codec, transposed))
 
                 yield _Job(kept, fill)
 
@@ -229,7 +230,7 @@ class _Stream:
         names = {module: path for path, module in model.named_modules()}
         # What PEFT copies from the LM head is the embedding where the two are tied.
         also = {names[model.get_input_embeddings()]: names[head]} if tied else {}
-        matrices = {id(layer.matrix(name)) for layer in decoder_layers(model) for name in (*ATTENTION, *FFN)}
+        matrices = {id(layer.matrix(name)) for layer in decoder_layers(model) for name in layer.names}
         for path, module in model.named_modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.device.type != "meta" or (id(module) in matrices and name == "weight"):

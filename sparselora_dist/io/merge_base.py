@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..codecs import NF4Codec
-from ..families import check_family, matrix_name
-from ..method.channels import ATTENTION, FFN, TRANSPOSED
+from ..layouts import check_run, decoder_layers
+from ..method.channels import TRANSPOSED
 from .manifest import CorruptFileError
 from .shard_files import TensorFiles, read_json
 
@@ -46,7 +46,7 @@ class BaseWeights:
             raise FileNotFoundError(f"--base {folder} is not a folder; download the model first")
         self.folder, self.codec, self.dtype = folder, codec, dtype
         self.raw_config = read_json(folder / "config.json")
-        config, self._expected = _expected(folder)
+        config, self._expected, self._decoder = _expected(folder)
         self.tied = bool(getattr(config, "tie_word_embeddings", False))
         self._check_quantization()
         self.files = TensorFiles.of_model(folder)
@@ -58,8 +58,6 @@ class BaseWeights:
         self.shapes = {name: info.shape for name, info in self.files.tensors.items() if name not in states}
         self.shapes |= {name: self._encoded_shape(name) for name in self._encoded}
         self._check()
-        names = [(layer, name) for layer in range(config.num_hidden_layers) for name in (*ATTENTION, *FFN)]
-        self._decoder = {f"model.{matrix_name(layer, name)}.weight": name for layer, name in names}
 
     @property
     def shards(self) -> dict[str, list[str]]:
@@ -182,17 +180,18 @@ class BaseWeights:
             raise CorruptFileError(f"{where}: {name!r} is not what bitsandbytes writes: {error!r}") from error
 
 
-def _expected(folder: Path) -> tuple[Any, dict[str, tuple[int, ...]]]:
-    """The model's config, and the shape of every tensor of the model, without making any."""
+def _expected(folder: Path) -> tuple[Any, dict[str, tuple[int, ...]], dict[str, str]]:
+    """The model's config, the shape of every tensor, and what those of the decoder's matrices are, without making any."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'} is not a config that Transformers knows: {error!r}") from error
-    check_family(config)
+    check_run(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return config, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    matrices = {f"{layer.path_of(name)}.weight": name for layer in decoder_layers(model) for name in layer.names}
+    return config, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, matrices

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ..codecs import Codec
 from ..codecs.linear import FrozenLinear
-from ..families import decoder_layers, matrix_name
+from ..layouts import DecoderLayer, causal_lm, decoder_layers, matrix_name
 from ..sharding.parameters import full_tensor
 from .manifest import CorruptFileError
 from .prequantized import prequantized, stored_codec
@@ -69,14 +70,22 @@ class ModelWeights:
         self._layers = decoder_layers(model)
         # Every rank holds its own copy of an unsharded model; a gather of shards needs all of them.
         self.collective = True
-        norm: Any = self._layers[0].input_norm
-        self.dtype: torch.dtype = norm.weight.dtype
+        lm: Any = causal_lm(model)
+        self.dtype: torch.dtype = lm.get_input_embeddings().weight.dtype
 
     def get(self, layer: int, name: str) -> Tensor:
+        """Raises ValueError where the weight is not there: a rank that fails here alone is seen by its launcher."""
         linear: Any = self._layers[layer].matrix(name)
         if isinstance(linear, FrozenLinear):
-            return linear.matrix([full_tensor(part) for part in linear.parts], self.dtype)
-        return full_tensor(linear.weight)
+            weight = linear.matrix([full_tensor(part) for part in linear.parts], self.dtype)
+        else:
+            weight = full_tensor(linear.weight)
+        if weight.is_meta:
+            raise ValueError(
+                f"layers.{layer}.{name} is on the meta device, and the estimator's factors are made of it: load the weights "
+                "on every rank before apply_sparselora (cpu_ram_efficient_loading of FSDP may keep them on one: turn it off)"
+            )
+        return weight
 
     def shape(self, layer: int, name: str) -> tuple[int, int]:
         linear: Any = self._layers[layer].matrix(name)
@@ -87,39 +96,44 @@ class ModelWeights:
 
 
 class CheckpointWeights:
-    """The matrices of a checkpoint as a codec stores them, read one at a time by whoever asks."""
+    """The matrices of a checkpoint as a codec stores them, read one at a time by whoever asks.
+
+    ``layers`` say what the files call them; without, that is what Llama's do.
+    """
 
     collective = False
 
-    def __init__(self, checkpoint: TensorFiles, codec: Codec, dtype: torch.dtype) -> None:
+    def __init__(
+        self, checkpoint: TensorFiles, codec: Codec, dtype: torch.dtype, layers: Sequence[DecoderLayer] = ()
+    ) -> None:
         self.checkpoint, self.codec, self.dtype = checkpoint, codec, dtype
+        self._paths = {(layer.index, name): layer.path_of(name) for layer in layers for name in layer.names}
 
     def get(self, layer: int, name: str) -> Tensor:
-        key = matrix_key(self.checkpoint, layer, name)
+        key = self._key(layer, name)
         if found := prequantized(self.checkpoint, key):
             return found.rows(0, found.shape[0]).to(self.dtype)
         return self._codec_of(key).roundtrip(self.checkpoint.read(key).to(self.dtype))
 
     def shape(self, layer: int, name: str) -> tuple[int, int]:
-        key = matrix_key(self.checkpoint, layer, name)
+        key = self._key(layer, name)
         found = prequantized(self.checkpoint, key)
         rows, columns = found.shape if found else self.checkpoint.tensors[key].shape
         return rows, columns
 
     def mark(self, layer: int, name: str) -> str:
-        key = matrix_key(self.checkpoint, layer, name)
+        key = self._key(layer, name)
         shape = self.checkpoint.tensors[key].shape
         if prequantized(self.checkpoint, key):
             return f"bitsandbytes:{_digest(self.checkpoint.sample(key), shape)}"
         return self._codec_of(key).mark + _digest(self.checkpoint.sample(key).to(self.dtype), shape)
 
+    def _key(self, layer: int, name: str) -> str:
+        path = self._paths.get((layer, name)) or f"model.{matrix_name(layer, name)}"
+        return weight_key(self.checkpoint, f"{path}.weight")
+
     def _codec_of(self, key: str) -> Codec:
         return stored_codec(self.checkpoint, key, self.codec, self.dtype)
-
-
-def matrix_key(checkpoint: TensorFiles, layer: int, name: str) -> str:
-    """:func:`weight_key` of a decoder layer's matrix, ``matrix_key(files, 3, "gate_proj")``."""
-    return weight_key(checkpoint, f"model.{matrix_name(layer, name)}.weight")
 
 
 def weight_key(checkpoint: TensorFiles, name: str) -> str:

@@ -50,6 +50,8 @@ class AttentionEstimator(nn.Module):
 
     def __init__(self, factors: Mapping[str, Factors], geometry: HeadGeometry) -> None:
         super().__init__()
+        self.is_estimator = True
+        """For who looks at an attention's children."""
         self.geometry = geometry
         self.qk = "q_proj" in factors
         self.vo = "v_proj" in factors

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from sparselora_kernels import ffn_down, gated_product, gated_up, lora_linear, select_checked
-from sparselora_kernels.activations import ACTIVATIONS, activation_name
+from sparselora_kernels.activations import activation_name
 
 from ..codecs.linear import FrozenLinear, compute_input
-from ..families import base_linear
+from ..layouts import base_linear
 from ..method.tokens import TokenPartition
 from ..sync.masks import Site
 from .context import SparseContext
@@ -30,7 +30,7 @@ def _known(chosen: Chosen) -> Tensor:
 
 
 class SparseFFN(nn.Module):
-    """Takes the place of a family's gated MLP and keeps its children under their names.
+    """Takes the place of a family's gated MLP and keeps its children under their names (``family_names``).
 
     Its frozen children are :class:`FrozenLinear`. For context tokens the intermediate is ``keep`` neurons wide. With
     ``lora_branch="kept"`` a dropped neuron is dropped whole, the LoRA contribution of gate, up and down included;
@@ -43,6 +43,8 @@ class SparseFFN(nn.Module):
     def __init__(
         self,
         mlp: nn.Module,
+        names: dict[str, str],
+        activation: Callable[[Tensor], Tensor],
         *,
         estimator: FFNEstimator,
         context: SparseContext,
@@ -51,13 +53,12 @@ class SparseFFN(nn.Module):
         lora_branch: Literal["kept", "dense"],
     ) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        self.act_fn = mlp.act_fn
-        name = activation_name(mlp.act_fn)
-        if name is None:
-            raise ValueError(
-                f"layer {layer}: the FFN's activation {mlp.act_fn} cannot be made sparse; known: {', '.join(ACTIVATIONS)}"
-            )
+        self.family_names = names
+        for own in names.values():
+            setattr(self, own, getattr(mlp, own))
+        self.act_fn = activation
+        name = activation_name(activation)
+        assert name is not None, activation  # The layout was checked.
         self.activation = name
         self.estimator = estimator
         self.context = context
@@ -67,11 +68,18 @@ class SparseFFN(nn.Module):
         self.handle = Handle(self)
         self.train(mlp.training)
 
+    @property
+    def projections(self) -> tuple[Any, Any, Any]:
+        """Gate, up and down, in their LoRA layers where they carry adapters."""
+        gate, up, down = (getattr(self, own) for own in self.family_names.values())
+        return gate, up, down
+
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (..., H) -> (..., H)."""
         batch = self.context.active(self.site.layer, "ffn")
         if batch is None:
-            return self.down_proj(gated_product(self.gate_proj(x), self.up_proj(x), self.activation))
+            gate, up, down = self.projections
+            return down(gated_product(gate(x), up(x), self.activation))
         assert batch.partition is not None
         flat = compute_input(x).reshape(-1, x.shape[-1])
         if torch.compiler.is_compiling():
@@ -112,15 +120,16 @@ class SparseFFN(nn.Module):
 
     @property
     def _branch_is_whole(self) -> bool:
-        modules = (self.gate_proj, self.up_proj, self.down_proj)
+        modules = self.projections
         return self.lora_branch == "dense" and any(next(active_branches(module), None) for module in modules)
 
     def _kept(self, x: Tensor, tokens: TokenPartition, chosen: Chosen) -> Tensor:
         """``x`` (T, H) -> (T, H), the intermediate of context tokens as wide as what is ``chosen``; dense tokens are
         computed while the ranks' scores are on their way."""
-        gate, up, down = (base_linear(m) for m in (self.gate_proj, self.up_proj, self.down_proj))
-        gate_low, gate_b = low_rank_update(self.gate_proj, x)
-        up_low, up_b = low_rank_update(self.up_proj, x)
+        outer = self.projections
+        gate, up, down = (base_linear(module) for module in outer)
+        gate_low, gate_b = low_rank_update(outer[0], x)
+        up_low, up_b = low_rank_update(outer[1], x)
         hidden = gated_up(
             x,
             gate.stored,
@@ -137,7 +146,7 @@ class SparseFFN(nn.Module):
             activation=self.activation,
         )
         channels = _known(chosen)
-        low_dense, low_context, b = kept_update(self.down_proj, *hidden, channels)
+        low_dense, low_context, b = kept_update(outer[2], *hidden, channels)
         return ffn_down(
             *hidden,
             down.stored,
@@ -154,8 +163,9 @@ class SparseFFN(nn.Module):
     def _whole_branch(self, x: Tensor, tokens: TokenPartition, chosen: Chosen) -> Tensor:
         """``x`` (T, H) -> (T, H), sparse in the frozen branch alone."""
         lists = {"dense_rows": tokens.dense, "context_rows": tokens.context, "channels": _known(chosen)}
-        gate, up = (_project(module, x, lists) for module in (self.gate_proj, self.up_proj))
-        return _project(self.down_proj, self.act_fn(gate) * up, lists)
+        gate, up, down = self.projections
+        inner = self.act_fn(_project(gate, x, lists)) * _project(up, x, lists)
+        return _project(down, inner, lists)
 
 
 def _project(module: nn.Module, x: Tensor, lists: dict[str, Tensor]) -> Tensor:

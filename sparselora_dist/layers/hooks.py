@@ -90,7 +90,7 @@ class OuterFinishHook(FinishHook):
 
 
 class LayerHook:
-    """Forward pre-hook of a decoder layer's first norm: remembers, or recognises, the layer's input.
+    """Forward pre-hook of the first module that sees a decoder layer's input: remembers, or recognises, that.
 
     ``required`` says that recomputing the layer is an error where its first forward is not known.
     """
@@ -98,13 +98,13 @@ class LayerHook:
     def __init__(self, context: SparseContext, layer: int, required: bool = True) -> None:
         self.context, self.layer, self.required = context, layer, required
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             # A graph of the whole model recomputes by itself, and its operations find their forward by its ticket.
             if not self.context.in_forward:
                 self._refuse_recomputation()
         elif torch.is_grad_enabled() or self.context.in_forward:
-            self.context.enter_layer(self.layer, args[0], self.required)
+            self.context.enter_layer(self.layer, args[0] if args else kwargs["hidden_states"], self.required)
 
     @torch.compiler.disable
     def _refuse_recomputation(self) -> None:

@@ -17,6 +17,7 @@ however many labels a rank has. A head that is trained or carries an adapter giv
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -93,7 +94,13 @@ class ChunkedHead:
 
 
 def pack_logits(model: Any, context: SparseContext) -> list[Any]:
-    """Switch it on for a Hugging Face causal LM; returns handles whose ``remove()`` switches it off."""
+    """Switch it on for a Hugging Face causal LM; returns handles whose ``remove()`` switches it off.
+
+    Not where the model's forward computes its loss by itself instead of asking ``loss_function``.
+    """
+    if "loss_function" not in inspect.unwrap(type(model).forward).__code__.co_names:
+        context.skip_unused_logits = False
+        return []
     head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(LogitsHook(context))
     loss = PackedLoss(model, context)

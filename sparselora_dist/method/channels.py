@@ -6,7 +6,8 @@ One order, used everywhere. Query head ``g`` reads key/value head ``g // G``, ``
                                      two rows of every query head in group h of q
     vo channel  c = h * D + d        row d of v's head h, and column d of o for every query head in group h
 
-The pair is (p, p + D/2) because rotate-half RoPE mixes exactly these two.
+The pair is (p, p + D/2) because rotate-half RoPE mixes exactly these two; where a family's RoPE mixes others, the pairs
+are those (``HeadGeometry.pairs``).
 """
 
 from __future__ import annotations
@@ -36,12 +37,20 @@ class HeadGeometry:
     """Key/value heads; divides ``heads``."""
     head_dim: int
     """Width of one head, even."""
+    pairs: tuple[tuple[int, int], ...] | None = None
+    """The D/2 rotary pairs of a head; ``None`` is (p, p + D/2)."""
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} query heads are not a multiple of {self.kv_heads} key/value heads")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: rotary pairs need an even width")
+
+    @classmethod
+    def of_pairs(cls, heads: int, kv_heads: int, head_dim: int, pairs: tuple[tuple[int, int], ...] | None) -> HeadGeometry:
+        """With ``pairs`` left out where they are the usual ones."""
+        usual = tuple((p, p + head_dim // 2) for p in range(head_dim // 2))
+        return cls(heads=heads, kv_heads=kv_heads, head_dim=head_dim, pairs=None if pairs == usual else pairs)
 
     @property
     def group(self) -> int:
@@ -85,11 +94,17 @@ class HeadGeometry:
 
     def k_pair_sums(self, scores: Tensor) -> Tensor:
         """Σ over the two rows of a pair: (kv_heads * D,) -> (kv_heads * D/2,)."""
-        return scores.view(self.kv_heads, 2, self.head_dim // 2).sum(1).flatten()
+        return self._by_pairs(scores).view(self.kv_heads, 2, self.head_dim // 2).sum(1).flatten()
 
     def q_pair_sums(self, scores: Tensor) -> Tensor:
         """Σ over the query heads of a group and the two rows of a pair: (heads * D,) -> (kv_heads * D/2,)."""
-        return scores.view(self.kv_heads, self.group, 2, self.head_dim // 2).sum((1, 2)).flatten()
+        return self._by_pairs(scores).view(self.kv_heads, self.group, 2, self.head_dim // 2).sum((1, 2)).flatten()
+
+    def _by_pairs(self, scores: Tensor) -> Tensor:
+        """Each head's scores with the first of every pair before the second of every pair."""
+        if self.pairs is None:
+            return scores
+        return scores.view(-1, self.head_dim).index_select(1, _order(self, scores.device))
 
 
 @cache
@@ -102,5 +117,15 @@ def _table(geometry: HeadGeometry, role: str, device: torch.device) -> Tensor:
     head, place = channels[:, None] // width, channels[:, None] % width
     if role != "k":
         head = head * group + torch.arange(group, device=device)
-    rows = head * d + place
-    return torch.cat([rows, rows + d // 2], 1) if pairs else rows
+    if not pairs:
+        return head * d + place
+    first, second = _order(geometry, device).view(2, -1)
+    return torch.cat([head * d + first[place], head * d + second[place]], 1)
+
+
+@cache
+def _order(geometry: HeadGeometry, device: torch.device) -> Tensor:
+    """(D,) int64: the first dimension of every pair, then the second of every pair."""
+    if geometry.pairs is None:
+        return torch.arange(geometry.head_dim, device=device)
+    return torch.tensor(geometry.pairs, device=device).t().flatten()

@@ -66,11 +66,11 @@ def from_hf_config(data: dict[str, Any], source: str) -> ModelShape:
 
     Raises:
         ConfigError: a key is missing or no positive integer; the message names it and ``source``.
-        UnsupportedModelError: the family is not one that the sparse layers know.
+        UnsupportedModelError: the family is not one that a run knows.
     """
-    from ..families import check_family
+    from ..layouts import check_run
 
-    family = check_family(SimpleNamespace(**data))
+    family = check_run(SimpleNamespace(**data))
 
     def integer(key: str, default: int | None = None) -> int:
         value = data.get(key)

@@ -30,7 +30,10 @@ class Traffic:
     gathered: int
     """Outputs of all gathers."""
     wire: dict[int, float]
-    """Received over groups of so many ranks, gradients included: group size -> bytes. Adjacent ranks form a group."""
+    """Received over groups of so many ranks, gradients included: group size -> bytes. Adjacent ranks form a group. As NCCL
+    moves it, by rings."""
+    reduced: dict[int, float]
+    """Of that, gradients that are reduce-scattered. Gloo makes an all-reduce of it: it moves them twice."""
     across: float
     """Received by gradient all-reduce between replicas, on top."""
     live: int
@@ -44,18 +47,19 @@ def traffic(tree: Tree, scheme: Scheme, checkpointing: Checkpointing, micro_batc
     if scheme.engine == "zero3" and scheme.shards > 1:
         gathered, first, live = _zero3(tree, scheme, checkpointing, micro_batches, size)
         # Gradients are reduced in every micro-batch, in the dtype of the parameters.
-        first += micro_batches * sum(map(size, trained))
-        wire = {scheme.world: _received(gathered + micro_batches * sum(map(size, trained)), scheme.world)}
+        reduced = micro_batches * sum(map(size, trained))
+        wire = {scheme.world: _received(gathered + reduced, scheme.world)}
         if scheme.secondary > 1:
-            inside = gathered + micro_batches * sum(map(size, trained)) - first
-            wire = {scheme.world: _received(first, scheme.world), scheme.secondary: _received(inside, scheme.secondary)}
-        return Traffic(gathered, wire, 0.0, live)
+            inside = _received(gathered - first, scheme.secondary)
+            wire = {scheme.world: _received(first + reduced, scheme.world), scheme.secondary: inside}
+        return Traffic(gathered, wire, {scheme.world: _received(reduced, scheme.world)}, 0.0, live)
     gathered, live = _units(tree, scheme, micro_batches, size)
     # fp32 gradients, once a step: cut over the shards, then added over the replicas of each shard.
     reduced = 4 * sum(scheme.whole(p) for p in trained)
     replicas = scheme.world // scheme.shards
     across = 2 * _received(4 * sum(scheme.part(p) for p in trained), replicas)
-    return Traffic(gathered, {scheme.shards: _received(gathered + reduced, scheme.shards)}, across, live)
+    wire = {scheme.shards: _received(gathered + reduced, scheme.shards)}
+    return Traffic(gathered, wire, {scheme.shards: _received(reduced, scheme.shards)}, across, live)
 
 
 def _received(size: float, ranks: int) -> float:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..families import decoder_layers
+from ..layouts import decoder_layers
 from .probe import Prober
 from .sample import context_mask
 

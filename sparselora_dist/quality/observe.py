@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from sparselora_kernels import kept_count
 
-from ..families import DecoderLayer, base_linear, decoder_layers, geometry
 from ..io.factors import FactorSet
 from ..layers.lora import active_branches
-from ..method.channels import ATTENTION, SCORED, HeadGeometry
+from ..layouts import DecoderLayer, decoder_layers
+from ..method.channels import SCORED
 from ..method.tokens import partition_tokens
 from .fidelity import Site, estimated_sums, exact_sums, truncated
 
@@ -55,18 +55,18 @@ class Observer:
     ) -> None:
         if own_rank not in ranks:
             raise ValueError(f"the training rank {own_rank} is not among the ranks {list(ranks)}")
-        self.heads, self.ranks = geometry(model), tuple(ranks)
+        self.ranks = tuple(ranks)
         self.factors = factors
         self.layers = [
             layer for layer in decoder_layers(model) if any(layer.index in by_layer for by_layer in sparsity.values())
         ]
-        width: int = self.layers[0].matrix("gate_proj").out_features if self.layers else 0
-        counts = self.heads.channel_counts(width)
+        counts = {layer.index: layer.channels for layer in self.layers}
         self.sites = {
-            (layer, group): Site(layer, group, counts[group], kept_count(counts[group], value), value, own_rank)
+            (layer, group): Site(layer, group, (n := counts[layer][group]), kept_count(n, value), value, own_rank)
             for group, by_layer in sparsity.items()
             for layer, value in sorted(by_layer.items())
         }
+        self._heads = {layer.index: layer.attention.heads if layer.attention else None for layer in self.layers}
         self._random = torch.Generator().manual_seed(seed)
         self._rows: list[Tensor] = []
         self._seen: dict[int, _Seen] = {}
@@ -92,16 +92,16 @@ class Observer:
         index, groups = layer.index, [group for layer_, group in self.sites if layer_ == layer.index]
         for group in groups:
             for name in SCORED[group]:
-                outer = getattr(layer.attention if name in ATTENTION else layer.mlp, name)
-                frozen = base_linear(outer)
+                outer, frozen = layer.linear(name), layer.matrix(name)
                 yield frozen.register_forward_hook(self._keep(index, name, "frozen", frozen))
                 if outer is not frozen and next(active_branches(outer), None) is not None:
                     yield outer.register_forward_hook(self._keep(index, name, "adapted", frozen))
-        activation = layer.mlp.act_fn
-        if "ffn" in groups:
-            yield layer.mlp.register_forward_hook(self._finish(index, ("ffn",), activation))
-        if attention := tuple(group for group in groups if group != "ffn"):
-            yield layer.attention.register_forward_hook(self._finish(index, attention, activation))
+        activation = layer.ffn.activation if layer.ffn else None
+        if "ffn" in groups and layer.ffn:
+            yield layer.ffn.module.register_forward_hook(self._finish(index, ("ffn",), activation))
+        attention = tuple(group for group in groups if group != "ffn")
+        if attention and layer.attention:
+            yield layer.attention.module.register_forward_hook(self._finish(index, attention, activation))
 
     def _keep(self, layer: int, name: str, kind: str, frozen: Any) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -136,7 +136,7 @@ class Observer:
         adapted: dict[str, Tensor],
         activation: Any,
     ) -> None:
-        heads: HeadGeometry = self.heads
+        heads: Any = self._heads[layer]
 
         def exact(tensors: dict[str, Tensor]) -> Tensor:
             return torch.stack([exact_sums(group, tensors, rows, heads, activation) for rows in self._rows])

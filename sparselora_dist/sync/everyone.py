@@ -7,8 +7,8 @@ from typing import Any
 import torch.distributed as dist
 
 
-def everyone(mine: Any) -> list[Any]:
-    """``mine`` of every rank, by rank: objects that pickle. A collective of the default group."""
-    found = [mine] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
+def everyone(mine: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """``mine`` of every rank, by rank: objects that pickle. A collective of a group, or of all ranks."""
+    found = [mine] * dist.get_world_size(group)
+    dist.all_gather_object(found, mine, group=group)
     return found

@@ -34,6 +34,8 @@ _DONE = "done"
 _WATCHED = 32
 # From a verdict until the process is ended, for a main thread that has not heard of it, and for one that has.
 _GRACE, _GRACE_TO_CLOSE = 2.0, 30.0
+# For a word to reach the store and come back, on a machine that has much else to do.
+_TO_TELL = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,8 @@ class Heartbeat:
         self._known, self._wake, self._stopping = threading.Event(), threading.Event(), threading.Event()
         self._limit = timeout
         self._answered = time.monotonic()
+        self._looked = 0.0
+        """When the last look at the others began that has come to its end."""
         self._main_ends = 0.0
         self._threads: list[threading.Thread] = []
 
@@ -146,7 +150,7 @@ class Heartbeat:
             # Something is wrong: whoever is silent now need not be given the whole timeout.
             self._limit = min(self.timeout, max(5.0, 5 * self._tick))
             self._wake.set()
-            self._known.wait(self._limit + 3 * self._tick + 1)
+            self._wait_for_a_look(time.monotonic() + self._limit + 3 * self._tick)
         if not self._known.is_set():
             what = f"{error}{self._places()}" if derived else str(error) or type(error).__name__
             self._proposal = Verdict(self.rank, f"{what}", socket.gethostname(), True)
@@ -164,7 +168,13 @@ class Heartbeat:
 
     def _publish(self) -> None:
         self._wake.set()
-        self._known.wait(3 * self._tick + 1)
+        self._known.wait(_TO_TELL)
+
+    def _wait_for_a_look(self, after: float) -> None:
+        """Until there is a verdict, or the others' beats were read once more after that moment."""
+        talks = self._threads[0].is_alive  # Where the store does not answer, the other thread gives the verdict.
+        while self._looked < after and talks() and not self._known.wait(self._tick):
+            pass
 
     def _places(self) -> str:
         """Where the ranks are that still answer: the ones that wait for each other."""
@@ -177,7 +187,7 @@ class Heartbeat:
         assert self._connect is not None
         store: dist.Store | None = None
         while True:
-            ending = self._stopping.is_set()
+            ending, began = self._stopping.is_set(), time.monotonic()
             # Before the beats are read: a rank that ended in order has said so in its last.
             gone = [rank for rank, peer in self._peers.items() if peer.is_gone]
             try:
@@ -191,6 +201,7 @@ class Heartbeat:
                 # Alone; the others' silence is counted anew should the store come back.
                 store = None
                 self._find(None, gone)
+            self._looked = began
             if ending:
                 return
             # A new phase is told at once, but not more often than five times a beat.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import socket
@@ -12,6 +13,7 @@ from pathlib import Path
 from ..launchers import boot_id
 
 _STARTED = time.time()
+_DAY = 86400.0
 
 
 def place() -> str:
@@ -68,6 +70,7 @@ def first_of_host(job: str) -> bool:
     for _ in range(2):
         try:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            _sweep(path.parent)
             return True
         except FileExistsError:
             try:
@@ -79,3 +82,11 @@ def first_of_host(job: str) -> bool:
         except OSError:
             return True
     return False
+
+
+def _sweep(folder: Path) -> None:
+    """Take away what jobs of other days have left for :func:`first_of_host`."""
+    for path in folder.glob("sparselora-said-*"):
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime < time.time() - _DAY:
+                path.unlink()

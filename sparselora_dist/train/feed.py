@@ -21,8 +21,8 @@ from ..data import (
     packed_eval_batches,
 )
 from ..engines import Engine
-from ..families import causal_lm
 from ..layers.packed_attention import PackedRows
+from ..layouts import causal_lm
 from ..method.tokens import TokenPartition, partition_tokens, send
 
 

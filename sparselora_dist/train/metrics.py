@@ -15,7 +15,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..apply import SparseState
 from ..config.train import TrainSection
-from ..families import causal_lm, decoder_layers, geometry
+from ..layouts import causal_lm, decoder_layers, geometry
 from ..method.flops import TRIMMED, FlopModel, layer_shares
 from .trackers import Trackers
 

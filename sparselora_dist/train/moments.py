@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..families import decoder_layers
+from ..layouts import DecoderLayer, decoder_layers
 from ..method.tokens import partition_tokens
 
 Moments = dict[tuple[int, str], Tensor]
@@ -61,7 +61,8 @@ def second_moments(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Mo
     }
 
 
-def _parent(layer: object, name: str) -> nn.Module:
+def _parent(layer: DecoderLayer, name: str) -> nn.Module:
     """The module whose input the matrix reads: PEFT's layer around q, or the MLP, which hands its input to gate and up."""
-    module: nn.Module = layer.attention.q_proj if name == "q_proj" else layer.mlp  # type: ignore[attr-defined]
+    assert layer.ffn is not None
+    module: nn.Module = layer.linear(name) if name == "q_proj" else layer.ffn.module
     return module

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..engines import Engine
-from ..families import decoder_layers
+from ..layouts import decoder_layers
 
 
 def own_nonfinite(engine: Engine, repeat: Callable[[], Any]) -> list[str]:

@@ -11,24 +11,32 @@ from transformers import (
     AutoModelForTokenClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
 )
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from sparselora_dist import apply_sparselora
 from sparselora_dist.apply import find_state
-from sparselora_dist.families import UnsupportedModelError
+from sparselora_dist.layouts import UnsupportedModelError
 from support.applied import assert_identical, config, outputs, refuse, sparse_model
 from support.models import ALL_LINEAR, FAMILIES, batch, tiny_base, tiny_config, tiny_lora
 
 
-def test_unknown_family() -> None:
+def test_layers_in_which_nothing_is_known() -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=8, n_layer=1, n_head=2))
-    refuse(model, r"'gpt2'.*llama, mistral, qwen2, qwen3", UnsupportedModelError)
+    match = r"'gpt2'\) is not supported: transformer.h.0 .*ffn: .*mlp \(GPT2MLP\).*qk: its attn.* has no linear q_proj"
+    refuse(model, match, UnsupportedModelError)
 
 
-def test_partial_rotary() -> None:
-    model = tiny_lora()
-    model.get_base_model().config.rope_parameters["partial_rotary_factor"] = 0.5
-    refuse(model, "partial_rotary_factor 0.5", UnsupportedModelError)
+def test_an_encoder_with_its_decoder() -> None:
+    config = T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    refuse(T5ForConditionalGeneration(config), r"'t5'\) is an encoder and a decoder", UnsupportedModelError)
+
+
+class Scaled(LlamaMLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.5 * super().forward(x)
 
 
 def change_layout(model: PeftModel, how: str) -> None:
@@ -40,8 +48,8 @@ def change_layout(model: PeftModel, how: str) -> None:
         layer.mlp.up_proj = nn.Sequential(layer.mlp.up_proj)
     elif how == "shape":
         layer.mlp.down_proj = nn.Linear(100, 48, bias=False)
-    elif how == "norm":
-        del layer.input_layernorm
+    elif how == "formula":
+        layer.mlp.__class__ = Scaled
     else:
         del layer.mlp
 
@@ -49,17 +57,20 @@ def change_layout(model: PeftModel, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "match"),
     [
-        ("fused", "layers.1.self_attn.q_proj is missing"),
-        ("type", "layers.1.mlp.up_proj is a Sequential, expected torch.nn.Linear"),
-        ("shape", r"layers.1.mlp.down_proj is \(48, 100\), expected \(48, 104\)"),
-        ("norm", "layers.1.input_layernorm is missing"),
-        ("mlp", "layers.1.mlp is missing"),
+        ("fused", "its self_attn, a LlamaAttention, has no linear q_proj"),
+        ("type", r"it has no FFN with gate_proj, up_proj, down_proj, but .*mlp \(LlamaMLP\)"),
+        ("shape", r"its mlp, a LlamaMLP, has matrices of \(104, 48\), \(104, 48\) and \(48, 100\)"),
+        ("formula", r"its mlp, a Scaled, computes something else than down\(act\(gate\(x\)\) \* up\(x\)\)"),
+        ("mlp", "it has no FFN with gate_proj, up_proj, down_proj"),
     ],
 )
 def test_changed_layout(how: str, match: str) -> None:
+    """The layer and the reason, and which layers can."""
     model = tiny_lora(targets=["v_proj"])
     change_layout(model, how)
-    refuse(model, match, UnsupportedModelError)
+    group = "qk" if how == "fused" else "ffn"
+    where = rf"sparse_lora\.layers\.{group} names layer 1, but {match}.*Layers that can: 0, 2"
+    refuse(model, where, UnsupportedModelError, layers={group: {"0-2": 0.5}})
 
 
 @pytest.mark.parametrize("part", ["weight", "bias"])
@@ -83,6 +94,13 @@ def test_weights_on_several_devices() -> None:
     refuse(model, r"several devices \(cpu, cuda:1\).*device_map.*FSDP2 or ZeRO-3")
     norm.weight = nn.Parameter(norm.weight.detach().to("meta"), requires_grad=False)
     apply_sparselora(model, config(layers={"ffn": {"0": 0.5}}))
+
+
+def test_weights_that_are_not_there() -> None:
+    model = tiny_lora()
+    up = model.get_base_model().model.layers[1].mlp.up_proj
+    up.weight = nn.Parameter(up.weight.detach().to("meta"), requires_grad=False)
+    refuse(model, r"layers\.1\.up_proj is on the meta device.*cpu_ram_efficient_loading")
 
 
 def test_a_replica_of_data_parallel() -> None:
@@ -126,7 +144,7 @@ def test_a_failure_on_the_way_leaves_the_model_as_it_was(where: str, monkeypatch
     before = outputs(model)
     if where == "an activation":
         model.get_base_model().model.layers[2].mlp.act_fn = nn.Softplus()
-        refuse(model, "layer 2: the FFN's activation Softplus")
+        refuse(model, r"layer 2, but its mlp, a LlamaMLP, has the activation Softplus.*known: silu, gelu")
         model.get_base_model().model.layers[2].mlp.act_fn = nn.SiLU()
     else:
         name = "pack_logits" if where == "the LM head" else "merge_as_the_family"

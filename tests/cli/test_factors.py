@@ -16,8 +16,8 @@ from sparselora_dist.cli import main
 from sparselora_dist.config import RunConfig
 from sparselora_dist.data import collate, load_dataset_tokens, padding_id
 from sparselora_dist.engines import make_engine
-from sparselora_dist.families import decoder_layers
 from sparselora_dist.io.load import load_tokenizer
+from sparselora_dist.layouts import decoder_layers
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 
@@ -44,7 +44,7 @@ def _kept(path: Path) -> tuple[dict[int, set[int]], dict[int, set[int]]]:
     model, _ = build_model(config, engine.placement())
     inputs: dict[int, torch.Tensor] = {}
     for layer in decoder_layers(model):
-        layer.mlp.register_forward_pre_hook(lambda _, args, k=layer.index: inputs.update({k: args[0].flatten(0, 1)}))
+        layer.module.mlp.register_forward_pre_hook(lambda _, args, k=layer.index: inputs.update({k: args[0].flatten(0, 1)}))
     model(**collate(rows, [36, 37, 38, 39], padding_id(tokenizer)))
     # The last layer's FFN runs at label positions only and chooses no neurons.
     chosen = {k: set(groups["ffn"].tolist()) for k, groups in selection(model).items() if "ffn" in groups}
@@ -53,7 +53,7 @@ def _kept(path: Path) -> tuple[dict[int, set[int]], dict[int, set[int]]]:
     context = state.context.last.partition.context
     exact = {}
     for layer in decoder_layers(model)[: len(chosen)]:
-        x, mlp = inputs[layer.index][context], layer.mlp
+        x, mlp = inputs[layer.index][context], layer.module.mlp
         gate, up = (m.base_layer(x) if hasattr(m, "base_layer") else m(x) for m in (mlp.gate_proj, mlp.up_proj))
         score = (mlp.act_fn(gate) * up).square().sum(0)
         exact[layer.index] = set(score.topk(len(chosen[layer.index])).indices.tolist())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from support.harness import ROOT
 from support.models import tiny_base
 
 # DeepSpeed compiles an op by ninja, and again whenever it finds another ninja: always that of this environment.
@@ -127,3 +129,45 @@ def rows_of() -> Callable[[Path | str], list[dict[str, float]]]:
         return [row for row in map(json.loads, lines) if "loss" in row]
 
     return read
+
+
+@pytest.fixture(scope="session")
+def main() -> Callable[[], int]:
+    """``main`` of ``launch/train.py``, which a subprocess test below runs for real."""
+    spec = importlib.util.spec_from_file_location("launch_train", ROOT / "launch" / "train.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture
+def refused(
+    tiny: Tiny, tmp_path: Path, main: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> Callable[..., str]:
+    """Launch a run that must be refused before its first step; what the user is told."""
+
+    def launch(*argv: str, engine: str = "single", **sections: dict[str, Any]) -> str:
+        sections["train"] = {"max_steps": 2, "save_steps": None, **sections.get("train", {})}
+        config = tiny.config_file(tmp_path / "run.json", engine, tmp_path / "out", **sections)
+        monkeypatch.setattr("sys.argv", ["train.py", "--config", config, *argv])
+        # A message and a status, not a traceback.
+        assert main() == 2, "the run was not refused"
+        message = capsys.readouterr().err
+        metrics = tmp_path / "out" / "metrics.jsonl"
+        assert not metrics.exists() or '"loss"' not in metrics.read_text()
+        assert not (tmp_path / "out" / "adapter").exists()
+        return message
+
+    return launch
+
+
+@pytest.fixture(scope="session")
+def finished(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run with a checkpoint at its 2nd and last step."""
+    from sparselora_dist.config.run import RunConfig
+    from sparselora_dist.train import run
+
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    run(RunConfig.from_dict(tiny.config("single", folder, train={"max_steps": 2})))
+    return folder

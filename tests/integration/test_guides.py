@@ -14,8 +14,9 @@ import torch
 import yaml
 
 from support.harness import ROOT, RankError, run_ranks
+from support.networks import reason_against
 from support.trainer_workers import observe
-from support.two_hosts import HOSTS, TwoHosts
+from support.two_hosts import HOSTS, TwoHosts, two_hosts
 
 from .conftest import Tiny
 
@@ -23,30 +24,24 @@ IDS = torch.arange(3, 19).reshape(1, 16)
 STEPS = 3
 SHELL = ("torchrun.sh", "deepspeed.sh", "mpirun.sh", "srun.sbatch", "srun_torchrun.sbatch")
 GUIDES = (*SHELL, "kubernetes.yaml")
+PER_HOST = 2
 # What stands for 8 GPUs a node; each must be in one of the guides at least.
-SIZES = {"--nproc-per-node 8": "--nproc-per-node 1", "-n 16 -ppn 8": "-n 2 -ppn 1", "slots=8": "slots=1"}
+SIZES = {
+    **{"--nproc-per-node 8": "--nproc-per-node 2", "--ntasks-per-node=8": "--ntasks-per-node=2"},
+    **{"-n 16 -ppn 8": "-n 4 -ppn 2", "slots=8": "slots=2"},
+}
 JOB = {
     **{"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NODELIST": "node[1-2]", "SLURM_NNODES": "2"},
-    **{
-        "SLURM_PROCID": "0",
-        "SLURM_LOCALID": "0",
-        "SLURM_NODEID": "0",
-        "SLURM_NTASKS": "2",
-        "SLURM_NTASKS_PER_NODE": "1",
-    },
+    **{"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"},
 }
 
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
-    if reason := TwoHosts.reason_against():
+    if reason := reason_against():
         pytest.skip(reason)
-    made = TwoHosts(tmp_path_factory.mktemp("hosts"))
-    try:
-        made.build()
+    with two_hosts(tmp_path_factory.mktemp("hosts")) as made:
         yield made
-    finally:
-        made.close()
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +73,13 @@ class Clone:
             if path.is_file():
                 (folder / "launch" / path.name).write_text(self.replaced(guide(path.name)), encoding="utf-8")
         for engine in ("fsdp2", "zero3"):
-            train = {"max_steps": STEPS, "save_steps": 2}
+            train = {"max_steps": STEPS, "save_steps": 2, "per_device_train_batch_size": 1}
             config = tiny.config(
                 engine, "nowhere", train=train, data={"train": "nothing.jsonl", "eval": "nothing.jsonl"}
             )
             options: dict[str, Any] = {
-                "fsdp2": {"fsdp": {"fsdp_version": 2, "dp_shard_size": 1}},
-                "zero3": {"deepspeed": {"zero_optimization": {"stage": 3}}},
+                "fsdp2": {"fsdp": {"fsdp_version": 2, "dp_shard_size": PER_HOST}},
+                "zero3": {"deepspeed": {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": PER_HOST}}},
             }[engine]
             config["engine"] |= options
             (folder / "configs" / f"llama3_70b_math_{engine}_multinode.json").write_text(json.dumps(config))
@@ -109,7 +104,11 @@ class Clone:
             (container,) = job()["spec"]["template"]["spec"]["containers"]
             command = [self.replaced(word) for word in container["command"]]
             return [(host, command, {"JOB_COMPLETION_INDEX": str(i)}) for i, host in enumerate(HOSTS)]
-        return [(HOSTS[0], ["bash", script], JOB if name.endswith(".sbatch") else {})]
+        if name.endswith(".sbatch"):
+            (tasks,) = re.findall(r"^#SBATCH --ntasks-per-node=(\d+)$", self.replaced(guide(name)), re.M)
+            sizes = {"SLURM_NTASKS_PER_NODE": tasks, "SLURM_NTASKS": str(len(HOSTS) * int(tasks))}
+            return [(HOSTS[0], ["bash", script], JOB | sizes)]
+        return [(HOSTS[0], ["bash", script], {})]
 
 
 def job() -> dict[str, Any]:
@@ -132,9 +131,9 @@ def test_a_guide_trains_as_one_process_does(
             process.kill()
     if any(process.returncode for process in started):
         raise RankError("\n".join(text[-4000:] for text in outputs))
-    assert "2 ranks on 2 host(s) by" in "".join(outputs)
+    assert "4 ranks on 2 host(s) by" in "".join(outputs)
     assert "cannot see" not in "".join(outputs)
-    assert [row["loss"] for row in rows_of(clone.output)] == pytest.approx(expected, rel=1e-5)
+    assert [row["loss"] for row in rows_of(clone.output)] == pytest.approx(expected, rel=1e-6)
     assert (clone.output / "checkpoint-2").is_dir()
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from sparselora_dist.engines.hosts import Place, by_host, check_groups
+from sparselora_dist.engines import hosts as module
+from sparselora_dist.engines.hosts import Place, by_host, check_groups, exchange
 from sparselora_dist.engines.ranks import free_port
 from support.placed_workers import start
 from support.trainer_workers import observe
@@ -118,3 +121,23 @@ def test_groups_that_cannot(hosts: str, size: int) -> None:
         ValueError, match=rf"'fsdp.size' is {size}, .* across hosts \(a has {hosts.count('a')}, b has .*same number"
     ):
         check_groups(list(hosts), size, "fsdp.size")
+
+
+def test_ranks_that_have_not_begun_are_named_while_the_others_wait(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "_PATIENCE", 0.1)
+    store = dist.HashStore()
+    store.set("host/3", b"b/0")
+    said = r"2 of 4 ranks have begun \(1 on a, 1 on b\); for \d+ s not rank 0, 2"
+    with caplog.at_level(logging.WARNING), pytest.raises(TimeoutError, match=f"{said}: see what its launcher says"):
+        exchange(store, Place(1, "a/0"), 4, 0.4)
+    assert caplog.records and all("train.ddp_timeout" in line.getMessage() for line in caplog.records)
+    # The first of those that have begun says so while it waits; the others are silent.
+    caplog.clear()
+    with caplog.at_level(logging.WARNING), pytest.raises(TimeoutError, match=said):
+        exchange(store, Place(3, "b/0"), 4, 0.4)
+    assert not caplog.records
+    store.set("host/0", b"a/0")
+    store.set("host/2", b"b/0")
+    assert [place.host for place in exchange(store, Place(1, "a/0"), 4, 0.4)] == ["a/0", "a/0", "b/0", "b/0"]

@@ -18,11 +18,11 @@ from sparselora_dist.codecs import NF4Codec, PlainCodec
 from sparselora_dist.codecs.linear import FrozenLinear
 from sparselora_dist.config import ModelSection, QuantizationSection
 from sparselora_dist.engines.zero3 import FlatShards
-from sparselora_dist.families import decoder_layers
 from sparselora_dist.io.adapter import is_adapted
 from sparselora_dist.io.load import LoadedBase, load_base
 from sparselora_dist.io.memory import InsufficientMemoryError, check_fits
 from sparselora_dist.io.shard_files import TensorFiles
+from sparselora_dist.layouts import decoder_layers
 from sparselora_dist.sharding.placement import Placement, RowShards
 from support.merging import BLOCKS, edit_json, load, logits, save_base
 from support.models import ALL_LINEAR, ATTENTION, FAMILIES

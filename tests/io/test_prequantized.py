@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from sparselora_dist.codecs import NF4Codec, PlainCodec
 from sparselora_dist.config import ModelSection, QuantizationSection
-from sparselora_dist.families import decoder_layers, matrix_name
 from sparselora_dist.io.load import LoadedBase, load_base
 from sparselora_dist.io.manifest import CorruptFileError
 from sparselora_dist.io.prequantized import PrequantizedError, prequantized
 from sparselora_dist.io.shard_files import TensorFiles
+from sparselora_dist.layouts import decoder_layers, matrix_name
 from sparselora_dist.sharding.placement import Placement
 from support.compare import sqnr
 from support.merging import BLOCKS, logits, save_base
@@ -114,7 +114,7 @@ def test_logits_are_close_to_transformers_own(checkpoint: Path, plain: Path) -> 
 def test_with_o_and_down_as_stored_the_logits_are_transformers_own(checkpoint: Path) -> None:
     model, tensors = stream(checkpoint, is_double(checkpoint)).model, load_file(checkpoint / FILE)
     for layer in decoder_layers(model):
-        for name, parent in (("o_proj", layer.attention), ("down_proj", layer.mlp)):
+        for name, parent in (("o_proj", layer.module.self_attn), ("down_proj", layer.module.mlp)):
             weight = decoded(tensors, f"model.{matrix_name(layer.index, name)}.weight")
             linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
             linear.weight = torch.nn.Parameter(weight, requires_grad=False)

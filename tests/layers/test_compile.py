@@ -95,7 +95,7 @@ def test_a_layer_recomputed_in_a_graph_of_its_own_is_refused() -> None:
     hook = LayerHook(find_state(made()).context, 1)
 
     def layer(x: Tensor) -> Tensor:
-        hook(torch.nn.Identity(), (x,))
+        hook(torch.nn.Identity(), (x,), {})
         return 2 * x
 
     compiled = torch.compile(layer, backend="eager")

@@ -122,6 +122,7 @@ def test_hpz_moves_frozen_weights_inside_the_node() -> None:
     assert found.wire[8] == pytest.approx((found.gathered - lora_bytes()) * 7 / 8, rel=1e-6)
     # The adapters' first gather after the optimizer step, and their gradients.
     assert found.wire[64] == pytest.approx(2 * lora_bytes() * 63 / 64, rel=1e-6)
+    assert found.reduced == {64: pytest.approx(lora_bytes() * 63 / 64)}
 
 
 def test_live_bytes_of_a_layer_and_the_next() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparselora_dist import SparseLoRAConfig, apply_sparselora, selection
 from sparselora_dist.apply import find_state
-from sparselora_dist.families import decoder_layers
+from sparselora_dist.layouts import decoder_layers
 from support.compare import assert_close
 from support.models import batch as tiny_batch
 from support.models import tiny_lora
@@ -76,7 +76,7 @@ def test_the_oracle_is_the_estimator_at_full_rank(quality: ModuleType) -> None:
     quality.use_oracle(oracle)
     x, rows = torch.randn(23, 48), torch.arange(1, 23, 2)
     for ours, exact in zip(decoder_layers(full), decoder_layers(oracle)):
-        for pair in ((ours.mlp, exact.mlp), (ours.attention, exact.attention)):
+        for pair in ((ours.module.mlp, exact.module.mlp), (ours.module.self_attn, exact.module.self_attn)):
             low, high = (getattr(m, "estimator", None) or m.sparse_estimator for m in pair)
             for estimated, right in zip(low(x, rows), high(x, rows), strict=True):
                 assert_close("scores", estimated, right, rtol=1e-3)

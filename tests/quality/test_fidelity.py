@@ -14,8 +14,8 @@ from torch import Tensor
 from sparselora_dist import SparseLoRAConfig, apply_sparselora, selection
 from sparselora_dist.apply import estimator_factors
 from sparselora_dist.config import RunConfig
-from sparselora_dist.families import causal_lm, decoder_layers, geometry
 from sparselora_dist.io.weights import ModelWeights
+from sparselora_dist.layouts import causal_lm, decoder_layers, geometry
 from sparselora_dist.method.channels import HeadGeometry
 from sparselora_dist.method.estimator import low_rank_factors
 from sparselora_dist.method.tokens import partition_tokens
@@ -161,12 +161,12 @@ def test_the_adapter_is_seen() -> None:
     observe(model, observer, [data], CPU)
     # By hand, in layer 0: its MLP's input from a forward of the model.
     layer, kept = decoder_layers(causal_lm(model))[0], {}
-    handle = layer.mlp.register_forward_pre_hook(lambda module, args: kept.update(x=args[0]))
+    handle = layer.module.mlp.register_forward_pre_hook(lambda module, args: kept.update(x=args[0]))
     with torch.no_grad():
         model(input_ids=data["input_ids"], attention_mask=data["attention_mask"])
         handle.remove()
         rows = partition_tokens(data["labels"], data["attention_mask"]).context
-        mlp: Any = layer.mlp
+        mlp: Any = layer.module.mlp
         outputs = {name: getattr(mlp, name)(kept["x"]).flatten(0, 1) for name in NAMES["ffn"]}
         energy = scores_of(exact_sums("ffn", outputs, rows, geometry(model), mlp.act_fn))
     site = observer.sites[0, "ffn"]

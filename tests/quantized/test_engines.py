@@ -9,8 +9,8 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from sparselora_dist.families import matrix_name
 from sparselora_dist.io.shard_files import TensorFiles
+from sparselora_dist.layouts import matrix_name
 from support.compare import assert_close
 from support.nf4_workers import MATRICES
 

@@ -182,6 +182,16 @@ def test_a_store_out_of_reach_is_an_answer(job: Job) -> None:
     assert "the host of rank 0, or the network to it, is gone" in job.said[0]
 
 
+def test_one_process_of_a_host_speaks_and_old_marks_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    old, other = tmp_path / "sparselora-said-old", tmp_path / "sparselora-said-other"
+    for path in (old, other):
+        path.touch()
+    os.utime(old, (0, 0))
+    assert [module.first_of_host("here:1") for _ in range(2)] == [True, False]
+    assert not old.exists() and other.exists() and len(list(tmp_path.iterdir())) == 2
+
+
 def test_one_rank_or_no_timeout_does_nothing() -> None:
     for beat in (Heartbeat(), Heartbeat(0, 2, 0.0, dist.HashStore), Heartbeat(0, 1, 5.0, dist.HashStore)):
         assert not beat.start().active

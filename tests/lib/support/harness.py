@@ -92,15 +92,15 @@ def run_ranks(
 
 
 def run_launch(
-    command: list[str], timeout: float = 300.0, check: bool = True, **env: str
+    command: list[str], timeout: float = 300.0, check: bool = True, cwd: Path = ROOT, **env: str
 ) -> subprocess.CompletedProcess:
-    """Run a launcher command from the repository's root; ``command[0]`` is looked up beside this interpreter."""
+    """Run a launcher command, from the repository's root; ``command[0]`` is looked up beside this interpreter."""
     program = Path(sys.executable).parent / command[0]
     full = [str(program) if program.exists() else command[0], *command[1:]]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     result = subprocess.run(
         full,
-        cwd=ROOT,
+        cwd=cwd,
         env={**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "PATH": path, **env},
         capture_output=True,
         text=True,

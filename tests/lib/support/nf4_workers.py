@@ -14,9 +14,9 @@ from sparselora_dist import SparseLoRAConfig, apply_sparselora
 from sparselora_dist.codecs import NF4Codec
 from sparselora_dist.codecs.linear import FrozenLinear
 from sparselora_dist.config import EngineSection, QuantizationSection, RunConfig
-from sparselora_dist.families import decoder_layers, matrix_name
 from sparselora_dist.io.load import load_base
 from sparselora_dist.io.weights import ModelWeights
+from sparselora_dist.layouts import decoder_layers, matrix_name
 from sparselora_dist.sharding.parameters import full_tensor
 
 from .agreement_workers import follow

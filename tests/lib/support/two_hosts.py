@@ -1,16 +1,18 @@
-"""Two hosts on one machine: network namespaces with names and an ``eth0`` each, and stand-ins for ssh, pdsh and srun."""
+"""Two hosts that commands are started on (:mod:`.networks`), with stand-ins for ssh, pdsh and srun."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from .networks import Network, two_networks
+
 HOSTS = ("node1", "node2")
-_NETWORK = "10.213.77."
 
 # pdsh -S -f 1024 -w node1,node2 WORDS: %n is the host's number.
 _PDSH = """
@@ -48,42 +50,22 @@ sys.exit(max(process.wait() for process in started))
 _SCONTROL = "print(*%r, sep='\\n')"
 
 
+@contextmanager
+def two_hosts(folder: Path) -> Iterator[TwoHosts]:
+    """Two hosts, with what they need in an empty ``folder``."""
+    with two_networks() as networks:
+        yield TwoHosts(folder, networks)
+
+
 class TwoHosts:
-    """Made by :meth:`build`; :meth:`close` takes the namespaces away."""
+    """Where commands are started."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.spaces = {host: f"sl{os.getpid()}-{host}" for host in HOSTS}
-
-    @staticmethod
-    def reason_against() -> str:
-        """Why there can be none here; empty if there can."""
-        if os.geteuid():
-            return "not root: no network namespaces"
-        if not (shutil.which("ip") and shutil.which("unshare")):
-            return "no ip (iproute2) or unshare: no network namespaces"
-        probe = subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True, text=True)
-        return f"no network namespaces: {probe.stderr.strip()}" if probe.returncode else ""
-
-    def build(self) -> None:
-        names = "".join(f"{_NETWORK}{i} {host} {host}.job\n" for i, host in enumerate(HOSTS, 1))
-        for space in self.spaces.values():
-            _ip("netns", "add", space)
-            # `ip netns exec` lays these files over those in /etc.
-            etc = Path("/etc/netns") / space
-            etc.mkdir(parents=True)
-            (etc / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
-        first, second = self.spaces.values()
-        _ip("link", "add", "eth0", "netns", first, "type", "veth", "peer", "name", "eth0", "netns", second)
-        for i, space in enumerate(self.spaces.values(), 1):
-            _ip("-n", space, "addr", "add", f"{_NETWORK}{i}/24", "dev", "eth0")
-            for device in ("lo", "eth0"):
-                _ip("-n", space, "link", "set", device, "up")
-        programs = self.folder / "bin"
-        programs.mkdir()
-        cases = "".join(f"    {host}) space={space} ;;\n" for host, space in self.spaces.items())
+    def __init__(self, folder: Path, networks: tuple[Network, ...]) -> None:
+        self.programs = folder / "bin"
+        self.programs.mkdir()
+        cases = "".join(f"    {host.name}) space={host.space} ;;\n" for host in networks)
         _program(
-            programs / "on-host",
+            self.programs / "on-host",
             "/bin/sh",
             f'case "$1" in\n{cases}    *) echo "no host $1" >&2; exit 1 ;;\nesac\n'
             'exec ip netns exec "$space" unshare --uts sh -c \'hostname "$0"; exec "$@"\' "$@"\n',
@@ -94,16 +76,16 @@ class TwoHosts:
             ("srun", _SRUN % (HOSTS,)),
             ("scontrol", _SCONTROL % (HOSTS,)),
         ):
-            _program(programs / name, sys.executable, text)
+            _program(self.programs / name, sys.executable, text)
 
     def start(self, host: str, command: list[str], cwd: Path, **env: str) -> subprocess.Popen:
         """A command on a host, both of its outputs in one pipe."""
-        path = f"{self.folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        path = f"{self.programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         own = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_"))}
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             own.pop(name, None)
         return subprocess.Popen(
-            [str(self.folder / "bin" / "on-host"), host, *command],
+            [str(self.programs / "on-host"), host, *command],
             cwd=cwd,
             env={**own, "PATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", **env},
             stdin=subprocess.DEVNULL,
@@ -111,15 +93,6 @@ class TwoHosts:
             stderr=subprocess.STDOUT,
             text=True,
         )
-
-    def close(self) -> None:
-        for space in self.spaces.values():
-            subprocess.run(["ip", "netns", "delete", space], capture_output=True)
-            shutil.rmtree(Path("/etc/netns") / space, ignore_errors=True)
-
-
-def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
 
 
 def _program(path: Path, interpreter: str, text: str) -> None:

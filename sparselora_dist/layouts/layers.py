@@ -1,0 +1,193 @@
+"""The decoder layers of a model, each by what it has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..method.channels import ATTENTION, HeadGeometry
+from .attention import Attention, find_attention
+from .ffn import FFN, find_ffn
+from .names import UnsupportedModelError, base_linear, causal_lm
+
+GROUPS = ("ffn", "qk", "vo")
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """One decoder layer of a model."""
+
+    index: int
+    path: str
+    """Name of the layer in the causal LM, ``model.layers.3``."""
+    module: nn.Module
+    ffn: FFN | None
+    attention: Attention | None
+    missing: Mapping[str, str]
+    """Group (``ffn``, ``qk``, ``vo``) -> why this layer cannot have it."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The frozen matrices it has: ``q_proj`` ... ``down_proj``."""
+        return (*(self.attention.names if self.attention else ()), *(self.ffn.names if self.ffn else ()))
+
+    def slot(self, name: str) -> tuple[nn.Module, str]:
+        """The module that holds the linear called ``name``, and what it is called there."""
+        part = self.attention if name in ATTENTION else self.ffn
+        assert part is not None, f"layers.{self.index} has no {name}"
+        return part.module, part.names[name]
+
+    def path_of(self, name: str) -> str:
+        """The linear's name in the causal LM, ``model.layers.3.mlp.gate_proj``: what files call it."""
+        part = self.attention if name in ATTENTION else self.ffn
+        assert part is not None, f"layers.{self.index} has no {name}"
+        return f"{self.path}.{part.path}.{part.names[name]}"
+
+    def linear(self, name: str) -> Any:
+        """The linear called ``name``, in its LoRA layer where it carries an adapter."""
+        parent, own = self.slot(name)
+        return getattr(parent, own)
+
+    def matrix(self, name: str) -> Any:
+        """The frozen linear called ``name`` (``q_proj`` ... ``down_proj``)."""
+        return base_linear(self.linear(name))
+
+    @property
+    def channels(self) -> dict[str, int]:
+        """How many there are, by group."""
+        counts: dict[str, int] = {}
+        if self.ffn:
+            counts["ffn"] = self.matrix("gate_proj").out_features
+        if self.attention:
+            counts |= {"qk": self.attention.heads.qk_channels, "vo": self.attention.heads.vo_channels}
+        return counts
+
+    @property
+    def trims(self) -> tuple[nn.Module, ...]:
+        """What may be computed at some positions alone if nothing else reads the others: q, o and the FFN.
+
+        Not beside experts: a router's loss reads every position.
+        """
+        if self.attention is None or self.ffn is None or self.ffn.parent is not self.module:
+            return ()
+        return self.linear("q_proj"), self.linear("o_proj"), self.ffn.module
+
+    @property
+    def entry(self) -> nn.Module:
+        """The first module that sees the layer's input."""
+        return getattr(self.module, "input_layernorm", self.module)
+
+
+def geometry(model: nn.Module) -> HeadGeometry:
+    """The heads of the first layer whose attention is known."""
+    found = next((layer.attention for layer in decoder_layers(model) if layer.attention), None)
+    if found is None:
+        raise UnsupportedModelError(f"no attention of {type(causal_lm(model)).__name__} is known")
+    return found.heads
+
+
+def check_config(config: Any) -> str:
+    """The ``model_type``; refuses what no layout can help, from the config alone, before any weight is loaded."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{_what(config)} is an encoder and a decoder; supported are causal language models, decoders alone"
+        )
+    return getattr(config, "model_type", None) or "unknown"
+
+
+# What a run does beside the sparse layers (rows packed in a line, loss inside the head, files read by name) is right for.
+RUNS = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def check_run(config: Any) -> str:
+    """The ``model_type``; raises UnsupportedModelError where a run, of ``launch/train.py``, is not known to be right."""
+    family = check_config(config)
+    if family not in RUNS:
+        raise UnsupportedModelError(
+            f"{_what(config)} is not supported in a run; supported families: {', '.join(RUNS)}. Many more work with "
+            "apply_sparselora and the Hugging Face Trainer (docs/models.md)"
+        )
+    return family
+
+
+def _what(config: Any) -> str:
+    architecture = ", ".join(getattr(config, "architectures", None) or ["this model"])
+    return f"{architecture} (model_type {getattr(config, 'model_type', None)!r})"
+
+
+def _stack(base: Any) -> tuple[str, nn.ModuleList] | None:
+    """The decoder's list of layers and its path."""
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
+    if decoder is base:
+        decoder = getattr(base, getattr(base, "base_model_prefix", ""), base)
+    count = getattr(getattr(decoder, "config", None), "num_hidden_layers", None)
+    lists = {
+        name: child
+        for name, child in decoder.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == count
+    }
+    if len(lists) != 1:
+        return None
+    ((name, stack),) = lists.items()
+    prefix = next(path for path, module in base.named_modules() if module is decoder)
+    return f"{prefix}.{name}".lstrip("."), stack
+
+
+def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
+    """The decoder layers of a causal LM, each with what was found in it.
+
+    Raises:
+        UnsupportedModelError: an encoder-decoder, or no list of layers.
+    """
+    base: Any = causal_lm(model)
+    config: Any = getattr(base, "config", None)
+    check_config(config)
+    found = _stack(base)
+    if found is None:
+        raise UnsupportedModelError(
+            f"{type(base).__name__} has no decoder with one list of its layers; load it as a causal language model"
+        )
+    path, stack = found
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return [_layer(index, f"{path}.{index}", module, text) for index, module in enumerate(stack)]
+
+
+def check_known(model: nn.Module, layers: list[DecoderLayer]) -> None:
+    """Raises UnsupportedModelError, with the reasons, where no layer has anything that can be sparse."""
+    if all(len(layer.missing) == len(GROUPS) for layer in layers):
+        base: Any = causal_lm(model)
+        reasons = "; ".join(f"{group}: {reason}" for group, reason in layers[0].missing.items())
+        raise UnsupportedModelError(f"{_what(base.config)} is not supported: {layers[0].path} is not known ({reasons})")
+
+
+def _layer(index: int, path: str, module: nn.Module, config: Any) -> DecoderLayer:
+    ffn, attention = find_ffn(module), find_attention(module, config)
+    missing: dict[str, str] = {}
+    if isinstance(ffn, str):
+        missing["ffn"] = ffn
+    if isinstance(attention, str):
+        missing |= dict.fromkeys(("qk", "vo"), attention)
+    else:
+        missing |= attention.missing
+    return DecoderLayer(
+        index,
+        path,
+        module,
+        ffn if isinstance(ffn, FFN) else None,
+        attention if isinstance(attention, Attention) else None,
+        missing,
+    )
+
+
+def check_causal(model: nn.Module) -> None:
+    """Raises UnsupportedModelError, with the remedy, where the labels are not those of next tokens."""
+    base: Any = causal_lm(model)
+    if base.get_output_embeddings() is None:
+        raise UnsupportedModelError(
+            f"{type(base).__name__} has no language model head, so its labels do not say which tokens are context: load "
+            "the model with AutoModelForCausalLM, or train this one (a classifier, a reward model) with plain PEFT, "
+            "without apply_sparselora"
+        )

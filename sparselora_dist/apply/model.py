@@ -13,7 +13,7 @@ from ..config.sparse import GROUPS, SparseLoRAConfig
 from ..io.factors import FactorSet
 from ..io.weights import ModelWeights, WeightSource
 from ..layers.context import SparseContext
-from ..layers.hooks import BeginHook, FinishHook, LayerHook
+from ..layers.hooks import BeginHook, FinishHook, LayerHook, OuterBeginHook, OuterFinishHook
 from ..layers.last_layer import trim
 from ..layers.logits import pack_logits
 from ..layouts import (
@@ -124,8 +124,9 @@ def _apply(model: nn.Module, layers: list[DecoderLayer], state: SparseState, fac
     state.handles += merge_as_the_family(model, remove_sparselora)
     # PEFT's wrapper hands on to the inner model; whichever of the two is called first opens the micro-batch.
     for entry in {id(m): m for m in (model, causal_lm(model))}.values():
-        state.handles.append(entry.register_forward_pre_hook(BeginHook(context), with_kwargs=True))
-        state.handles.append(entry.register_forward_hook(FinishHook(context), always_call=True))
+        begin, finish = (OuterBeginHook, OuterFinishHook) if entry is model else (BeginHook, FinishHook)
+        state.handles.append(entry.register_forward_pre_hook(begin(context), with_kwargs=True))
+        state.handles.append(entry.register_forward_hook(finish(context), always_call=True))
         setattr(entry, STATE, state)
         state.entries.append(entry)
 

@@ -31,6 +31,30 @@ def compute_input(x: Tensor) -> Tensor:
     return x.to(compute_dtype(x))
 
 
+class _Turned(Tensor):
+    """A stored weight, turned: what is assigned to its ``data`` is stored. PEFT's safe merge writes so.
+
+    An adapter that came after :func:`apply_sparselora` on a bare model merges into this, by PEFT's own ``merge``.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    stored: Tensor
+
+    @staticmethod
+    def of(stored: Tensor) -> Tensor:
+        turned = stored.detach().t().as_subclass(_Turned)
+        turned.stored = stored
+        return turned
+
+    @property
+    def data(self) -> Tensor:
+        return self.stored.data.t()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self.stored.data.copy_(value.t())
+
+
 class FrozenLinear(nn.Linear):
     """Takes the place of a frozen ``nn.Linear``.
 
@@ -87,7 +111,9 @@ class FrozenLinear(nn.Linear):
         first = self.parts[0]
         if (rows := waiting_rows(first)) is not None:  # FSDP2 has not sharded yet.
             return rows
-        return first.t() if self.transposed and isinstance(self.codec, PlainCodec) else first
+        if not self.transposed or not isinstance(self.codec, PlainCodec):
+            return first
+        return first.t() if self.obstacle else _Turned.of(first)
 
     @property
     def obstacle(self) -> str | None:

@@ -69,7 +69,7 @@ class SparseLoRACallback(TrainerCallback, ExportableState):
         # Of masks that each rank chose alone, those of another number of ranks are nobody's.
         mine = str(dist.get_rank()) if _ALL not in held and len(held) == _ranks() > 1 else _ALL
         device = next(kwargs["model"].parameters()).device
-        context.load_state_dict({name: _read(mask).to(device) for name, mask in held.get(mine, {}).items()})
+        context.held.load_state_dict({name: _read(mask).to(device) for name, mask in held.get(mine, {}).items()})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -85,7 +85,7 @@ class SparseLoRACallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         context = self._context(kwargs["model"])
-        if control.should_save and context.interval > 1 and context.sync.mode != "global" and _ranks() > 1:
+        if control.should_save and context.held.interval > 1 and context.sync.mode != "global" and _ranks() > 1:
             self.held = {str(rank): masks for rank, masks in enumerate(everyone(_written(context)))}
 
     on_epoch_end = on_step_end
@@ -131,7 +131,7 @@ def _ranks() -> int:
 
 
 def _written(context: SparseContext) -> dict[str, str]:
-    return {name: " ".join(map(str, mask.tolist())) for name, mask in context.state_dict().items()}
+    return {name: " ".join(map(str, mask.tolist())) for name, mask in context.held.state_dict().items()}
 
 
 def _read(mask: str) -> torch.Tensor:

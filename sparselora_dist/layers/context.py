@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -24,7 +24,7 @@ from ..method.schedule import is_sparse_step
 from ..method.tokens import TokenPartition, partition_tokens
 from ..sync.masks import MaskSync, Site
 from .held import HeldMasks
-from .micro_batch import GivenTokens, LossPositions, MicroBatch, TokenCounts
+from .micro_batch import OPEN, GivenTokens, LossPositions, MicroBatch, TokenCounts
 from .sharing import Given, MaskSharing, same_memory
 
 # Forwards whose backward may still be to come.
@@ -69,7 +69,8 @@ class SparseContext:
         """Channels to keep by (layer, group). While it is set, every forward with labels is sparse at these sites and
         dense elsewhere, in evaluation too and whatever the schedule says. Set it between forwards, on every rank."""
         self._current: MicroBatch | None = None
-        self._opened_by: object = None
+        self.opened_by: object = None
+        self._outer_loss: LossPositions | None = None
         self._replayed: MicroBatch | None = None
         self._forwards: deque[MicroBatch] = deque(maxlen=_PENDING_FORWARDS)
         self._training_forwards = 0
@@ -167,22 +168,12 @@ class SparseContext:
             )
         if batch.loss is not None and (training or evaluating) and logits_only:
             batch.last_layer = self.last_layer
-        self._current, self._opened_by = batch, opened_by
+        self._current, self.opened_by = batch, opened_by
+        self._outer_loss, OPEN.loss = OPEN.loss, batch.loss
         if batch.learns:
             self._training_forwards += 1
             self._forwards.append(batch)
             self.held.put(batch.masks, self._now, over=False)  # Those that it was given.
-
-    @property
-    def interval(self) -> int:
-        return self.held.interval
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Masks that are being kept (``interval`` > 1): ``{"layer.group.step": mask}``."""
-        return self.held.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.held.load_state_dict(state)
 
     @property
     def _now(self) -> int:
@@ -191,8 +182,9 @@ class SparseContext:
 
     def finish(self, opened_by: object = None) -> None:
         """Close the micro-batch that ``opened_by`` opened: from here on, a layer that runs is being recomputed."""
-        if self._opened_by is opened_by:
-            self._current = self._opened_by = None
+        if self.opened_by is opened_by:
+            self._current = self.opened_by = None
+            OPEN.loss, self._outer_loss = self._outer_loss, None
             if self.check_masks == "each":
                 self.sync.check()
 
@@ -200,15 +192,30 @@ class SparseContext:
     def in_forward(self) -> bool:
         return self._current is not None
 
+    def lists(self) -> Iterator[Tensor]:
+        """Of the running forward, the tensors whose length depends on the labels."""
+        return self._current.lists() if self._current is not None else iter(())
+
     @property
     def loss_positions(self) -> LossPositions | None:
         """Of the running forward."""
+        if torch.compiler.is_compiling():
+            return OPEN.loss
         return self._current.loss if self._current is not None else None
 
     @property
     def last(self) -> MicroBatch | None:
         """The newest training forward, that is one with gradients."""
         return self._forwards[-1] if self._forwards else None
+
+    def pending(self, ticket: int) -> MicroBatch:
+        """The forward with this :attr:`MicroBatch.ticket`, running or waiting for its backward; RuntimeError without."""
+        for batch in (self._current, *reversed(self._forwards)):
+            if batch is not None and int(batch.ticket) == ticket:
+                return batch
+        raise RuntimeError(
+            f"a compiled graph asks for masks of an unknown forward: more than {_PENDING_FORWARDS} waited for their backward"
+        )
 
     @property
     def was_sparse(self) -> bool:
@@ -226,7 +233,7 @@ class SparseContext:
         address = hidden.data_ptr()
         if self._current is not None:
             self._current.inputs[layer] = address
-        elif _in_backward():
+        elif in_backward():
             # The newest one with this address: the memory of a finished forward may have been given out again.
             found = (batch for batch in reversed(self._forwards) if batch.inputs.get(layer) == address)
             self._replayed = next(found, None)
@@ -239,7 +246,9 @@ class SparseContext:
     @property
     def _running(self) -> MicroBatch | None:
         """The micro-batch that the running layer belongs to, in recomputation that of its first run."""
-        return self._current or (self._replayed if _in_backward() else None)
+        if torch.compiler.is_compiling():  # A graph is never run again layer by layer, see :class:`~.hooks.LayerHook`.
+            return self._current
+        return self._current or (self._replayed if in_backward() else None)
 
     def active(self, layer: int, group: str, role: str | None = None) -> MicroBatch | None:
         """The micro-batch that the running layer belongs to, or ``None`` where its ``group`` is computed densely.
@@ -257,7 +266,9 @@ class SparseContext:
     def wanted(self, layer: int) -> LossPositions | None:
         """The positions that q, o and the FFN of the running ``layer`` are computed at; ``None`` is all of them."""
         batch = self._running
-        return batch.loss if batch is not None and batch.last_layer == layer else None
+        if batch is None or batch.last_layer != layer:
+            return None
+        return self.loss_positions if torch.compiler.is_compiling() else batch.loss
 
     def keep(self, layer: int, group: str, usual: int) -> int:
         """How many channels to choose: ``usual``, or what the probe says."""
@@ -303,5 +314,6 @@ class SparseContext:
         return finish
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
+    """Whether autograd is running, that is a layer that runs now is being recomputed."""
     return torch._C._current_graph_task_id() != -1

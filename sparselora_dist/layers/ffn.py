@@ -19,6 +19,7 @@ from .context import SparseContext
 from .estimator import FFNEstimator
 from .lora import active_branches, kept_update, low_rank_update
 from .micro_batch import MicroBatch
+from .traced import Handle, kept
 
 Chosen: TypeAlias = "Tensor | Callable[[], Tensor]"
 """Kept channels; or what waits for the other ranks' scores and gives them, always the same."""
@@ -64,6 +65,7 @@ class SparseFFN(nn.Module):
         self.site = Site(layer, "ffn")
         self.keep = keep
         self.lora_branch = lora_branch
+        self.handle = Handle(self)
         self.train(mlp.training)
 
     @property
@@ -80,16 +82,27 @@ class SparseFFN(nn.Module):
             return down(gated_product(gate(x), up(x), self.activation))
         assert batch.partition is not None
         flat = compute_input(x).reshape(-1, x.shape[-1])
-        finish = self.context.choose(batch, self.site, ("ffn",), lambda: self._select(flat, batch))
+        if torch.compiler.is_compiling():
+            keep = self.context.keep(self.site.layer, "ffn", self.keep)
+            channels: Chosen = kept(self.handle, "ffn", flat, batch, keep)
+        else:
+            channels = self._choose(flat, batch)
+        compute = self._whole_branch if self._branch_is_whole else self._kept
+        return compute(flat, batch.partition, channels).view(*x.shape[:-1], -1)
+
+    def _choose(self, x: Tensor, batch: MicroBatch) -> Chosen:
+        finish = self.context.choose(batch, self.site, ("ffn",), lambda: self._select(x, batch))
 
         def later() -> Tensor:
             assert finish is not None
             finish()
             return batch.masks[self.site.layer, "ffn"]
 
-        channels = later if finish else batch.masks[self.site.layer, "ffn"]
-        compute = self._whole_branch if self._branch_is_whole else self._kept
-        return compute(flat, batch.partition, channels).view(*x.shape[:-1], -1)
+        return later if finish else batch.masks[self.site.layer, "ffn"]
+
+    def kept(self, role: str, x: Tensor, batch: MicroBatch) -> Tensor:
+        """The kept neurons, (k,) int64; ``x`` (T, H) is read where the mask is new."""
+        return _known(self._choose(x, batch))
 
     def _select(self, x: Tensor, batch: MicroBatch) -> Callable[[], dict[str, Tensor]]:
         assert batch.partition is not None

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .context import SparseContext
+from .context import SparseContext, in_backward
+from .traced import lengths_vary
 
 
 class BeginHook:
@@ -23,8 +24,11 @@ class BeginHook:
                 "itself where one process sees several GPUs: start one process per GPU (torchrun or accelerate launch), "
                 "or let the process see one (CUDA_VISIBLE_DEVICES)"
             )
-        if self.context.in_forward:
-            return
+        if not self.context.in_forward:
+            self._begin(module, args, kwargs)
+
+    @torch.compiler.disable
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         labels, shifted = kwargs.get("labels"), False
         if kwargs.get("shift_labels") is not None:
             # They win in the loss too; sequence parallelism passes them beside labels.
@@ -41,6 +45,7 @@ class BeginHook:
             device=None if tokens is None else tokens.device,
             tokens=tokens,
         )
+        lengths_vary(self.context.lists())
 
 
 def _tokens(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
@@ -65,7 +70,24 @@ class FinishHook:
         self.context = context
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self.context.opened_by is module:
+            self._finish(module)
+
+    @torch.compiler.disable
+    def _finish(self, module: nn.Module) -> None:
         self.context.finish(module)
+
+
+class OuterBeginHook(BeginHook):
+    """Of the outermost module, whose hooks run before ``torch.compile`` begins to trace: not a graph of its own."""
+
+    __call__ = torch.compiler.disable(BeginHook.__call__)
+
+
+class OuterFinishHook(FinishHook):
+    """The same, at the end."""
+
+    __call__ = torch.compiler.disable(FinishHook.__call__)
 
 
 class LayerHook:
@@ -78,5 +100,18 @@ class LayerHook:
         self.context, self.layer, self.required = context, layer, required
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        if torch.is_grad_enabled() or self.context.in_forward:
+        if torch.compiler.is_compiling():
+            # A graph of the whole model recomputes by itself, and its operations find their forward by its ticket.
+            if not self.context.in_forward:
+                self._refuse_recomputation()
+        elif torch.is_grad_enabled() or self.context.in_forward:
             self.context.enter_layer(self.layer, args[0] if args else kwargs["hidden_states"], self.required)
+
+    @torch.compiler.disable
+    def _refuse_recomputation(self) -> None:
+        """Raises RuntimeError in recomputation: of a layer compiled by itself it is lost which forward it belongs to."""
+        if self.required and in_backward():
+            raise RuntimeError(
+                f"layer {self.layer} is compiled apart from the model and recomputed in backward: compile the whole model "
+                "(torch.compile(model), torch_compile=True), or leave out activation checkpointing"
+            )

@@ -39,6 +39,8 @@ class JoinedLoRA:
 
     def output(self, number: int, x: Tensor) -> Tensor | None:
         """The output of the layer ``number`` for an input (..., in); ``None`` where it is computed apart."""
+        if torch.compiler.is_compiling():
+            return None  # What is passed on from call to call is no part of a graph.
         if number == 0:
             outputs = self._together(x)
             self._waiting = None if outputs is None else (x, outputs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from sparselora_kernels import select_checked
@@ -18,6 +19,7 @@ from ..sync.masks import Site
 from .context import SparseContext
 from .estimator import AttentionEstimator
 from .micro_batch import MicroBatch
+from .traced import Handle, kept
 
 Role = Literal["q", "k", "v", "o"]
 _GROUP = {"q": "qk", "k": "qk", "v": "vo", "o": "vo"}
@@ -37,6 +39,7 @@ class AttentionChannels:
         self.estimator = estimator
         self.keep = keep
         self.groups = tuple(keep)
+        self.handle = Handle(self)
 
     def _select(self, x: Tensor, batch: MicroBatch) -> Callable[[], dict[str, Tensor]]:
         assert batch.partition is not None
@@ -56,6 +59,13 @@ class AttentionChannels:
 
     def rows(self, role: Role, x: Tensor, batch: MicroBatch) -> Tensor:
         """Kept rows of the projection ``role`` (columns for o). ``x`` (T, H) is read where the mask is new."""
+        if not torch.compiler.is_compiling():
+            return self.kept(role, x, batch)
+        group = _GROUP[role]
+        channels = self.context.keep(self.site.layer, group, self.keep[group])
+        return kept(self.handle, role, x, batch, channels * self.estimator.geometry.owned(role))
+
+    def kept(self, role: str, x: Tensor, batch: MicroBatch) -> Tensor:
         if finish := self.context.choose(batch, self.site, self.groups, lambda: self._select(x, batch)):
             finish()
         key = self.site.layer, role

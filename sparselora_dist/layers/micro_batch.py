@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..method.tokens import TokenPartition
+
+_numbers = count()
+
+
+def _ticket() -> Tensor:
+    return torch.full((1,), next(_numbers), dtype=torch.int64, device="cpu")
 
 
 @dataclass(slots=True)
@@ -29,6 +37,15 @@ class MicroBatch:
     """The decoder layer that computes q, o and FFN at ``loss`` only."""
     learns: bool = True
     """Whether it is a training forward with gradients."""
+    ticket: Tensor = field(default_factory=_ticket)
+    """(1,) int64 on the host, its own: how a compiled graph, which sees tensors only, says which forward it computes."""
+
+    def lists(self) -> Iterator[Tensor]:
+        """The tensors whose length depends on the labels."""
+        if self.partition is not None:
+            yield from (self.partition.dense, self.partition.context)
+        if self.loss is not None:
+            yield from (self.loss.rows, self.loss.labels)
 
 
 @dataclass(slots=True)
@@ -77,3 +94,16 @@ class TokenCounts:
     dense: int = 0
     context: int = 0
     """Computed sparsely."""
+
+
+class _Open:
+    """Where a graph finds the positions of the forward that is running.
+
+    A tensor that the tracer reaches through a module of PyTorch's own, as by a hook of the LM head, it takes for one of
+    that module's properties, whose length never changes. This is reached through no module.
+    """
+
+    loss: LossPositions | None = None
+
+
+OPEN = _Open()

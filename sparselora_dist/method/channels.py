@@ -69,6 +69,10 @@ class HeadGeometry:
         """Channels of a layer by group; ``width`` is the FFN's."""
         return {"ffn": width, "qk": self.qk_channels, "vo": self.vo_channels}
 
+    def owned(self, role: str) -> int:
+        """How many rows of q, k or v, or columns of o, one channel owns."""
+        return {"q": 2 * self.group, "k": 2, "v": 1, "o": self.group}[role]
+
     def k_rows(self, channels: Tensor) -> Tensor:
         """Rows of k (kv_heads * D) that the qk ``channels`` own, ascending."""
         return self._owned("k", channels)

@@ -22,7 +22,7 @@ def gather_rank_state(engine: Engine, context: SparseContext) -> dict[str, Tenso
     mine = {"rng/cpu": torch.get_rng_state()}
     if engine.device.type == "cuda":
         mine["rng/cuda"] = torch.cuda.get_rng_state(engine.device)
-    mine |= {f"mask/{name}": mask.cpu() for name, mask in context.state_dict().items()}
+    mine |= {f"mask/{name}": mask.cpu() for name, mask in context.held.state_dict().items()}
     mine |= {f"optim/{name}": codes for name, codes in engine.own_codes().items()}
     told = everyone(mine) if dist.is_initialized() else [mine]
     return {f"{rank}/{name}": tensor for rank, state in enumerate(told) for name, tensor in state.items()}
@@ -44,4 +44,4 @@ def set_rank_state(mine: dict[str, Tensor], engine: Engine, context: SparseConte
         torch.set_rng_state(mine["rng/cpu"])
     if "rng/cuda" in mine and engine.device.type == "cuda":
         torch.cuda.set_rng_state(mine["rng/cuda"], engine.device)
-    context.load_state_dict({name: mask.to(engine.device) for name, mask in under("mask/", mine).items()})
+    context.held.load_state_dict({name: mask.to(engine.device) for name, mask in under("mask/", mine).items()})

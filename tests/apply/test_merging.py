@@ -168,3 +168,20 @@ def test_a_copy_is_merged_alone() -> None:
     before = outputs(model)
     same_state(tiny_lora(targets=ALL_LINEAR).merge_and_unload(), copy.deepcopy(model).merge_and_unload())
     assert_identical(before, outputs(model))
+
+
+@pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe merge"])
+def test_an_adapter_that_came_after_apply_is_merged(safe: bool) -> None:
+    """On a bare model that is sparse, by PEFT's own merge: also into what is stored turned (o and down)."""
+    lora = peft.LoraConfig(r=4, target_modules=ALL_LINEAR, init_lora_weights=False, task_type="CAUSAL_LM")
+    base = tiny_base()
+    base.requires_grad_(False)
+    expected, model = copy.deepcopy(base), apply_sparselora(base, config())
+    states = []
+    for one in (expected, model):
+        torch.manual_seed(3)
+        merged = peft.get_peft_model(one, lora).merge_and_unload(safe_merge=safe)
+        states.append(merged.state_dict())
+    assert set(states[0]) == set(states[1])
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-6, atol=1e-6, msg=name)

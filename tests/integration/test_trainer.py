@@ -138,14 +138,14 @@ def test_masks_of_each_rank_alone_come_back_to_it(monkeypatch: pytest.MonkeyPatc
     context, control = find_state(model).context, TrainerControl(should_save=True)
     masks = [{"1.ffn.3": torch.tensor([2, 5])}, {"1.ffn.3": torch.tensor([0, 7, 9])}]
 
-    def gather(into: list[Any], mine: Any) -> None:
+    def gather(into: list[Any], mine: Any, group: None = None) -> None:
         into[:] = [{name: " ".join(map(str, mask.tolist())) for name, mask in rank.items()} for rank in masks]
         assert mine == into[0]
 
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda group=None: 2)
     monkeypatch.setattr("torch.distributed.all_gather_object", gather)
-    context.load_state_dict(masks[0])
+    context.held.load_state_dict(masks[0])
     writer, training = SparseLoRACallback(), arguments("unused", use_cpu=True)
     writer.on_step_end(training, TrainerState(), control, model=model)
     saved = json.loads(json.dumps({"SparseLoRACallback": writer.state()}))
@@ -154,12 +154,12 @@ def test_masks_of_each_rank_alone_come_back_to_it(monkeypatch: pytest.MonkeyPatc
         SparseLoRACallback().on_train_begin(
             training, TrainerState(global_step=4, stateful_callbacks=saved), control, model=model
         )
-        got = context.state_dict()
+        got = context.held.state_dict()
         assert got.keys() == expected.keys() and torch.equal(got["1.ffn.3"], expected["1.ffn.3"])
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 3)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda group=None: 3)
     state = TrainerState(global_step=4, stateful_callbacks=saved)
     SparseLoRACallback().on_train_begin(training, state, control, model=model)
-    assert context.state_dict() == {}
+    assert context.held.state_dict() == {}
 
 
 @pytest.mark.parametrize("own_loss", [False, True])

@@ -195,11 +195,11 @@ def test_kept_masks_survive_a_state_dict() -> None:
     """A run that is continued reuses the masks it had, and renews them when they are due."""
     first = sparse_model(interval=3)
     assert steps_chosen(first, range(3, 5)) == [3]
-    state = find_state(first).context.state_dict()
+    state = find_state(first).context.held.state_dict()
     assert len(state) == 5 and all(mask.dtype == torch.int64 for mask in state.values())
 
     second = sparse_model(interval=3)
-    find_state(second).context.load_state_dict(state)
+    find_state(second).context.held.load_state_dict(state)
     set_step(second, 5, 100)
     train_step(second, batch(seed=99))
     assert masks_of(second) == masks_of(first)
@@ -209,4 +209,4 @@ def test_kept_masks_survive_a_state_dict() -> None:
 def test_without_a_kept_mask_there_is_no_state() -> None:
     model = sparse_model()
     train_step(model, batch())
-    assert find_state(model).context.state_dict() == {}
+    assert find_state(model).context.held.state_dict() == {}

@@ -1,0 +1,164 @@
+"""PEFT's own tests with every PEFT model made sparse-capable: which fail then, and not as they are?
+
+    python benchmarks/outside_tests.py PEFT_CHECKOUT/tests/test_decoder_models.py -o addopts= -k "LoraConfig and Llama"
+
+The tests are run three times: plain; with ``apply_sparselora`` and ``enabled: false`` on every model that PEFT makes; and
+with sparsity 0 in every group. Models that are not supported are left alone. The models that the tests load by name are
+made here, tiny and random, in a folder that looks like the hub's cache, so that no network is needed; a test of another
+model fails in all three and does not count. This file is runner and pytest plugin in one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+from collections import Counter
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+MODES = {"plain": None, "enabled false": {"enabled": False}, "sparsity 0": {}}
+ALL = {group: {"0-1": 0.0} for group in ("ffn", "qk", "vo")}
+MODELS = {
+    "trl-internal-testing/tiny-random-LlamaForCausalLM": "llama",
+    "hf-internal-testing/tiny-random-MistralForCausalLM": "mistral",
+    "peft-internal-testing/tiny-dummy-qwen2": "qwen2",
+    "trl-internal-testing/tiny-Qwen3ForCausalLM": "qwen3",
+}
+_MODE, _COUNTS = "OUTSIDE_TESTS_MODE", "OUTSIDE_TESTS_COUNTS"
+
+
+def make_models(hub: Path) -> None:
+    """Tiny random models and a tokenizer under their names, laid out as the hub's cache."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {f"w{number}": number for number in range(4, 96)}
+    words_only = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    words_only.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words_only, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    torch.manual_seed(0)
+    for name, family in MODELS.items():
+        root = hub / f"models--{name.replace('/', '--')}"
+        (root / "refs").mkdir(parents=True)
+        (root / "refs" / "main").write_text("0" * 40)
+        config = AutoConfig.for_model(
+            family,
+            vocab_size=1000,
+            hidden_size=16,
+            intermediate_size=44,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=4,
+            max_position_embeddings=512,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+        folder = root / "snapshots" / ("0" * 40)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def pytest_configure(config: Any) -> None:
+    """As a plugin: every PEFT model is made sparse once it is made, and counted."""
+    if find_spec("diffusers") is None:  # PEFT's helpers import one name of it, for other tests.
+        module: Any = ModuleType("diffusers")
+        module.__spec__, module.StableDiffusionPipeline = ModuleSpec("diffusers", None), object
+        sys.modules["diffusers"] = module
+    mode = MODES[os.environ[_MODE]]
+    if mode is None:
+        return
+    from peft import PeftModel
+
+    from sparselora_dist import SparseLoRAConfig, apply_sparselora
+
+    settings = SparseLoRAConfig.from_dict({"layers": ALL, **mode})
+    made = PeftModel.__init__
+
+    @functools.wraps(made)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        try:
+            apply_sparselora(self, settings)
+            word = "sparse"
+        except (ValueError, AttributeError) as error:
+            word = f"left alone: {type(error).__name__}: {str(error).split('.')[-1][:60]}"
+        with open(os.environ[_COUNTS], "a") as file:
+            file.write(word + "\n")
+
+    PeftModel.__init__ = init
+
+
+def run(mode: str, arguments: list[str], hub: Path, folder: Path) -> tuple[dict[str, str], Counter[str]]:
+    """Outcome of every test by its name, and how many models were made sparse."""
+    report, counts = folder / f"{mode}.xml", folder / f"{mode}.txt"
+    counts.touch()
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(hub), "SPARSELORA_CACHE": str(folder / "factors")}
+    with open(folder / f"{mode}.log", "w") as log:
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-p",
+                Path(__file__).stem,
+                f"--junitxml={report}",
+                "--tb=line",
+                *arguments,
+            ],
+            env=os.environ | offline | {"PYTHONPATH": path, _MODE: mode, _COUNTS: str(counts)},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    outcomes = {}
+    for case in ET.parse(report).iter("testcase"):
+        kinds = [child for child in case if child.tag in ("failure", "error", "skipped")]
+        word = f"{kinds[0].tag}: {(kinds[0].get('message') or '')[:160]}" if kinds else "passed"
+        outcomes[f"{case.get('classname')}::{case.get('name')}"] = word
+    return outcomes, Counter(line for line in counts.read_text().splitlines())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--logs", type=Path, help="keep the logs and reports in this folder")
+    options, arguments = parser.parse_known_args()
+    folder = options.logs or Path(tempfile.mkdtemp(prefix="outside-tests-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    hub = folder / "hub"
+    if not hub.exists():
+        make_models(hub)
+    results = {mode: run(mode, arguments, hub, folder) for mode in MODES}
+    plain = results["plain"][0]
+    print(
+        "| run | passed | failed | skipped | models made sparse | left alone | fails only here |\n"
+        "|---|---|---|---|---|---|---|"
+    )
+    new: list[str] = []
+    for mode, (outcomes, made) in results.items():
+        words = Counter(word.split(":")[0] for word in outcomes.values())
+        ours = [name for name, word in outcomes.items() if word[0] in "fe" and plain.get(name, "passed")[0] not in "fe"]
+        new += [f"{mode}: {name}: {outcomes[name]}" for name in ours]
+        cells = [words["passed"], words["failure"] + words["error"], words["skipped"], made["sparse"]]
+        cells += [made.total() - made["sparse"], len(ours)]
+        print(f"| {mode} | {' | '.join(map(str, cells))} |")
+    print("\n".join(new))
+    return 1 if new else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

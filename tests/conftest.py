@@ -24,13 +24,15 @@ import pytest
 import torch
 
 from sparselora_dist.process import quiet_bitsandbytes
-from support import models  # noqa: F401  (sets the factor cache to a folder of this session)
+
+quiet_bitsandbytes()  # PEFT imports it.
+
+from support import models  # noqa: E402, F401  (sets the factor cache to a folder of this session)
 
 GPU = os.environ.get("SPARSELORA_TEST_GPU") == "1"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-quiet_bitsandbytes()
 # Models here are tiny: with more threads the tests spend their time waiting for each other.
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")

@@ -34,7 +34,7 @@ OTHERS: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("activation", [*NAMED.values(), *map(ACT2FN.__getitem__, HUGGING_FACE)], ids=str)
+@pytest.mark.parametrize("activation", [*NAMED.values(), *map(ACT2FN.__getitem__, HUGGING_FACE)], ids=[*NAMED, *HUGGING_FACE])
 def test_the_name_computes_what_the_module_computes(activation: Any) -> None:
     x = torch.linspace(-8, 8, 1001)
     name = activation_name(activation)

@@ -34,7 +34,10 @@ OTHERS: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("activation", [*NAMED.values(), *map(ACT2FN.__getitem__, HUGGING_FACE)], ids=[*NAMED, *HUGGING_FACE])
+KNOWN = NAMED | {name: ACT2FN[name] for name in HUGGING_FACE}
+
+
+@pytest.mark.parametrize("activation", KNOWN.values(), ids=KNOWN)
 def test_the_name_computes_what_the_module_computes(activation: Any) -> None:
     x = torch.linspace(-8, 8, 1001)
     name = activation_name(activation)

@@ -32,7 +32,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 quickstart: venv
 	@$(BIN)/python benchmarks/quickstart.py
 
-# Two at a time; those that start ranks one after another (tests/lib/support/workers.py).
+# Two at a time (tests/lib/support/workers.py says which).
 JOBS ?= 2
 test: venv
 	@.ci/browser

@@ -46,7 +46,7 @@ CHECKED = 3
 def model_of(path: str, scale: float | None, seed: int) -> Any:
     """``scale`` of the sparsity in :data:`LAYERS`; ``None``: plain PEFT."""
     torch.manual_seed(seed)
-    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR, task_type="CAUSAL_LM"))
     if scale is not None:
         layers = {group: {at: scale * share for at, share in ranges.items()} for group, ranges in LAYERS.items()}
@@ -81,7 +81,7 @@ def run(
     }
     common: dict[str, Any] = {
         "model": model,
-        "processing_class": AutoTokenizer.from_pretrained(options.model),
+        "processing_class": AutoTokenizer.from_pretrained(options.model, trust_remote_code=False),
         "callbacks": [] if scale is None else [SparseLoRACallback()],
     }
     trainer: Any

@@ -67,7 +67,7 @@ def make_models(hub: Path) -> None:
             eos_token_id=2,
         )
         folder = root / "snapshots" / ("0" * 40)
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(config, trust_remote_code=False).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 

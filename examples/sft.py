@@ -32,7 +32,7 @@ def main() -> None:
     script, training = parser.parse_args_into_dataclasses()
     set_seed(training.seed)
 
-    base = AutoModelForCausalLM.from_pretrained(script.model, dtype=script.dtype)
+    base = AutoModelForCausalLM.from_pretrained(script.model, dtype=script.dtype, trust_remote_code=False)
     lora = LoraConfig(
         task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
     )
@@ -43,7 +43,7 @@ def main() -> None:
         model=model,
         args=training,
         train_dataset=load_dataset("json", data_files=script.data, split="train"),
-        processing_class=AutoTokenizer.from_pretrained(script.model),
+        processing_class=AutoTokenizer.from_pretrained(script.model, trust_remote_code=False),
         callbacks=[SparseLoRACallback()],
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)

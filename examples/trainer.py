@@ -39,7 +39,7 @@ def main() -> None:
     script, training = parser.parse_args_into_dataclasses()
     set_seed(training.seed)
 
-    tokenizer = AutoTokenizer.from_pretrained(script.model)
+    tokenizer = AutoTokenizer.from_pretrained(script.model, trust_remote_code=False)
 
     def tokenize(row: dict[str, str]) -> dict[str, list[int]]:
         prompt = tokenizer(row["prompt"])["input_ids"]
@@ -50,7 +50,7 @@ def main() -> None:
     rows = load_dataset("json", data_files=script.data, split="train")
     rows = rows.map(tokenize, remove_columns=rows.column_names)
 
-    base = AutoModelForCausalLM.from_pretrained(script.model, dtype=script.dtype)
+    base = AutoModelForCausalLM.from_pretrained(script.model, dtype=script.dtype, trust_remote_code=False)
     lora = LoraConfig(
         task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
     )

@@ -48,9 +48,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    from support.workers import ByQueue
+    from support.workers import ByRanks
 
-    return ByQueue(config, log)
+    return ByRanks(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "end_step": None,
         "mask_sync": "global",
         "interval": 1,
+        "reference": "sparse",
         "lora_branch": "kept",
         "skip_unused_logits": True,
         "merge_lora": False,

@@ -83,14 +83,14 @@ def test_two_ranks_with_one_gpu(
 ) -> None:
     """Where each rank sees one GPU, only the GPUs' own names tell whether it is the same."""
 
-    def gather(out: list[Any], mine: tuple[str, str]) -> None:
+    def gather(out: list[Any], mine: tuple[str, str], group: None = None) -> None:
         assert mine == (places[0][0], places[0][1])
         out[:] = places
 
     monkeypatch.setattr("socket.gethostname", lambda: places[0][0])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid=places[0][1]))
-    monkeypatch.setattr(dist, "get_world_size", lambda: len(places))
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: len(places))
     monkeypatch.setattr(dist, "all_gather_object", gather)
     if told is None:
         refuse_shared_gpus()

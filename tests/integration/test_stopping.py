@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,14 @@ KEYS = ("step", "loss", "grad_norm", "eval_loss")
 def lines(folder: Path) -> list[dict[str, Any]]:
     rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [{key: row[key] for key in KEYS if key in row} for row in rows]
+
+
+@pytest.fixture(autouse=True)
+def _hangs_up() -> Iterator[None]:
+    """Also where the tests run under ``nohup``, which a run respects."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="module")

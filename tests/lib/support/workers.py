@@ -1,7 +1,7 @@
 """Which tests run beside which, where pytest has several workers (``make test``).
 
-A file's tests stay together, because they share what is costly to set up. Those that start ranks are one queue: one such
-test at a time, beside tests that are one process, so that ranks have the cores that they time out without.
+A file's tests stay together, because they share what is costly to set up; those of some folders do. One worker takes the
+files that start ranks, which need both cores; the others take the rest first.
 """
 
 from __future__ import annotations
@@ -12,26 +12,40 @@ from typing import Any
 
 from xdist.scheduler import LoadScopeScheduling
 
-TESTS = Path(__file__).resolve().parents[2]
-_RANKS = "ranks"
+ROOT = Path(__file__).resolve().parents[3]
 _WITH_RANKS = ("engines", "integration", "quantized", "sync")
+_SHARING = ("engines", "quantized")
+"""Folders whose ranks are started once for all files."""
+
+
+def unit(file: str) -> str:
+    """What a test file, named from the repository's root, is run together with."""
+    folder = Path(file).parent
+    return str(folder) if folder.name in _SHARING else file
 
 
 @cache
-def queue(file: str) -> str:
-    """The queue of a test file, named from the repository's root."""
-    path = TESTS.parent / file
-    starts_ranks = path.parent.name in _WITH_RANKS or "support.harness" in path.read_text(encoding="utf-8")
-    return _RANKS if starts_ranks else file
+def starts_ranks(unit: str) -> bool:
+    path = ROOT / unit
+    if path.is_dir() or path.parent.name in _WITH_RANKS:
+        return True
+    return "support.harness" in path.read_text(encoding="utf-8")
 
 
-class ByQueue(LoadScopeScheduling):
-    """Queues in the place of files, the longest first."""
+class ByRanks(LoadScopeScheduling):
+    """Where a worker is in a file with ranks, the next one gets a file without, as long as there is one."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return queue(nodeid.partition("::")[0])
+        return unit(nodeid.partition("::")[0])
 
     def _assign_work_unit(self, node: Any) -> None:
-        if _RANKS in self.workqueue:
-            self.workqueue.move_to_end(_RANKS, last=False)
+        others = [scope for other, work in self.assigned_work.items() if other is not node for scope in self._open(work)]
+        wanted = not any(map(starts_ranks, others))
+        found = next((scope for scope in self.workqueue if starts_ranks(scope) == wanted), None)
+        if found is not None:
+            self.workqueue.move_to_end(found, last=False)
         super()._assign_work_unit(node)
+
+    @staticmethod
+    def _open(work: dict[str, dict[str, bool]]) -> list[str]:
+        return [scope for scope, tests in work.items() if not all(tests.values())]

@@ -1,11 +1,13 @@
-"""PEFT's own tests with every PEFT model made sparse-capable: which fail then, and not as they are?
+"""PEFT's and TRL's own tests with every PEFT model made sparse-capable: which fail then, and not as they are?
 
     python benchmarks/outside_tests.py PEFT_CHECKOUT/tests/test_decoder_models.py -o addopts= -k "LoraConfig and Llama"
+    python benchmarks/outside_tests.py TRL_CHECKOUT/tests/test_dpo_trainer.py -k peft
 
 The tests are run three times: plain; with ``apply_sparselora`` and ``enabled: false`` on every model that PEFT makes; and
 with sparsity 0 in every group. Models that are not supported are left alone. The models that the tests load by name are
-made here, tiny and random, in a folder that looks like the hub's cache, so that no network is needed; a test of another
-model fails in all three and does not count. This file is runner and pytest plugin in one.
+made here, tiny and random, in a folder that looks like the hub's cache, and so are the rows of the data set that TRL's
+tests load, so that no network is needed; a test of another model fails in all three and does not count. This file is
+runner and pytest plugin in one.
 """
 
 from __future__ import annotations
@@ -31,7 +33,13 @@ MODELS = {
     "hf-internal-testing/tiny-random-MistralForCausalLM": "mistral",
     "peft-internal-testing/tiny-dummy-qwen2": "qwen2",
     "trl-internal-testing/tiny-Qwen3ForCausalLM": "qwen3",
+    "trl-internal-testing/tiny-LlamaForCausalLM-3.2": "llama",
+    "trl-internal-testing/tiny-MistralForCausalLM-0.2": "mistral",
+    "trl-internal-testing/tiny-Qwen2ForCausalLM-2.5": "qwen2",
+    "trl-internal-testing/tiny-Qwen2ForSequenceClassification-2.5": "qwen2",
 }
+DATA = "trl-internal-testing/zen"
+CHAT = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {{ eos_token }} {% endfor %}"
 _MODE, _COUNTS = "OUTSIDE_TESTS_MODE", "OUTSIDE_TESTS_COUNTS"
 
 
@@ -39,14 +47,22 @@ def make_models(hub: Path) -> None:
     """Tiny random models and a tokenizer under their names, laid out as the hub's cache."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {f"w{number}": number for number in range(4, 96)}
-    words_only = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    words_only.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words_only, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        PreTrainedTokenizerFast,
     )
+
+    # By bytes, without merges: whatever class of tokenizer Transformers takes for a family, it reads this vocabulary.
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    by_bytes = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    by_bytes.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=by_bytes, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = CHAT
     torch.manual_seed(0)
     for name, family in MODELS.items():
         root = hub / f"models--{name.replace('/', '--')}"
@@ -62,20 +78,65 @@ def make_models(hub: Path) -> None:
             num_key_value_heads=2,
             head_dim=4,
             max_position_embeddings=512,
+            initializer_range=0.3,  # So that every adapter has a gradient that an optimizer step can be seen of.
             pad_token_id=0,
             bos_token_id=1,
             eos_token_id=2,
         )
         folder = root / "snapshots" / ("0" * 40)
-        AutoModelForCausalLM.from_config(config, trust_remote_code=False).save_pretrained(folder)
+        if "Classification" in name:
+            config.num_labels = 1
+            AutoModelForSequenceClassification.from_config(config, trust_remote_code=False).save_pretrained(folder)
+        else:
+            AutoModelForCausalLM.from_config(config, trust_remote_code=False).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def data_set(name: str, count: int) -> list[dict[str, Any]]:
+    """Rows of one configuration of TRL's test data."""
+    style, _, kind = name.partition("_")
+
+    def say(role: str, text: str) -> Any:
+        return text if style == "standard" else [{"role": role, "content": text}]
+
+    rows = []
+    for number in range(count):
+        prompt, good, bad = (" ".join(f"w{4 + (number * 7 + i * k) % 90}" for i in range(6)) for k in (1, 3, 5))
+        asked, told, wrong = say("user", prompt), say("assistant", f" {good}"), say("assistant", f" {bad}")
+        rows.append(
+            {
+                "language_modeling": {"text" if style == "standard" else "messages": asked + told},
+                "prompt_only": {"prompt": asked},
+                "prompt_completion": {"prompt": asked, "completion": told},
+                "preference": {"prompt": asked, "chosen": told, "rejected": wrong},
+                "implicit_prompt_preference": {"chosen": asked + told, "rejected": asked + wrong},
+                "unpaired_preference": {"prompt": asked, "completion": told, "label": number % 2 == 0},
+            }[kind]
+        )
+    return rows
+
+
+def local_data() -> None:
+    """Let ``datasets.load_dataset`` give these rows where TRL's tests ask for theirs."""
+    import datasets
+
+    load = datasets.load_dataset
+
+    def loaded(path: str, name: str = "", *args: Any, split: str | None = None, **kwargs: Any) -> Any:
+        if path != DATA:
+            return load(path, name, *args, split=split, **kwargs)
+        both = {part: datasets.Dataset.from_list(data_set(name, count)) for part, count in (("train", 17), ("test", 2))}
+        return datasets.DatasetDict(both) if split is None else both[split.partition("[")[0]]
+
+    datasets.load_dataset = loaded
 
 
 def pytest_configure(config: Any) -> None:
     """As a plugin: every PEFT model is made sparse once it is made, and counted."""
+    local_data()
     if find_spec("diffusers") is None:  # PEFT's helpers import one name of it, for other tests.
         module: Any = ModuleType("diffusers")
-        module.__spec__, module.StableDiffusionPipeline = ModuleSpec("diffusers", None), object
+        module.__spec__, module.StableDiffusionPipeline = ModuleSpec("diffusers", None), type("Pipeline", (), {})
         sys.modules["diffusers"] = module
     mode = MODES[os.environ[_MODE]]
     if mode is None:
@@ -94,7 +155,7 @@ def pytest_configure(config: Any) -> None:
             apply_sparselora(self, settings)
             word = "sparse"
         except (ValueError, AttributeError) as error:
-            word = f"left alone: {type(error).__name__}: {str(error).split('.')[-1][:60]}"
+            word = f"left alone: {type(error).__name__}: {str(error)[:120]}"
         with open(os.environ[_COUNTS], "a") as file:
             file.write(word + "\n")
 

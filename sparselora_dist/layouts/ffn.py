@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import skip_init
 
 from sparselora_kernels.activations import ACTIVATIONS, activation_name
 
@@ -99,7 +100,9 @@ def _computes_as_expected(module: Any, ffn: FFN) -> bool:
     if type(module).__module__.startswith("liger_kernel"):
         return True  # The same formula in kernels that a CPU cannot run.
     generator = torch.Generator().manual_seed(0)
-    linears = [nn.Linear(a, b, bias=False, dtype=torch.float64, device="cpu") for a, b in ((4, 6), (4, 6), (6, 4))]
+    # Not initialised: that would draw from the caller's random numbers.
+    options: dict[str, Any] = {"bias": False, "dtype": torch.float64}
+    linears = [skip_init(nn.Linear, a, b, **options) for a, b in ((4, 6), (4, 6), (6, 4))]
     for linear in linears:
         linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator, dtype=torch.float64))
     gate, up, down = linears

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 
 import pytest
+import torch
 
 from sparselora_dist import SparseLoRAConfig, apply_sparselora
 from sparselora_dist.apply import find_state
-from sparselora_dist.layouts import UnsupportedModelError, check_run
+from sparselora_dist.layouts import UnsupportedModelError, check_run, decoder_layers
 from support.every_type import tiny_model
 
 
@@ -20,6 +21,14 @@ def test_a_hybrid_has_attention_in_some_layers(caplog: pytest.LogCaptureFixture)
     assert find_state(model).sparsity == {"ffn": {0: 0.5, 1: 0.25, 2: 0.5, 3: 0.5}, "vo": {3: 0.5}}
     (said,) = [record.message for record in caplog.records if "stays dense" in record.message]
     assert said.startswith("vo stays dense in layers 0, 1, 2: it has no attention")
+
+
+def test_looking_draws_no_random_number() -> None:
+    """Else the adapters of a run would begin as others."""
+    model = tiny_model("llama")
+    before = torch.get_rng_state()
+    assert decoder_layers(model)[0].ffn is not None
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_a_named_layer_that_cannot_is_refused() -> None:

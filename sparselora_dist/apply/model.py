@@ -113,8 +113,7 @@ def _apply(model: nn.Module, layers: list[DecoderLayer], state: SparseState, fac
         mark_unit(module)
     last = layers[-1]
     state.handles += pack_logits(causal_lm(model), context)
-    # Anew: its FFN may be another module now.
-    trims = decoder_layers(model)[-1].trims if config.skip_unused_logits else ()
+    trims = last.trims if config.skip_unused_logits else ()
     if trims:
         state.handles += trim(last.index, trims, context)
     for layer in layers:

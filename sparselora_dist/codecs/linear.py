@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +58,7 @@ class _Turned(Tensor):
 class FrozenLinear(nn.Linear):
     """Takes the place of a frozen ``nn.Linear``.
 
-    It is one by type, because PEFT asks; it never holds a trainable ``weight``. ``stands_for_linear`` says so to who
-    checks a family's layout.
+    It is one by type, because PEFT asks; it never holds a trainable ``weight``.
 
     Args:
         in_features, out_features: of the linear.
@@ -69,8 +68,6 @@ class FrozenLinear(nn.Linear):
             channel is one row there too.
         transposed: which of the two.
     """
-
-    stands_for_linear: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ from ..codecs import Codec, codec_of
 from ..codecs.linear import FrozenLinear
 from ..config.quantization import QuantizationSection
 from ..config.run import ModelSection
-from ..layouts import check_known, check_run, decoder_layers
+from ..layouts import DecoderLayer, check_known, check_run, decoder_layers
 from ..method.channels import TRANSPOSED
 from ..sharding.placement import OtherRankError, Placement
 from .manifest import CorruptFileError
@@ -120,9 +120,10 @@ def load_base(
                 config, dtype=dtype, attn_implementation=section.attn_implementation, trust_remote_code=False
             )
         model.requires_grad_(False)
-        check_known(model, decoder_layers(model))
+        layers = decoder_layers(model)
+        check_known(model, layers)
         stream = _Stream(checkpoint, codec, dtype, placement)
-        jobs = [*stream.matrices(model), *stream.others(model, whole)]
+        jobs = [*stream.matrices(layers), *stream.others(model, layers, whole)]
         check_fits(sum(job.kept for job in jobs), placement.home, local_ranks, placement.rank)
     with placement.together(), tqdm(jobs, "loading", disable=not progress, leave=False, unit="tensor") as bar:
         for number, job in enumerate(bar):
@@ -139,7 +140,7 @@ def load_base(
     except OSError:
         log.debug("%s has no generation_config.json", section.name_or_path)
     report = LoadReport(time.perf_counter() - started, stream.kept, *peak_bytes(placement.device))
-    return LoadedBase(model, CheckpointWeights(checkpoint, codec, dtype, decoder_layers(model)), report)
+    return LoadedBase(model, CheckpointWeights(checkpoint, codec, dtype, layers), report)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +161,8 @@ class _Stream:
 
     # --- the matrices of the decoder layers -----------------------------------------------------------------------
 
-    def matrices(self, model: Any) -> Iterator[_Job]:
-        for layer in decoder_layers(model):
+    def matrices(self, layers: list[DecoderLayer]) -> Iterator[_Job]:
+        for layer in layers:
             for name in layer.names:
                 linear: Any = layer.matrix(name)
                 parent, own = layer.slot(name)
@@ -224,13 +225,13 @@ class _Stream:
 
     # --- embedding, LM head, norms, biases ------------------------------------------------------------------------
 
-    def others(self, model: nn.Module, whole: Callable[[str], bool]) -> Iterator[_Job]:
+    def others(self, model: nn.Module, layers: list[DecoderLayer], whole: Callable[[str], bool]) -> Iterator[_Job]:
         tied = model.config.tie_word_embeddings and model.get_output_embeddings() is not None
         head = model.get_output_embeddings() if tied else None
         names = {module: path for path, module in model.named_modules()}
         # What PEFT copies from the LM head is the embedding where the two are tied.
         also = {names[model.get_input_embeddings()]: names[head]} if tied else {}
-        matrices = {id(layer.matrix(name)) for layer in decoder_layers(model) for name in layer.names}
+        matrices = {id(layer.matrix(name)) for layer in layers for name in layer.names}
         for path, module in model.named_modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.device.type != "meta" or (id(module) in matrices and name == "weight"):

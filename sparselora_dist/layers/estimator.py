@@ -7,6 +7,7 @@ forward hooks gather them when, and only when, a mask is chosen.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -48,10 +49,11 @@ class AttentionEstimator(nn.Module):
     are its factors: ``[Σ‖q̂‖² (pairs), Σ‖k̂‖² (pairs), Σ v̂² (vo channels)]``, for the groups asked for.
     """
 
+    is_estimator: ClassVar[bool] = True
+    """For who looks at an attention's children."""
+
     def __init__(self, factors: Mapping[str, Factors], geometry: HeadGeometry) -> None:
         super().__init__()
-        self.is_estimator = True
-        """For who looks at an attention's children."""
         self.geometry = geometry
         self.qk = "q_proj" in factors
         self.vo = "v_proj" in factors

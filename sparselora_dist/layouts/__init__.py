@@ -1,6 +1,6 @@
 """What a decoder layer has: an FFN, an attention, neither; where their matrices are, seen in its modules."""
 
-from .layers import DecoderLayer, check_causal, check_config, check_known, check_run, decoder_layers, geometry
+from .layers import DecoderLayer, check_causal, check_known, check_run, decoder_layers, geometry
 from .names import UnsupportedModelError, base_linear, causal_lm, matrix_name
 
 __all__ = [
@@ -9,7 +9,6 @@ __all__ = [
     "base_linear",
     "causal_lm",
     "check_causal",
-    "check_config",
     "check_known",
     "check_run",
     "decoder_layers",

@@ -18,7 +18,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# The frozen matrices of a decoder layer, by the names that all supported families give them.
+# The frozen matrices of a decoder layer, by the names that they have here, whatever their family calls them.
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FFN = ("gate_proj", "up_proj", "down_proj")
 TRANSPOSED = ("o_proj", "down_proj")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import time
 from functools import partial
 from pathlib import Path
@@ -277,7 +278,9 @@ class TrainingLoop:
 
     def _leave(self, step: int) -> NoReturn:
         """Save, unless it is saved or there is nothing to save, and end the run."""
-        told, step = self.stop.asked or "a signal on another rank", max(step, self.start_step)
+        # Whichever rank says it, its launcher may end the others before they can: all know what one was told.
+        (number,) = self.engine.all_max(float(signal.Signals[self.stop.asked] if self.stop.asked else 0))
+        told, step = signal.Signals(int(number)).name, max(step, self.start_step)
         if step > 0 and self.saver.saved != step:
             self._save(step)
         self.saver.wait()

@@ -17,7 +17,7 @@ from .lora_linear import lora_linear, lora_order
 from .nf4 import nf4_rows
 from .score import gated_ffn_score, projection_score, projection_scores
 from .select import kept_count, select_channels, select_checked
-from .stored import EncodedWeight, Weight, nf4_layout
+from .stored import EncodedWeight, Weight, nf4_layout, rows_of
 
 __all__ = [
     "EncodedWeight",
@@ -39,6 +39,7 @@ __all__ = [
     "projection_score",
     "projection_scores",
     "row_bytes",
+    "rows_of",
     "scores_of",
     "select_channels",
     "select_checked",

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import ffn_down, gated_ffn, lora_joined  # noqa: F401  (registered when imported)
 from .lora_linear import lora_order
-from .stored import PLAIN
+from .stored import PLAIN, split_layout
 
 Shape = Any
 _OPS = torch.ops.sparselora
@@ -24,7 +24,8 @@ flop_registry.setdefault(torch.ops.aten.addmm_, flop_registry[torch.ops.aten.add
 
 def _matrix(parts: list[Shape], layout: list[int]) -> tuple[int, int]:
     """(channels, length)."""
-    return parts[0][0], parts[0][1] if len(layout) == len(PLAIN) else layout[0]
+    own, rows = split_layout(layout)
+    return rows[1] if rows else parts[0][0], own[0] or parts[0][1]
 
 
 def _base(tokens: int, matrix: tuple[int, int], dense: Shape, context: Shape, kept: Shape) -> int:

@@ -91,7 +91,7 @@ def apply_sparselora(
     state = SparseState(config=config, context=context, sparsity=active)
     factors: FactorSet = {}
     if active:
-        factors = estimator_factors(model, active, config, weights or ModelWeights(model), process_group)
+        factors = estimator_factors(model, active, config, weights or ModelWeights(model), process_group, layers)
     try:
         _apply(model, layers, state, factors)
     except BaseException:
@@ -155,8 +155,7 @@ def _sparsity(config: SparseLoRAConfig, layers: list[DecoderLayer]) -> dict[str,
 
 def _sums(layer: DecoderLayer) -> int:
     """The most score sums that the layer sends at once."""
-    width: int = layer.matrix("gate_proj").out_features if layer.ffn else 0
-    return max(width, 4 * layer.attention.heads.qk_channels if layer.attention else 0)
+    return max(layer.channels.get("ffn", 0), 4 * layer.attention.heads.qk_channels if layer.attention else 0)
 
 
 def _undo(model: nn.Module, layers: list[DecoderLayer], state: SparseState) -> None:

@@ -18,7 +18,7 @@ from ..layers.joined import JoinedLoRA
 from ..layers.linear import AttentionChannels, SparseProjection
 from ..layers.lora import PLAIN_ONLY, fuse_lora, merge_by_layout, set_base_linear, unfuse_lora
 from ..layouts import DecoderLayer, UnsupportedModelError, base_linear
-from ..method.channels import ATTENTION, FFN, SCORED, TRANSPOSED
+from ..method.channels import ATTENTION, SCORED, TRANSPOSED
 from ..sharding.parameters import full_tensor, is_dtensor, shard_like
 from .state import SparseState
 
@@ -28,10 +28,10 @@ _ESTIMATOR = "sparse_estimator"
 def check_frozen(layer: DecoderLayer, active: dict[str, dict[int, float]]) -> None:
     """Raises ValueError, naming the matrix, unless the layer can be made sparse."""
     names: list[str] = []
-    if layer.index in active.get("ffn", {}):
-        names += FFN
-    if any(layer.index in active.get(group, {}) for group in ("qk", "vo")):
-        names += ATTENTION
+    if layer.index in active.get("ffn", {}) and layer.ffn:
+        names += layer.ffn.names
+    if any(layer.index in active.get(group, {}) for group in ("qk", "vo")) and layer.attention:
+        names += layer.attention.names
     for name in names:
         linear, parent = layer.matrix(name), layer.linear(name)
         where = f"layers.{layer.index}.{name}"
@@ -51,7 +51,7 @@ def check_frozen(layer: DecoderLayer, active: dict[str, dict[int, float]]) -> No
 
 
 def _on_device(factors: FactorSet, layer: DecoderLayer, name: str) -> tuple[Tensor, Tensor]:
-    device = _first_part(layer.matrix(name)).device
+    device = _first_part(layer.matrix(layer.within(name)[0])).device
     a, b = factors[layer.index, name]
     return (a, b) if device.type == "meta" else (a.to(device), b.to(device))
 
@@ -89,6 +89,7 @@ def replace_ffn(layer: DecoderLayer, state: SparseState, factors: FactorSet) -> 
     sparse = SparseFFN(
         mlp,
         ffn.names,
+        ffn.parts,
         ffn.activation,
         estimator=estimator,
         context=state.context,
@@ -96,7 +97,7 @@ def replace_ffn(layer: DecoderLayer, state: SparseState, factors: FactorSet) -> 
         keep=kept_count(layer.matrix("down_proj").in_features, sparsity),
         lora_branch=state.config.lora_branch,
     )
-    for name in FFN:
+    for name in ffn.names:
         original: nn.Linear = layer.matrix(name)
         set_base_linear(sparse, ffn.names[name], _freeze(original, transposed=name in TRANSPOSED))
         state.linears.append((sparse, ffn.names[name], original))
@@ -136,16 +137,17 @@ def replace_attention(layer: DecoderLayer, state: SparseState, factors: FactorSe
 
 def fuse_branches(layer: DecoderLayer, state: SparseState) -> None:
     """Compute base and LoRA branch of the layer's matrices together."""
-    for part, names in ((layer.attention, ATTENTION), (layer.ffn, FFN)):
+    for part in (layer.attention, layer.ffn):
         if part is None:
             continue
-        linears = [getattr(part.module, part.names[name]) for name in names]
+        linears = [getattr(part.module, own) for own in part.names.values()]
         for linear in linears:
             merge_by_layout(linear)
         fused = [linear for linear in linears if fuse_lora(linear, merge=state.config.merge_lora)]
         state.fused += fused
-        if names is ATTENTION and all(linear in fused for linear in linears[:3]):
-            JoinedLoRA(linears[:3], state.context, layer.index)
+        apart = [layer.linear(name) for name in ATTENTION[:3] if name in part.names]
+        if len(apart) == 3 and all(linear in fused for linear in apart):
+            JoinedLoRA(apart, state.context, layer.index)
 
 
 def restore(state: SparseState) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..codecs import Codec
 from ..codecs.linear import FrozenLinear
-from ..layouts import DecoderLayer, causal_lm, decoder_layers, matrix_name
+from ..layouts import DecoderLayer, Rows, causal_lm, decoder_layers, matrix_name
 from ..sharding.parameters import full_tensor
 from .manifest import CorruptFileError
 from .prequantized import prequantized, stored_codec
@@ -39,6 +39,18 @@ def _digest(sample: Tensor, shape: tuple[int, ...]) -> str:
     """The same on every device and for every shard layout."""
     values = sample.float().cpu().contiguous()
     return hashlib.sha256(f"{shape}".encode() + values.numpy().tobytes()).hexdigest()[:32]
+
+
+def _count(rows: Rows | None, stored: int) -> int:
+    """How many ``rows`` are of a matrix of ``stored``."""
+    if rows is None:
+        return stored
+    return len(range(stored)[rows]) if isinstance(rows, slice) else len(rows)
+
+
+def _part_mark(mark: str, name: str, rows: Rows | None) -> str:
+    """The mark of a matrix inside the stored one that ``mark`` is of."""
+    return mark if rows is None else f"{mark}:{name}"
 
 
 class WeightSource(Protocol):
@@ -75,6 +87,11 @@ class ModelWeights:
 
     def get(self, layer: int, name: str) -> Tensor:
         """Raises ValueError where the weight is not there: a rank that fails here alone is seen by its launcher."""
+        stored, rows = self._layers[layer].within(name)
+        weight = self._stored(layer, stored)
+        return weight if rows is None else weight[rows]
+
+    def _stored(self, layer: int, name: str) -> Tensor:
         linear: Any = self._layers[layer].matrix(name)
         if isinstance(linear, FrozenLinear):
             weight = linear.matrix([full_tensor(part) for part in linear.parts], self.dtype)
@@ -88,11 +105,13 @@ class ModelWeights:
         return weight
 
     def shape(self, layer: int, name: str) -> tuple[int, int]:
-        linear: Any = self._layers[layer].matrix(name)
-        return linear.out_features, linear.in_features
+        stored, rows = self._layers[layer].within(name)
+        linear: Any = self._layers[layer].matrix(stored)
+        return _count(rows, linear.out_features), linear.in_features
 
     def mark(self, layer: int, name: str) -> str:
-        return fingerprint(self.get(layer, name))
+        stored, rows = self._layers[layer].within(name)
+        return _part_mark(fingerprint(self._stored(layer, stored)), name, rows)
 
 
 class CheckpointWeights:
@@ -108,25 +127,35 @@ class CheckpointWeights:
     ) -> None:
         self.checkpoint, self.codec, self.dtype = checkpoint, codec, dtype
         self._paths = {(layer.index, name): layer.path_of(name) for layer in layers for name in layer.names}
+        self._layers = {layer.index: layer for layer in layers}
 
     def get(self, layer: int, name: str) -> Tensor:
-        key = self._key(layer, name)
+        key, rows = self._find(layer, name)
         if found := prequantized(self.checkpoint, key):
-            return found.rows(0, found.shape[0]).to(self.dtype)
-        return self._codec_of(key).roundtrip(self.checkpoint.read(key).to(self.dtype))
+            weight = found.rows(0, found.shape[0]).to(self.dtype)
+        else:
+            weight = self._codec_of(key).roundtrip(self.checkpoint.read(key).to(self.dtype))
+        return weight if rows is None else weight[rows]
 
     def shape(self, layer: int, name: str) -> tuple[int, int]:
-        key = self._key(layer, name)
+        key, rows = self._find(layer, name)
         found = prequantized(self.checkpoint, key)
-        rows, columns = found.shape if found else self.checkpoint.tensors[key].shape
-        return rows, columns
+        count, columns = found.shape if found else self.checkpoint.tensors[key].shape
+        return _count(rows, count), columns
 
     def mark(self, layer: int, name: str) -> str:
-        key = self._key(layer, name)
+        key, rows = self._find(layer, name)
         shape = self.checkpoint.tensors[key].shape
         if prequantized(self.checkpoint, key):
-            return f"bitsandbytes:{_digest(self.checkpoint.sample(key), shape)}"
-        return self._codec_of(key).mark + _digest(self.checkpoint.sample(key).to(self.dtype), shape)
+            mark = f"bitsandbytes:{_digest(self.checkpoint.sample(key), shape)}"
+        else:
+            mark = self._codec_of(key).mark + _digest(self.checkpoint.sample(key).to(self.dtype), shape)
+        return _part_mark(mark, name, rows)
+
+    def _find(self, layer: int, name: str) -> tuple[str, Rows | None]:
+        """The key of the stored matrix that the matrix ``name`` is in, and its rows there."""
+        stored, rows = self._layers[layer].within(name) if layer in self._layers else (name, None)
+        return self._key(layer, stored), rows
 
     def _key(self, layer: int, name: str) -> str:
         path = self._paths.get((layer, name)) or f"model.{matrix_name(layer, name)}"

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from sparselora_kernels import ffn_down, gated_product, gated_up, lora_linear, select_checked
+from sparselora_kernels import Weight, ffn_down, gated_product, gated_up, lora_linear, rows_of, select_checked
 from sparselora_kernels.activations import activation_name
 
 from ..codecs.linear import FrozenLinear, compute_input
-from ..layouts import base_linear
+from ..layouts import Parts, base_linear
 from ..method.tokens import TokenPartition
 from ..sync.masks import Site
 from .context import SparseContext
@@ -25,6 +25,9 @@ Chosen: TypeAlias = "Tensor | Callable[[], Tensor]"
 """Kept channels; or what waits for the other ranks' scores and gives them, always the same."""
 
 
+_GATED = ("gate_proj", "up_proj")
+
+
 def _known(chosen: Chosen) -> Tensor:
     return chosen if isinstance(chosen, Tensor) else chosen()
 
@@ -32,6 +35,7 @@ def _known(chosen: Chosen) -> Tensor:
 class SparseFFN(nn.Module):
     """Takes the place of a family's gated MLP and keeps its children under their names (``family_names``).
 
+    Gate and up may be halves of one matrix (``family_parts``): then they share the first product of its LoRA branch.
     Its frozen children are :class:`FrozenLinear`. For context tokens the intermediate is ``keep`` neurons wide. With
     ``lora_branch="kept"`` a dropped neuron is dropped whole, the LoRA contribution of gate, up and down included;
     with ``"dense"`` (the paper) only the frozen branch is sparse and the intermediate is as wide as the LoRA branch.
@@ -44,6 +48,7 @@ class SparseFFN(nn.Module):
         self,
         mlp: nn.Module,
         names: dict[str, str],
+        parts: Parts,
         activation: Callable[[Tensor], Tensor],
         *,
         estimator: FFNEstimator,
@@ -53,7 +58,7 @@ class SparseFFN(nn.Module):
         lora_branch: Literal["kept", "dense"],
     ) -> None:
         super().__init__()
-        self.family_names = names
+        self.family_names, self.family_parts = names, parts
         for own in names.values():
             setattr(self, own, getattr(mlp, own))
         self.act_fn = activation
@@ -69,17 +74,23 @@ class SparseFFN(nn.Module):
         self.train(mlp.training)
 
     @property
-    def projections(self) -> tuple[Any, Any, Any]:
-        """Gate, up and down, in their LoRA layers where they carry adapters."""
-        gate, up, down = (getattr(self, own) for own in self.family_names.values())
-        return gate, up, down
+    def projections(self) -> list[Any]:
+        """Gate, up and down, or both in one and down, in their LoRA layers where they carry adapters."""
+        return [getattr(self, own) for own in self.family_names.values()]
+
+    def _half(self, name: str) -> tuple[int, slice | None]:
+        """Which of :attr:`projections` holds gate or up, and its rows there; ``None`` where these are all."""
+        stored, rows = self.family_parts[name]
+        assert not isinstance(rows, Tensor)
+        return list(self.family_names).index(stored), rows
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (..., H) -> (..., H)."""
         batch = self.context.active(self.site.layer, "ffn")
         if batch is None:
-            gate, up, down = self.projections
-            return down(gated_product(gate(x), up(x), self.activation))
+            *first, down = self.projections
+            gate, up = self._gate_and_up([module(x) for module in first])
+            return down(gated_product(gate, up, self.activation))
         assert batch.partition is not None
         flat = compute_input(x).reshape(-1, x.shape[-1])
         if torch.compiler.is_compiling():
@@ -89,6 +100,11 @@ class SparseFFN(nn.Module):
             channels = self._choose(flat, batch)
         compute = self._whole_branch if self._branch_is_whole else self._kept
         return compute(flat, batch.partition, channels).view(*x.shape[:-1], -1)
+
+    def _gate_and_up(self, outputs: list[Tensor]) -> list[Tensor]:
+        """From what the matrices before down gave."""
+        halves = (self._half(name) for name in _GATED)
+        return [outputs[i] if rows is None else outputs[i][..., rows] for i, rows in halves]
 
     def _choose(self, x: Tensor, batch: MicroBatch) -> Chosen:
         finish = self.context.choose(batch, self.site, ("ffn",), lambda: self._select(x, batch))
@@ -126,27 +142,27 @@ class SparseFFN(nn.Module):
     def _kept(self, x: Tensor, tokens: TokenPartition, chosen: Chosen) -> Tensor:
         """``x`` (T, H) -> (T, H), the intermediate of context tokens as wide as what is ``chosen``; dense tokens are
         computed while the ranks' scores are on their way."""
-        outer = self.projections
-        gate, up, down = (base_linear(module) for module in outer)
-        gate_low, gate_b = low_rank_update(outer[0], x)
-        up_low, up_b = low_rank_update(outer[1], x)
+        *first, outer = self.projections
+        low = [low_rank_update(module, x) for module in first]
+        gate, up = (_operands(first[i], low[i], rows) for i, rows in map(self._half, _GATED))
         hidden = gated_up(
             x,
-            gate.stored,
-            up.stored,
+            gate.weight,
+            up.weight,
             tokens.dense,
             tokens.context,
             chosen,
             gate_bias=gate.bias,
             up_bias=up.bias,
-            gate_low=gate_low,
-            gate_b=gate_b,
-            up_low=up_low,
-            up_b=up_b,
+            gate_low=gate.low,
+            gate_b=gate.b,
+            up_low=up.low,
+            up_b=up.b,
             activation=self.activation,
         )
+        down: FrozenLinear = base_linear(outer)
         channels = _known(chosen)
-        low_dense, low_context, b = kept_update(outer[2], *hidden, channels)
+        low_dense, low_context, b = kept_update(outer, *hidden, channels)
         return ffn_down(
             *hidden,
             down.stored,
@@ -162,10 +178,35 @@ class SparseFFN(nn.Module):
 
     def _whole_branch(self, x: Tensor, tokens: TokenPartition, chosen: Chosen) -> Tensor:
         """``x`` (T, H) -> (T, H), sparse in the frozen branch alone."""
+        *first, down = self.projections
         lists = {"dense_rows": tokens.dense, "context_rows": tokens.context, "channels": _known(chosen)}
-        gate, up, down = self.projections
-        inner = self.act_fn(_project(gate, x, lists)) * _project(up, x, lists)
-        return _project(down, inner, lists)
+        starts: list[list[int]] = [[] for _ in first]
+        for i, rows in map(self._half, _GATED):
+            starts[i].append(0 if rows is None else rows.start)
+        outputs = []
+        for module, at in zip(first, starts):
+            own = [lists["channels"] + start for start in sorted(at)]
+            outputs.append(_project(module, x, {**lists, "channels": own[0] if len(own) == 1 else torch.cat(own)}))
+        gate, up = self._gate_and_up(outputs)
+        return _project(down, self.act_fn(gate) * up, lists)
+
+
+class _Operands(NamedTuple):
+    """Gate or up."""
+
+    weight: Weight
+    bias: Tensor | None
+    low: Tensor | None
+    """(T, R) first product of its LoRA branch; gate and up in one matrix share it."""
+    b: Tensor | None
+
+
+def _operands(module: Any, low: tuple[Any, Any], rows: slice | None) -> _Operands:
+    base, (first, b) = base_linear(module), low
+    if rows is None:
+        return _Operands(base.stored, base.bias, first, b)
+    bias, b = (None if t is None else t[rows] for t in (base.bias, b))
+    return _Operands(rows_of(base.stored, rows), bias, first, b)
 
 
 def _project(module: nn.Module, x: Tensor, lists: dict[str, Tensor]) -> Tensor:

@@ -1,10 +1,12 @@
 """What a decoder layer has: an FFN, an attention, neither; where their matrices are, seen in its modules."""
 
 from .layers import DecoderLayer, check_causal, check_known, check_run, decoder_layers, geometry
-from .names import UnsupportedModelError, base_linear, causal_lm, matrix_name
+from .names import Parts, Rows, UnsupportedModelError, base_linear, causal_lm, matrix_name
 
 __all__ = [
     "DecoderLayer",
+    "Parts",
+    "Rows",
     "UnsupportedModelError",
     "base_linear",
     "causal_lm",

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..method.channels import ATTENTION, HeadGeometry
-from .names import is_linear, shape
+from .names import Parts, is_linear, shape
 from .rotary import rotary_pairs
 
 _ATTRIBUTES = ("self_attn", "attention", "attn", "self_attention")
@@ -29,6 +29,8 @@ class Attention:
     names: dict[str, str]
     """``q_proj`` ... ``o_proj`` -> the child's own name."""
     heads: HeadGeometry
+    parts: Parts
+    """Where ``q_proj``, ``k_proj`` and ``v_proj`` are, of whose factors scores are made."""
     missing: dict[str, str]
     """``qk`` or ``vo`` -> why it cannot be sparse."""
 
@@ -78,4 +80,5 @@ def _measured(what: str, path: str, module: Any, names: dict[str, str], config: 
         if isinstance(pairs, str):
             missing["qk"] = f"{what} cannot be told which channels belong together: {pairs}"
             pairs = None
-    return Attention(path, module, names, HeadGeometry.of_pairs(o // dim, v // dim, dim, pairs), missing)
+    parts: Parts = {name: (name, None) for name in ATTENTION[:3]}
+    return Attention(path, module, names, HeadGeometry.of_pairs(o // dim, v // dim, dim, pairs), parts, missing)

@@ -40,6 +40,12 @@ def gated_arguments(rank: int, dense: int) -> tuple:
     return x, *weights, None, torch.randn(7), *updates, *split(dense, 4, 2), some(7, 3), "silu"
 
 
+def halves_arguments() -> tuple:
+    x, _, _, _, _, *rest = gated_arguments(2, 3)
+    both = torch.randn(14, 5)
+    return x, [both], [0, 0, 7], [both], [0, 7, 7], *rest
+
+
 def down_arguments(rank: int) -> tuple:
     h = torch.randn(3, 7, requires_grad=True), torch.randn(4, 2, requires_grad=True)
     updates = [torch.randn(n, rank, requires_grad=True) for n in (3, 4, 5)] if rank else [None] * 3
@@ -76,6 +82,7 @@ CASES: dict[str, tuple[str, Callable[[], tuple]]] = {
     "gate and up": ("gated_up", lambda: gated_arguments(0, 3)),
     "gate and up with LoRA": ("gated_up", lambda: gated_arguments(2, 3)),
     "gate and up, no dense token": ("gated_up", lambda: gated_arguments(2, 0)),
+    "gate and up in one": ("gated_up", halves_arguments),
     "down": ("ffn_down", lambda: down_arguments(0)),
     "down with LoRA": ("ffn_down", lambda: down_arguments(2)),
 }

@@ -9,13 +9,14 @@ Face package.
 
 from .activations import activation_name
 from .ffn_down import ffn_down
+from .ffn_up import ffn_up
 from .gated_ffn import gated_up
 from .gated_product import gated_product
 from .label_loss import chunk_rows, label_loss, label_scores, row_bytes, scores_of
 from .lora_joined import lora_joined
 from .lora_linear import lora_linear, lora_order
 from .nf4 import nf4_rows
-from .score import gated_ffn_score, projection_score, projection_scores
+from .score import ffn_score, gated_ffn_score, projection_score, projection_scores
 from .select import kept_count, select_channels, select_checked
 from .stored import EncodedWeight, Weight, nf4_layout, rows_of
 
@@ -25,6 +26,8 @@ __all__ = [
     "activation_name",
     "chunk_rows",
     "ffn_down",
+    "ffn_score",
+    "ffn_up",
     "gated_ffn_score",
     "gated_product",
     "gated_up",

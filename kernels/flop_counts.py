@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from . import ffn_down, gated_ffn, lora_joined  # noqa: F401  (registered when imported)
+from . import ffn_down, ffn_up, gated_ffn, lora_joined  # noqa: F401  (registered when imported)
 from .lora_linear import lora_order
 from .stored import PLAIN, split_layout
 
@@ -130,6 +130,25 @@ def _gated_up_backward(
     base = 2 * _base(tokens, _matrix(gate, gate_layout), *lists) if needs_input else 0
     # The gradients of both factors.
     return base + 2 * (_update(gate_low, gate_b, *lists) + _update(up_low, up_b, *lists))
+
+
+@register_flop_formula(_OPS.ffn_up)
+def _ffn_up(
+    x: Shape, parts: Any, layout: Any, bias: Shape, low: Shape, b: Shape, dense: Shape, context: Shape, kept: Shape,
+    **_: Any,
+) -> int:  # fmt: skip
+    lists = dense, context, kept
+    return _base(x[0], _matrix(parts, layout), *lists) + _update(low, b, *lists)
+
+
+@register_flop_formula(_OPS.ffn_up_backward)
+def _ffn_up_backward(
+    grad: Shape, parts: Any, layout: Any, low: Shape, b: Shape, dense: Shape, context: Shape, kept: Shape, tokens: int,
+    needs_input: bool, **_: Any,
+) -> int:  # fmt: skip
+    lists = dense, context, kept
+    base = _base(tokens, _matrix(parts, layout), *lists) if needs_input else 0
+    return base + 2 * _update(low, b, *lists)
 
 
 @register_flop_formula(_OPS.ffn_down)

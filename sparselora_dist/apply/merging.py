@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from ..codecs import PlainCodec
 from ..codecs.linear import FrozenLinear
-from ..layers.estimator import AttentionEstimator, FFNEstimator
+from ..layers.estimator import AttentionEstimator, FFNEstimator, PlainFFNEstimator
 from ..layers.lora import cannot_merge, merge_by_layout, set_base_linear
 from ..layouts import causal_lm, decoder_layers
+
+_ESTIMATORS = (FFNEstimator, PlainFFNEstimator, AttentionEstimator)
 
 
 def _check(model: nn.Module) -> None:
@@ -126,7 +128,7 @@ def _parts(module: nn.Module) -> tuple[dict[str, FrozenLinear], dict[str, nn.Mod
     """Plain frozen linears, and estimators, by name."""
     named = dict(module.named_modules())
     plain = {n: m for n, m in named.items() if isinstance(m, FrozenLinear) and isinstance(m.codec, PlainCodec)}
-    return plain, {n: m for n, m in named.items() if isinstance(m, (FFNEstimator, AttentionEstimator))}
+    return plain, {n: m for n, m in named.items() if isinstance(m, _ESTIMATORS)}
 
 
 def merge_as_the_family(model: nn.Module, remove: Callable[[nn.Module], nn.Module]) -> list[Any]:

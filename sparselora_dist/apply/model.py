@@ -30,7 +30,7 @@ from ..sharding.units import mark_unit, unmark_unit
 from ..sync.masks import MaskSync
 from .factors import estimator_factors
 from .merging import merge_as_the_family
-from .replace import check_frozen, fuse_branches, replace_attention, replace_ffn, restore
+from .replace import check_frozen, fuse_branches, replace_attention, replace_ffn, restore, take_over
 from .state import STATE, SparseState, find_state, state_of
 
 log = logging.getLogger(__name__)
@@ -109,6 +109,7 @@ def _apply(model: nn.Module, layers: list[DecoderLayer], state: SparseState, fac
         replace_attention(layer, state, factors)
     for layer in layers:
         fuse_branches(layer, state)
+    take_over(state)
     for module in _units(model, layers):
         mark_unit(module)
     last = layers[-1]

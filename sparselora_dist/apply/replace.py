@@ -12,12 +12,13 @@ from sparselora_kernels import kept_count
 
 from ..codecs.linear import FrozenLinear
 from ..io.factors import FactorSet
-from ..layers.estimator import AttentionEstimator, FFNEstimator
+from ..layers.estimator import AttentionEstimator, FFNEstimator, PlainFFNEstimator
 from ..layers.ffn import SparseFFN
 from ..layers.joined import JoinedLoRA
 from ..layers.linear import AttentionChannels, SparseProjection
 from ..layers.lora import PLAIN_ONLY, fuse_lora, merge_by_layout, set_base_linear, unfuse_lora
-from ..layouts import DecoderLayer, UnsupportedModelError, base_linear
+from ..layers.plain_ffn import PlainFFN
+from ..layouts import FFN, DecoderLayer, UnsupportedModelError, base_linear, computes_linear
 from ..method.channels import ATTENTION, SCORED, TRANSPOSED
 from ..sharding.parameters import full_tensor, is_dtensor, shard_like
 from .state import SparseState
@@ -35,7 +36,7 @@ def check_frozen(layer: DecoderLayer, active: dict[str, dict[int, float]]) -> No
     for name in names:
         linear, parent = layer.matrix(name), layer.linear(name)
         where = f"layers.{layer.index}.{name}"
-        if type(linear) is not nn.Linear and not isinstance(linear, FrozenLinear):
+        if type(linear) is not nn.Linear and not isinstance(linear, FrozenLinear) and not computes_linear(linear):
             raise UnsupportedModelError(f"{where} is a {type(linear).__name__}, expected torch.nn.Linear")
         if is_dtensor(_first_part(linear)):
             raise ValueError(
@@ -79,6 +80,9 @@ def replace_ffn(layer: DecoderLayer, state: SparseState, factors: FactorSet) -> 
         return
     ffn = layer.ffn
     assert ffn is not None
+    if ffn.kind == "plain":
+        _replace_plain(layer, ffn, sparsity, state, factors)
+        return
     mlp = ffn.module
     estimator = FFNEstimator(
         _on_device(factors, layer, "gate_proj"),
@@ -105,6 +109,28 @@ def replace_ffn(layer: DecoderLayer, state: SparseState, factors: FactorSet) -> 
     setattr(ffn.parent, ffn.attribute, sparse)
 
 
+def _replace_plain(layer: DecoderLayer, ffn: FFN, sparsity: float, state: SparseState, factors: FactorSet) -> None:
+    """Make up and down of an FFN without a gate sparse where they are, and register their estimator beside them."""
+    estimator = PlainFFNEstimator(_on_device(factors, layer, "up_proj"), ffn.activation)
+    shard_like(estimator.parameters(), _first_part(layer.matrix("down_proj")))
+    ffn.module.add_module(_ESTIMATOR, estimator)
+    state.estimated.append(ffn.module)
+    for name, own in ffn.names.items():
+        original: nn.Linear = layer.matrix(name)
+        set_base_linear(ffn.module, own, _freeze(original, transposed=name in TRANSPOSED))
+        state.linears.append((ffn.module, own, original))
+    plain = PlainFFN(
+        ffn.module,
+        (ffn.names["up_proj"], ffn.names["down_proj"]),
+        estimator=estimator,
+        context=state.context,
+        layer=layer.index,
+        keep=kept_count(layer.matrix("down_proj").in_features, sparsity),
+        lora_branch=state.config.lora_branch,
+    )
+    state.plain.append(plain)
+
+
 def replace_attention(layer: DecoderLayer, state: SparseState, factors: FactorSet) -> None:
     """Put :class:`SparseProjection` where the configuration has some, and their estimator beside them."""
     sparsity = {
@@ -121,7 +147,7 @@ def replace_attention(layer: DecoderLayer, state: SparseState, factors: FactorSe
     estimator = AttentionEstimator({name: _on_device(factors, layer, name) for name in scored}, heads)
     shard_like(estimator.parameters(), _first_part(layer.matrix("q_proj")))
     attention.module.add_module(_ESTIMATOR, estimator)
-    state.attentions.append(attention.module)
+    state.estimated.append(attention.module)
     counts = {"qk": heads.qk_channels, "vo": heads.vo_channels}
     keep = {group: kept_count(counts[group], s) for group, s in sparsity.items()}
     channels = AttentionChannels(state.context, layer.index, estimator, keep)
@@ -150,6 +176,12 @@ def fuse_branches(layer: DecoderLayer, state: SparseState) -> None:
             JoinedLoRA(apart, state.context, layer.index)
 
 
+def take_over(state: SparseState) -> None:
+    """Let FFNs without a gate stand in front of their linears, once these are fused."""
+    for plain in state.plain:
+        state.fused += [linear for linear in plain.take_over() if linear not in state.fused]
+
+
 def restore(state: SparseState) -> None:
     """Put the family's own modules back, with the adapters that are there now."""
     for parent, name, original in state.linears:
@@ -171,5 +203,5 @@ def restore(state: SparseState) -> None:
         setattr(parent, attribute, mlp)
     for layer in state.fused:
         unfuse_lora(layer)
-    for attention in state.attentions:
-        delattr(attention, _ESTIMATOR)
+    for parent in state.estimated:
+        delattr(parent, _ESTIMATOR)

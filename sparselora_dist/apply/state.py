@@ -9,6 +9,7 @@ from torch import nn
 
 from ..config.sparse import SparseLoRAConfig
 from ..layers.context import SparseContext
+from ..layers.plain_ffn import PlainFFN
 
 STATE = "_sparselora"
 """Attribute of the model, and of the causal LM inside it, that holds the :class:`SparseState`."""
@@ -29,8 +30,10 @@ class SparseState:
     """(parent, name, original) of every frozen linear that was replaced."""
     mlps: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
     """(parent, name, original) of every FFN that was replaced."""
-    attentions: list[nn.Module] = field(default_factory=list)
-    """Attention modules that were given an estimator."""
+    plain: list[PlainFFN] = field(default_factory=list)
+    """FFNs without a gate."""
+    estimated: list[nn.Module] = field(default_factory=list)
+    """Modules that were given an estimator as a child: attentions, and what holds an FFN without a gate."""
     fused: list[nn.Module] = field(default_factory=list)
     """LoRA layers that compute base and branch together."""
 

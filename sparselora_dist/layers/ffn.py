@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sparselora_kernels import Weight, ffn_down, gated_product, gated_up, lora_linear, rows_of, select_checked
+from sparselora_kernels import Weight, ffn_down, gated_product, gated_up, rows_of
 from sparselora_kernels.activations import activation_name
 
 from ..codecs.linear import FrozenLinear, compute_input
 from ..layouts import Parts, base_linear
 from ..method.tokens import TokenPartition
-from ..sync.masks import Site
 from .context import SparseContext
 from .estimator import FFNEstimator
-from .lora import active_branches, kept_update, low_rank_update
-from .micro_batch import MicroBatch
-from .traced import Handle, kept
-
-Chosen: TypeAlias = "Tensor | Callable[[], Tensor]"
-"""Kept channels; or what waits for the other ranks' scores and gives them, always the same."""
-
+from .lora import kept_update, low_rank_update
+from .neurons import Chosen, NeuronChooser, known, project
 
 _GATED = ("gate_proj", "up_proj")
 
 
-def _known(chosen: Chosen) -> Tensor:
-    return chosen if isinstance(chosen, Tensor) else chosen()
-
-
-class SparseFFN(nn.Module):
+class SparseFFN(NeuronChooser, nn.Module):
     """Takes the place of a family's gated MLP and keeps its children under their names (``family_names``).
 
     Gate and up may be halves of one matrix (``family_parts``): then they share the first product of its LoRA branch.
@@ -66,11 +56,7 @@ class SparseFFN(nn.Module):
         assert name is not None, activation  # The layout was checked.
         self.activation = name
         self.estimator = estimator
-        self.context = context
-        self.site = Site(layer, "ffn")
-        self.keep = keep
-        self.lora_branch = lora_branch
-        self.handle = Handle(self)
+        self.set_up(context, layer, keep, lora_branch)
         self.train(mlp.training)
 
     @property
@@ -93,51 +79,13 @@ class SparseFFN(nn.Module):
             return down(gated_product(gate, up, self.activation))
         assert batch.partition is not None
         flat = compute_input(x).reshape(-1, x.shape[-1])
-        if torch.compiler.is_compiling():
-            keep = self.context.keep(self.site.layer, "ffn", self.keep)
-            channels: Chosen = kept(self.handle, "ffn", flat, batch, keep)
-        else:
-            channels = self._choose(flat, batch)
-        compute = self._whole_branch if self._branch_is_whole else self._kept
-        return compute(flat, batch.partition, channels).view(*x.shape[:-1], -1)
+        compute = self._whole_branch if self.branch_is_whole(*self.projections) else self._kept
+        return compute(flat, batch.partition, self.neurons(flat, batch)).view(*x.shape[:-1], -1)
 
     def _gate_and_up(self, outputs: list[Tensor]) -> list[Tensor]:
         """From what the matrices before down gave."""
         halves = (self._half(name) for name in _GATED)
         return [outputs[i] if rows is None else outputs[i][..., rows] for i, rows in halves]
-
-    def _choose(self, x: Tensor, batch: MicroBatch) -> Chosen:
-        finish = self.context.choose(batch, self.site, ("ffn",), lambda: self._select(x, batch))
-
-        def later() -> Tensor:
-            assert finish is not None
-            finish()
-            return batch.masks[self.site.layer, "ffn"]
-
-        return later if finish else batch.masks[self.site.layer, "ffn"]
-
-    def kept(self, role: str, x: Tensor, batch: MicroBatch) -> Tensor:
-        """The kept neurons, (k,) int64; ``x`` (T, H) is read where the mask is new."""
-        return _known(self._choose(x, batch))
-
-    def _select(self, x: Tensor, batch: MicroBatch) -> Callable[[], dict[str, Tensor]]:
-        assert batch.partition is not None
-        sync = self.context.sync
-        reduction = sync.start(self.site, *self.estimator(x, batch.partition.context))
-
-        def masks() -> dict[str, Tensor]:
-            keep = self.context.keep(self.site.layer, "ffn", self.keep)
-            (sums,) = reduction.wait()
-            channels, flag = select_checked(sums, keep)
-            sync.watch(self.site, flag)
-            return {"ffn": channels}
-
-        return masks
-
-    @property
-    def _branch_is_whole(self) -> bool:
-        modules = self.projections
-        return self.lora_branch == "dense" and any(next(active_branches(module), None) for module in modules)
 
     def _kept(self, x: Tensor, tokens: TokenPartition, chosen: Chosen) -> Tensor:
         """``x`` (T, H) -> (T, H), the intermediate of context tokens as wide as what is ``chosen``; dense tokens are
@@ -161,7 +109,7 @@ class SparseFFN(nn.Module):
             activation=self.activation,
         )
         down: FrozenLinear = base_linear(outer)
-        channels = _known(chosen)
+        channels = known(chosen)
         low_dense, low_context, b = kept_update(outer, *hidden, channels)
         return ffn_down(
             *hidden,
@@ -179,16 +127,16 @@ class SparseFFN(nn.Module):
     def _whole_branch(self, x: Tensor, tokens: TokenPartition, chosen: Chosen) -> Tensor:
         """``x`` (T, H) -> (T, H), sparse in the frozen branch alone."""
         *first, down = self.projections
-        lists = {"dense_rows": tokens.dense, "context_rows": tokens.context, "channels": _known(chosen)}
+        lists = {"dense_rows": tokens.dense, "context_rows": tokens.context, "channels": known(chosen)}
         starts: list[list[int]] = [[] for _ in first]
         for i, rows in map(self._half, _GATED):
             starts[i].append(0 if rows is None else rows.start)
         outputs = []
         for module, at in zip(first, starts):
             own = [lists["channels"] + start for start in sorted(at)]
-            outputs.append(_project(module, x, {**lists, "channels": own[0] if len(own) == 1 else torch.cat(own)}))
+            outputs.append(project(module, x, {**lists, "channels": own[0] if len(own) == 1 else torch.cat(own)}))
         gate, up = self._gate_and_up(outputs)
-        return _project(down, self.act_fn(gate) * up, lists)
+        return project(down, self.act_fn(gate) * up, lists)
 
 
 class _Operands(NamedTuple):
@@ -207,11 +155,3 @@ def _operands(module: Any, low: tuple[Any, Any], rows: slice | None) -> _Operand
         return _Operands(base.stored, base.bias, first, b)
     bias, b = (None if t is None else t[rows] for t in (base.bias, b))
     return _Operands(rows_of(base.stored, rows), bias, first, b)
-
-
-def _project(module: nn.Module, x: Tensor, lists: dict[str, Tensor]) -> Tensor:
-    """The frozen linear for these tokens and channels, and every branch whole: (T, in) -> (T, out)."""
-    base: FrozenLinear = base_linear(module)
-    y = lora_linear(compute_input(x), base.stored, base.bias, transposed=base.transposed, **lists)
-    low, b = low_rank_update(module, x)
-    return y if low is None or b is None else torch.addmm(y, low, b.t())

@@ -14,6 +14,18 @@ _HIDDEN, _WIDTH = 4, 6
 _FLOAT = torch.float64
 
 
+def computes_linear(linear: nn.Linear) -> bool:
+    """Whether a subclass of ``nn.Linear`` computes what that does, from its weight and bias alone."""
+    numbers = torch.Generator().manual_seed(0)
+    plain, x = _linear(_HIDDEN, _WIDTH, numbers), _random((1, 3, _HIDDEN), numbers)
+    plain.bias = nn.Parameter(_random((_WIDTH,), numbers))
+    try:
+        with torch.no_grad():
+            return _equal(type(linear).forward(plain, x), plain(x))
+    except Exception:
+        return False
+
+
 def computes_gated(module: nn.Module, names: Sequence[str], activation: Callable[..., Any]) -> bool:
     """Whether it is ``down(act(gate(x)) * up(x))``, with its children ``names`` as gate, up and down."""
     if type(module).__module__.startswith("liger_kernel"):
@@ -26,6 +38,8 @@ def computes_gated(module: nn.Module, names: Sequence[str], activation: Callable
 
 def fused_order(module: nn.Module, names: Sequence[str], activation: Callable[..., Any]) -> tuple[str, str] | None:
     """Which half of the first of its two matrices is the gate, and which is up; ``None`` where it computes neither."""
+    if type(module).__module__.startswith("liger_kernel"):
+        return "gate_proj", "up_proj"
     numbers = torch.Generator().manual_seed(0)
     both, down = _linear(_HIDDEN, 2 * _WIDTH, numbers), _linear(_WIDTH, _HIDDEN, numbers)
     x = _random((1, 3, _HIDDEN), numbers)

@@ -52,6 +52,12 @@ def down_arguments(rank: int) -> tuple:
     return *h, [torch.randn(7, 5)], [0], torch.randn(5), *updates, *split(3, 4, 2), some(7, 2), 9
 
 
+def up_arguments(rank: int, dense: int) -> tuple:
+    x = torch.randn(dense + 6, 5, requires_grad=True)
+    update = [torch.randn(n, rank, requires_grad=True) for n in (dense + 6, 7)] if rank else [None] * 2
+    return x, [torch.randn(7, 5)], [0], torch.randn(7), *update, *split(dense, 4, 2), some(7, 3)
+
+
 def joined_arguments(sparse: bool, quantised: bool, every: bool = False) -> tuple:
     x, outputs, ranks = torch.randn(9, 70, requires_grad=True), (12, 6, 6), (3, 2, 4)
     a = [torch.randn(rank, 70, requires_grad=True) for rank in ranks]
@@ -83,6 +89,9 @@ CASES: dict[str, tuple[str, Callable[[], tuple]]] = {
     "gate and up with LoRA": ("gated_up", lambda: gated_arguments(2, 3)),
     "gate and up, no dense token": ("gated_up", lambda: gated_arguments(2, 0)),
     "gate and up in one": ("gated_up", halves_arguments),
+    "up": ("ffn_up", lambda: up_arguments(0, 3)),
+    "up with LoRA": ("ffn_up", lambda: up_arguments(2, 3)),
+    "up, no dense token": ("ffn_up", lambda: up_arguments(2, 0)),
     "down": ("ffn_down", lambda: down_arguments(0)),
     "down with LoRA": ("ffn_down", lambda: down_arguments(2)),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from peft.tuners.lora import Linear, LoraLayer
@@ -15,7 +14,7 @@ from ..io.factors import FactorSet
 from ..layers.estimator import AttentionEstimator, FFNEstimator, PlainFFNEstimator
 from ..layers.ffn import SparseFFN
 from ..layers.joined import JoinedLoRA
-from ..layers.linear import AttentionChannels, SparseProjection
+from ..layers.linear import AttentionChannels, Role, SparseProjection
 from ..layers.lora import PLAIN_ONLY, fuse_lora, merge_by_layout, set_base_linear, unfuse_lora
 from ..layers.plain_ffn import PlainFFN
 from ..layouts import FFN, DecoderLayer, UnsupportedModelError, base_linear, computes_linear
@@ -145,19 +144,22 @@ def replace_attention(layer: DecoderLayer, state: SparseState, factors: FactorSe
     heads = attention.heads
     scored = [name for group in sparsity for name in SCORED[group]]
     estimator = AttentionEstimator({name: _on_device(factors, layer, name) for name in scored}, heads)
-    shard_like(estimator.parameters(), _first_part(layer.matrix("q_proj")))
+    shard_like(estimator.parameters(), _first_part(layer.matrix("o_proj")))
     attention.module.add_module(_ESTIMATOR, estimator)
     state.estimated.append(attention.module)
     counts = {"qk": heads.qk_channels, "vo": heads.vo_channels}
     keep = {group: kept_count(counts[group], s) for group, s in sparsity.items()}
     channels = AttentionChannels(state.context, layer.index, estimator, keep)
-    roles: Iterable[Any] = ("q", "k") * ("qk" in sparsity) + ("v", "o") * ("vo" in sparsity)
+    roles: tuple[Role, ...] = ("q", "k") * ("qk" in sparsity) + ("v", "o") * ("vo" in sparsity)
+    places: dict[str, dict[Role, Any]] = {}
     for role in roles:
-        name = f"{role}_proj"
+        stored, rows = attention.parts.get(f"{role}_proj", (f"{role}_proj", None))
+        places.setdefault(stored, {})[role] = rows
+    for name, inside in places.items():
         original: nn.Linear = layer.matrix(name)
         frozen = _freeze(original, transposed=name in TRANSPOSED)
         own = attention.names[name]
-        set_base_linear(attention.module, own, SparseProjection(frozen, role=role, channels=channels))
+        set_base_linear(attention.module, own, SparseProjection(frozen, places=inside, channels=channels))
         state.linears.append((attention.module, own, original))
 
 

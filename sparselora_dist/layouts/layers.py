@@ -88,7 +88,8 @@ class DecoderLayer:
             return ()
         if not self.ffn.attribute or not self.ffn.reads_alone:
             return ()
-        return self.linear("q_proj"), self.linear("o_proj"), self.ffn.module
+        names = [name for name in ("q_proj", "o_proj") if name in self.attention.names]
+        return *map(self.linear, names), self.ffn.module
 
     @property
     def entry(self) -> nn.Module:

@@ -181,11 +181,14 @@ def fuse_branches(layer: DecoderLayer, state: SparseState) -> None:
 def take_over(state: SparseState) -> None:
     """Let FFNs without a gate stand in front of their linears, once these are fused."""
     for plain in state.plain:
-        state.fused += [linear for linear in plain.take_over() if linear not in state.fused]
+        plain.take_over()
+        state.handles.append(plain.parent.register_forward_pre_hook(plain))
 
 
 def restore(state: SparseState) -> None:
     """Put the family's own modules back, with the adapters that are there now."""
+    for plain in state.plain:
+        plain.release()
     for parent, name, original in state.linears:
         sparse = base_linear(getattr(parent, name))
         assert isinstance(sparse, FrozenLinear)

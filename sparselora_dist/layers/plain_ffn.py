@@ -28,7 +28,7 @@ class PlainFFN(NeuronChooser):
     Not a module: it refers to the two linears where they are, and to the estimator, which is registered beside them.
 
     Args:
-        parent: what holds the two.
+        parent: what holds the two; it must call this before its own forward, as a pre-hook.
         names: of up and down there.
     """
 
@@ -50,13 +50,29 @@ class PlainFFN(NeuronChooser):
         """From up to down of one forward: tokens, neurons, the input's shape, whether all neurons are there."""
         self._linears: tuple[nn.Module, ...] = ()
 
-    def take_over(self) -> tuple[nn.Module, ...]:
-        """Stand in front of the two as they are now, fused or not; returns them. Undone by removing their ``forward``."""
-        self._linears = tuple(getattr(self.parent, name) for name in self.names)
+    def take_over(self) -> None:
+        """Stand in front of the two as they are now, fused or not."""
+        self.release()
+        self._linears = self._now()
         for linear, compute in zip(self._linears, (self.up, self.down)):
             own = linear.__dict__.get("forward")
             linear.__dict__["forward"] = _Instead(linear, own, compute)
-        return self._linears
+
+    def release(self) -> None:
+        """Undo :meth:`take_over`."""
+        for linear in self._linears:
+            if isinstance(instead := linear.__dict__.get("forward"), _Instead):
+                del linear.__dict__["forward"]
+                if instead.own is not None:
+                    linear.__dict__["forward"] = instead.own
+
+    def _now(self) -> tuple[nn.Module, ...]:
+        return tuple(getattr(self.parent, name) for name in self.names)
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        """Forward pre-hook of what holds the two: an adapter may have come, or gone, since."""
+        if self._now() != self._linears:
+            self.take_over()
 
     def sums(self, x: Tensor, rows: Tensor) -> tuple[Tensor]:
         return self.estimator(x, rows, base_linear(self._linears[0]).bias)
@@ -66,8 +82,7 @@ class PlainFFN(NeuronChooser):
         LoRA branches that keep all neurons (..., I); ``None`` where the layer is dense."""
         self._given = None
         batch = self.context.active(self.site.layer, "ffn")
-        # An adapter that came, or went, meanwhile has a forward of its own around one of the two.
-        if batch is None or any(getattr(self.parent, n) is not m for n, m in zip(self.names, self._linears)):
+        if batch is None or self._now() != self._linears:
             return None
         assert batch.partition is not None
         tokens, outer = batch.partition, self._linears[0]

@@ -40,6 +40,11 @@ class Attention:
     missing: dict[str, str]
     """``qk`` or ``vo`` -> why it cannot be sparse."""
 
+    @property
+    def fused(self) -> bool:
+        """Whether q, k and v are one matrix."""
+        return _FUSED[0] in self.names
+
 
 def find_attention(layer: nn.Module, config: Any) -> Attention | str:
     """The attention of a decoder layer, or why there is none whose channels are known."""

@@ -43,7 +43,7 @@ def layer_shares(
     )
 
 
-TRIMMED = ("q_proj", "o_proj", *FFN)
+TRIMMED = ("q_proj", "o_proj", *FFN, "gate_up_proj")
 """Matrices that the last layer runs at the positions of the logits only, where the LM head does."""
 
 
@@ -61,6 +61,12 @@ class FlopModel:
     estimator_rank: int = 8
     lora_elements_trimmed: int = 0
     """Those of the last layer's :data:`TRIMMED` matrices."""
+    gated: bool = True
+    """Whether the FFN has a gate: three matrices, or up and down alone."""
+    query_gate: bool = False
+    """Whether q has a gate's rows beside each query's, which are never sparse."""
+    fused: bool = False
+    """Whether q, k and v are one matrix: the last layer then runs its queries at all dense tokens."""
 
     @property
     def query(self) -> int:
@@ -75,15 +81,23 @@ class FlopModel:
     @property
     def ffn(self) -> int:
         """Elements of gate, up and down."""
-        return 3 * self.hidden * self.width
+        return (3 if self.gated else 2) * self.hidden * self.width
+
+    @property
+    def _gate(self) -> int:
+        """Elements of the gate beside the queries."""
+        return self.query if self.query_gate else 0
 
     def layer_elements(self, share: LayerShare) -> float:
         """Elements of a layer's matrices that a token meets."""
-        return (share.qk + share.vo) * (self.query + self.key) + share.ffn * self.ffn
+        return (share.qk + share.vo) * (self.query + self.key) + self._gate + share.ffn * self.ffn
 
     def trimmed_elements(self, share: LayerShare) -> float:
         """Those among them that the last layer leaves out at a position without logits."""
-        return (share.qk + share.vo) * self.query + share.ffn * self.ffn
+        # Of one matrix with k and v, queries are left out with the other rows that context tokens do not take.
+        whole = self.fused and share.qk == 1
+        queries = 0 if whole else share.qk * self.query + self._gate
+        return queries + share.vo * self.query + share.ffn * self.ffn
 
     def _per_token(self, length: float) -> float:
         """FLOPs per token outside the sparse matrices: attention products, LoRA, LM head."""
@@ -126,6 +140,7 @@ class FlopModel:
         return _FROZEN * self.layer_elements(share) + self._estimator(share)
 
     def _estimator(self, layer: LayerShare) -> float:
-        matrices = (layer.ffn < 1) * 2 + (layer.qk < 1) * 2 + (layer.vo < 1)
+        inputs = 2 if self.gated else 1
+        matrices = (layer.ffn < 1) * inputs + (layer.qk < 1) * 2 + (layer.vo < 1)
         low = 2 * self.estimator_rank * self.hidden * matrices
-        return low + (layer.ffn < 1) * 2 * 2 * self.estimator_rank * self.width
+        return low + (layer.ffn < 1) * inputs * 2 * self.estimator_rank * self.width

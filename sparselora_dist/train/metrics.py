@@ -25,18 +25,26 @@ _SELDOM = 10.0  # Seconds between updates of a bar that goes to a file.
 
 def flop_model(model: Any, state: SparseState) -> FlopModel:
     """FLOP model of a PEFT model before it is sharded, with the kept shares that were applied to it."""
-    config, heads = causal_lm(model).config, geometry(model)
-    counts = heads.channel_counts(config.intermediate_size)
-    last = decoder_layers(model)[-1].module.named_parameters()
+    config, heads, layers = causal_lm(model).config, geometry(model), decoder_layers(model)
+    widths = [layer.channels["ffn"] for layer in layers if layer.ffn]
+    width = max(widths, default=0) or config.intermediate_size
+    attentions = [layer.attention for layer in layers if layer.attention]
+    last = layers[-1]
+    trimmed = [last.linear(name) for name in TRIMMED if name in last.names]
     return FlopModel(
         hidden=config.hidden_size,
-        width=config.intermediate_size,
+        width=width,
         vocabulary=config.vocab_size,
         heads=heads,
         lora_elements=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        layers=layer_shares(config.num_hidden_layers, counts, state.sparsity),
+        layers=layer_shares(config.num_hidden_layers, heads.channel_counts(width), state.sparsity),
         estimator_rank=state.config.rank,
-        lora_elements_trimmed=sum(p.numel() for n, p in last if p.requires_grad and set(n.split(".")) & set(TRIMMED)),
+        lora_elements_trimmed=sum(p.numel() for module in trimmed for p in module.parameters() if p.requires_grad),
+        gated=all(layer.ffn.kind == "gated" for layer in layers if layer.ffn),
+        query_gate=any(
+            attention.parts["q_proj"] != ("q_proj", None) for attention in attentions if not attention.fused
+        ),
+        fused=any(attention.fused for attention in attentions),
     )
 
 

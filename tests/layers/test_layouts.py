@@ -21,10 +21,15 @@ from sparselora_dist import SparseLoRAConfig, apply_sparselora, remove_sparselor
 from sparselora_dist.apply import find_state
 from sparselora_dist.codecs import NF4Codec
 from sparselora_dist.codecs.linear import FrozenLinear
+from sparselora_dist.codecs.plain import PlainCodec
+from sparselora_dist.io.manifest import read_safetensors
+from sparselora_dist.io.shard_files import TensorFiles
+from sparselora_dist.io.weights import CheckpointWeights, ModelWeights
 from sparselora_dist.layers.lora import set_base_linear
 from sparselora_dist.layouts import base_linear, decoder_layers
 from sparselora_dist.method.channels import TRANSPOSED
 from sparselora_dist.train.metrics import flop_model
+from sparselora_dist.train.moments import second_moments
 from support.compare import assert_close, loss_logits
 from support.models import FUSED, batch, gradients, tiny_base, tiny_lora
 from support.oracle import context_tokens, train_step
@@ -174,3 +179,33 @@ def test_an_adapter_that_comes_later_is_right(family: str) -> None:
         type(base_linear(layer.linear(n))) is nn.Linear for layer in decoder_layers(adapted[1]) for n in layer.names
     )
     same(*adapted, batch())
+
+
+@layouts
+def test_matrices_inside_others_are_read_alike_from_a_model_and_from_its_files(family: str, tmp_path: Path) -> None:
+    base = tiny_base(family)
+    base.save_pretrained(tmp_path)
+    layers = decoder_layers(base)
+    plain = PlainCodec(torch.float32)
+    sources = ModelWeights(base), CheckpointWeights(TensorFiles.of_model(tmp_path), plain, torch.float32, layers)
+    scored = [(layer.index, name) for layer in layers for group in LAYERS for name in layer.scored(group)]
+    assert len(scored) == len(set(scored)) == 3 * (5 if family == "phi3" else 4)
+    assert len({sources[0].mark(*matrix) for matrix in scored}) == len(scored)
+    for matrix in scored:
+        mine, theirs = (source.get(*matrix) for source in sources)
+        assert torch.equal(mine, theirs)
+        assert {tuple(mine.shape)} == {source.shape(*matrix) for source in sources}
+        assert sources[0].mark(*matrix) == sources[1].mark(*matrix)
+    moments = second_moments(base, [batch()])
+    assert set(moments) == set(scored) and all(moment.shape == (48, 48) for moment in moments.values())
+
+
+def test_factors_have_the_names_of_what_they_are_factors_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSELORA_CACHE", str(tmp_path))
+    sparse(tiny_lora("phi3", FUSED["phi3"]))
+    (file,) = (tmp_path / "factors").iterdir()
+    tensors, _ = read_safetensors(file)
+    names = ("mlp.gate_proj", "mlp.up_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    assert set(tensors) == {f"layers.{i}.{name}.{side}" for i in range(3) for name in names for side in "ab"}
+    model = sparse(tiny_lora("phi3", FUSED["phi3"]), factors=str(file))
+    same(sparse(tiny_lora("phi3", FUSED["phi3"])), model, batch())

@@ -164,12 +164,18 @@ def _elementwise(act: Callable[..., Any], x: Tensor) -> Tensor | None:
 
 
 def _on_cpu(activation: Any) -> Any:
-    """The activation; a copy of one with parameters, which may be on no device yet."""
+    """The activation; one with parameters with others, because its own may be on no device, or on another rank."""
     if not isinstance(activation, nn.Module) or not any(True for _ in activation.parameters()):
         return activation
-    own = copy.deepcopy(activation).to_empty(device="cpu").to(_FLOAT)
-    for tensor in (*own.parameters(), *own.buffers()):
-        tensor.data.fill_(0.4)
+
+    def some(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+        # ZeRO-3 keeps the shape of what it has partitioned beside it.
+        sizes = {name: tuple(getattr(t, "ds_shape", t.shape)) for name, t in tensors.items() if t is not None}
+        return {name: torch.full(size, 0.4, dtype=_FLOAT) for name, size in sizes.items()}
+
+    own = copy.copy(activation)
+    parts = {kind: some(getattr(activation, kind)) for kind in ("_parameters", "_buffers")}
+    own.__dict__ = {**activation.__dict__, **parts}
     return own
 
 

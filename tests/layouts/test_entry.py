@@ -46,3 +46,14 @@ def test_recomputation_finds_the_masks(model_type: str) -> None:
         for name, gradient in expected.gradients.items():
             scale = float(gradient.abs().max())
             assert_close(name, gradient, got.gradients[name], rtol=1e-4, atol=1e-5 * scale + 1e-9)
+
+
+def test_an_activation_whose_parameters_are_elsewhere_is_tried() -> None:
+    """Under ZeRO-3 a rank may hold none of xIELU's two numbers; on the meta device nobody does."""
+    model = tiny_model("apertus")
+    for layer in decoder_layers(model):
+        for parameter in layer.module.mlp.act_fn.parameters():
+            parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
+    assert [layer.ffn.kind for layer in decoder_layers(model) if layer.ffn] == ["plain"] * 4
+    nowhere = tiny_model("apertus").to("meta")
+    assert [layer.ffn.kind for layer in decoder_layers(nowhere) if layer.ffn] == ["plain"] * 4

@@ -19,7 +19,7 @@ from ..codecs import Codec, codec_of
 from ..codecs.linear import FrozenLinear
 from ..config.quantization import QuantizationSection
 from ..config.run import ModelSection
-from ..layouts import DecoderLayer, check_known, check_run, decoder_layers
+from ..layouts import DecoderLayer, check_known, check_config, decoder_layers
 from ..method.channels import TRANSPOSED
 from ..sharding.placement import OtherRankError, Placement
 from .manifest import CorruptFileError
@@ -27,6 +27,7 @@ from .memory import check_fits, peak_bytes, trim_heap
 from .prequantized import check_quantization_config, prequantized, stored_codec
 from .pretrained import read_config, read_tokenizer
 from .shard_files import TensorFiles
+from .stored_names import Stack, find_names
 from .weights import CheckpointWeights, checkpoint_folder, weight_key
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def load_tokenizer(section: ModelSection) -> Any:
 def check_model(section: ModelSection) -> Any:
     """The model's config, refused early where the family is not supported."""
     config = read_config(section.name_or_path)
-    check_run(config)
+    check_config(config)
     return config
 
 
@@ -115,14 +116,12 @@ def load_base(
         check_quantization_config(config, codec, section.name_or_path)
         config.__dict__.pop("quantization_config", None)
         checkpoint = TensorFiles.of_model(checkpoint_folder(section.name_or_path))
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=section.attn_implementation, trust_remote_code=False
-            )
+        model = _without_weights(config, dtype, section.attn_implementation)
         model.requires_grad_(False)
         layers = decoder_layers(model)
         check_known(model, layers)
-        stream = _Stream(checkpoint, codec, dtype, placement)
+        checkpoint.renamed, stacks = find_names(model, checkpoint)
+        stream = _Stream(checkpoint, codec, dtype, placement, stacks)
         jobs = [*stream.matrices(layers), *stream.others(model, layers, whole)]
         check_fits(sum(job.kept for job in jobs), placement.home, local_ranks, placement.rank)
     with placement.together(), tqdm(jobs, "loading", disable=not progress, leave=False, unit="tensor") as bar:
@@ -143,6 +142,21 @@ def load_base(
     return LoadedBase(model, CheckpointWeights(checkpoint, codec, dtype, layers), report)
 
 
+def _without_weights(config: Any, dtype: torch.dtype, implementation: str | None) -> Any:
+    """The model with its parameters on the meta device. One whose family has no SDPA gets the family's own attention."""
+    with init_empty_weights(include_buffers=False):
+        try:
+            return AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=implementation, trust_remote_code=False
+            )
+        except ValueError:
+            if implementation != "sdpa":
+                raise
+            return AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation="eager", trust_remote_code=False
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
     """One tensor to read."""
@@ -155,8 +169,16 @@ class _Job:
 class _Stream:
     """Fills a model on the meta device, tensor by tensor."""
 
-    def __init__(self, checkpoint: TensorFiles, codec: Codec, dtype: torch.dtype, placement: Placement) -> None:
+    def __init__(
+        self,
+        checkpoint: TensorFiles,
+        codec: Codec,
+        dtype: torch.dtype,
+        placement: Placement,
+        stacks: dict[str, Stack],
+    ) -> None:
         self.checkpoint, self.codec, self.dtype, self.placement = checkpoint, codec, dtype, placement
+        self.stacks = stacks
         self.kept = 0
 
     # --- the matrices of the decoder layers -----------------------------------------------------------------------
@@ -236,37 +258,54 @@ class _Stream:
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.device.type != "meta" or (id(module) in matrices and name == "weight"):
                     continue
-                if module is head:
+                if module is head and name == "weight":
                     yield _Job(0, lambda: self._tie(model))
                     continue
-                key = weight_key(self.checkpoint, f"{path}.{name}")
-                self._check_shape(key, self.checkpoint.tensors[key].shape, tuple(parameter.shape))
+                self._check_there(f"{path}.{name}".lstrip("."), tuple(parameter.shape))
                 copied = whole(path) or whole(also.get(path, path))
                 kept = parameter.numel() * self.dtype.itemsize // (1 if copied else self.placement.size)
 
                 def fill(
-                    path: str = path,
-                    name: str = name,
-                    key: str = key,
-                    shape: torch.Size = parameter.shape,
-                    copied: bool = copied,
+                    path: str = path, name: str = name, shape: torch.Size = parameter.shape, copied: bool = copied
                 ) -> None:
-                    parameter = self._parameter(key, shape, copied)
+                    parameter = self._parameter(f"{path}.{name}".lstrip("."), shape, copied)
                     model.get_submodule(path).register_parameter(name, parameter)
 
                 yield _Job(kept, fill)
+        saved = model.state_dict()
+        for path, buffer in list(model.named_buffers()):
+            if path in saved:  # A router's correction of its scores, a layer's scale.
+                self._check_there(path, tuple(buffer.shape))
+                yield _Job(buffer.nbytes, lambda path=path, buffer=buffer: self._fill_buffer(path, buffer))
 
-    def _parameter(self, key: str, shape: torch.Size, whole: bool) -> nn.Parameter:
+    def _parameter(self, name: str, shape: torch.Size, whole: bool) -> nn.Parameter:
         placement = Placement(self.placement.device) if whole else self.placement
         start, stop = placement.rows(shape[0], [shape[1:].numel()])
-        rows = self.checkpoint.read(key, slice(start, stop)).to(self.placement.device, self.dtype)
+        if name in self.stacks:
+            key = self.stacks[name].keys[0][0]
+            rows = self.stacks[name].read(self.checkpoint, slice(start, stop))
+        else:
+            key = weight_key(self.checkpoint, name)
+            rows = self.checkpoint.read(key, slice(start, stop))
+        rows = rows.to(self.placement.device, self.dtype)
         self.checkpoint.check_finite(key, rows)
         self.kept += rows.nbytes
         return placement.parameter(rows, start, shape)
 
+    def _fill_buffer(self, name: str, buffer: Tensor) -> None:
+        key = weight_key(self.checkpoint, name)
+        values = self.checkpoint.read(key)
+        self.checkpoint.check_finite(key, values)
+        buffer.copy_(values)
+
     @staticmethod
     def _tie(model: Any) -> None:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
+
+    def _check_there(self, name: str, want: tuple[int, ...]) -> None:
+        if name not in self.stacks:
+            key = weight_key(self.checkpoint, name)
+            self._check_shape(key, self.checkpoint.tensors[key].shape, want)
 
     def _check_shape(self, key: str, have: tuple[int, ...], want: tuple[int, ...]) -> None:
         if tuple(have) != tuple(want):

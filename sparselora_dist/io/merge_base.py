@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..codecs import NF4Codec
-from ..layouts import check_run, decoder_layers
+from ..layouts import check_config, decoder_layers
 from ..method.channels import TRANSPOSED
 from .manifest import CorruptFileError
 from .shard_files import TensorFiles, read_json
@@ -188,7 +188,7 @@ def _expected(folder: Path) -> tuple[Any, dict[str, tuple[int, ...]], dict[str, 
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'} is not a config that Transformers knows: {error!r}") from error
-    check_run(config)
+    check_config(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):

@@ -83,10 +83,12 @@ class TensorFiles:
     Attributes:
         tensors: what the headers say, by tensor name, in the order of the files.
         sharded: whether an index names the files.
+        renamed: what the files call a model's parameter, where they use another name.
     """
 
     def __init__(self, folder: Path, files: list[str], sharded: bool = False) -> None:
         self.folder, self.sharded = folder, sharded
+        self.renamed: dict[str, str] = {}
         self.tensors: dict[str, TensorInfo] = {}
         for file in files:
             for name, info in read_header(folder / file).items():

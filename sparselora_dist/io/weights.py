@@ -137,12 +137,13 @@ class CheckpointWeights:
 
 
 def weight_key(checkpoint: TensorFiles, name: str) -> str:
-    """The checkpoint's key of a parameter; a base model saved without its LM head lacks the ``model.`` in front.
+    """The checkpoint's key of a parameter: its name, an older one (:mod:`.stored_names`), or without the ``model.`` in
+    front, of a base model that was saved without its LM head.
 
     Raises:
         CorruptFileError: there is none.
     """
-    for key in (name, name.removeprefix("model.")):
+    for key in (name, checkpoint.renamed.get(name, name), name.removeprefix("model.")):
         if key in checkpoint.tensors:
             return key
     raise CorruptFileError(f"{checkpoint.folder} has no tensor {name!r}: it is not a whole checkpoint of this model")

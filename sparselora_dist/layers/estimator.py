@@ -26,6 +26,7 @@ def _register(module: nn.Module, name: str, factors: Factors) -> None:
 class FFNEstimator(nn.Module):
     """Σ_t [act((B_g A_g x_t)_j) · (B_u A_u x_t)_j]² over the given rows: ``forward(x (T, H), rows) -> ((I,),)`` fp32."""
 
+    is_estimator: ClassVar[bool] = True
     gate_a: nn.Parameter
     gate_b: nn.Parameter
     up_a: nn.Parameter

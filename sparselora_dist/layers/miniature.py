@@ -1,4 +1,4 @@
-"""A family in small, to try on it what a run does beside the sparse layers: rows packed in a line.
+"""A family in small, to look at before its model is loaded, and to try rows packed in a line on.
 
 The model has the run's own switches (sliding windows, softcaps, sinks, kinds of layers, scalings) and random weights of a
 few hundred elements a row, so that a trial on the host takes some ten milliseconds, whatever the size of the real one.
@@ -47,6 +47,16 @@ def cannot_pack(config: Any) -> str | None:
     if got.shape != expected.shape or not torch.allclose(got, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
         return "its layers let rows see their neighbours, or read a mask that packed rows do not have"
     return None
+
+
+def without_weights(config: Any) -> Any | None:
+    """A model in small on the meta device, or ``None`` where the family cannot be made so small."""
+    try:
+        small = miniature(config)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(small, attn_implementation="eager")
+    except Exception:
+        return None
 
 
 def miniature(config: Any) -> Any:

@@ -1,7 +1,8 @@
 """What a decoder layer has: an FFN, an attention, neither; where their matrices are, seen in its modules."""
 
-from .layers import DecoderLayer, check_causal, check_known, check_run, decoder_layers, geometry
+from .layers import DecoderLayer, check_causal, check_config, check_known, decoder_layers, geometry
 from .names import UnsupportedModelError, base_linear, causal_lm, matrix_name
+from .sizes import layer_sizes
 
 __all__ = [
     "DecoderLayer",
@@ -9,9 +10,10 @@ __all__ = [
     "base_linear",
     "causal_lm",
     "check_causal",
+    "check_config",
     "check_known",
-    "check_run",
     "decoder_layers",
     "geometry",
+    "layer_sizes",
     "matrix_name",
 ]

@@ -98,21 +98,6 @@ def check_config(config: Any) -> str:
     return getattr(config, "model_type", None) or "unknown"
 
 
-# What a run does beside the sparse layers (rows packed in a line, loss inside the head, files read by name) is right for.
-RUNS = ("llama", "mistral", "qwen2", "qwen3")
-
-
-def check_run(config: Any) -> str:
-    """The ``model_type``; raises UnsupportedModelError where a run, of ``launch/train.py``, is not known to be right."""
-    family = check_config(config)
-    if family not in RUNS:
-        raise UnsupportedModelError(
-            f"{_what(config)} is not supported in a run; supported families: {', '.join(RUNS)}. Many more work with "
-            "apply_sparselora and the Hugging Face Trainer (docs/models.md)"
-        )
-    return family
-
-
 def _what(config: Any) -> str:
     architecture = ", ".join(getattr(config, "architectures", None) or ["this model"])
     return f"{architecture} (model_type {getattr(config, 'model_type', None)!r})"

@@ -68,9 +68,9 @@ def from_hf_config(data: dict[str, Any], source: str) -> ModelShape:
         ConfigError: a key is missing or no positive integer; the message names it and ``source``.
         UnsupportedModelError: the family is not one that a run knows.
     """
-    from ..layouts import check_run
+    from ..layouts import check_config
 
-    family = check_run(SimpleNamespace(**data))
+    family = check_config(SimpleNamespace(**data))
 
     def integer(key: str, default: int | None = None) -> int:
         value = data.get(key)

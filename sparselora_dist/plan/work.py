@@ -103,11 +103,10 @@ def _recomputed(
     model: FlopModel, shape: ModelShape, dense: float, context: float, length: int, labels: float | None = None
 ) -> float:
     """Forward FLOPs of the decoder layers: 2 a multiply-add, attention's products over half the square."""
-    q = shape.heads.heads * shape.heads.head_dim
-    every = shape.layers * 4 * q * length / 2 + 2 * model.lora_elements
-    kept = 2 * sum(map(model.layer_elements, model.layers))
-    flops = dense * (every + shape.layers * 2 * model.layer_elements(LayerShare())) + context * (every + kept)
-    if labels is not None:
+    every = 4 * model.products * length / 2 + 2 * model.lora_elements
+    kept = 2 * sum(map(model.layer_elements, range(shape.layers), model.layers))
+    flops = dense * (every + 2 * model.frozen) + context * (every + kept)
+    if labels is not None and model.trims:
         flops -= (dense - labels) * 2 * (model.trimmed_elements(LayerShare()) + model.lora_elements_trimmed)
         flops -= context * 2 * (model.trimmed_elements(model.layers[-1]) + model.lora_elements_trimmed)
     return flops

@@ -87,9 +87,9 @@ def tiny_config(model_type: str) -> Any:
     return config
 
 
-def tiny_model(model_type: str) -> Any:
+def tiny_model(model_type: str, config: Any = None) -> Any:
     """With random weights, in fp32. Raises as :func:`tiny_config` does."""
-    config = tiny_config(model_type)
+    config = config or tiny_config(model_type)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():

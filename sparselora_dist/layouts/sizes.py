@@ -1,0 +1,71 @@
+"""How large each layer of a model is, for what a step costs: also of layers that are not alike, or known in part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..method.channels import ATTENTION, FFN
+from ..method.flops import LayerSize
+from .layers import DecoderLayer
+from .names import is_linear, shape
+
+
+def layer_sizes(layers: Sequence[DecoderLayer], config: Any) -> tuple[LayerSize, ...]:
+    """Of decoder layers, sparse ones and ones with adapters included.
+
+    Args:
+        config: of the decoder: says how many experts a token meets.
+    """
+    return tuple(_size(layer, config) for layer in layers)
+
+
+def _size(layer: DecoderLayer, config: Any) -> LayerSize:
+    known: set[int] = {id(layer.matrix(name)) for name in layer.names}
+    query = key = ffn = width = products = 0
+    if layer.attention:
+        q, k = (shape(layer.linear(name)) for name in ATTENTION[:2])
+        o, v = shape(layer.linear("o_proj")), shape(layer.linear("v_proj"))
+        query, key = (q[0] * q[1] + o[0] * o[1]) // 2, (k[0] * k[1] + v[0] * v[1]) // 2
+        products = layer.attention.heads.heads * layer.attention.heads.head_dim
+    if layer.ffn:
+        ffn = sum(rows * columns for rows, columns in (shape(layer.linear(name)) for name in FFN))
+        width = shape(layer.linear("down_proj"))[1]
+    other, neurons = 0, 0
+    for elements, wide in _dense(layer.module, known, config):
+        other, neurons = other + elements, neurons + wide
+    return LayerSize(query=query, key=key, ffn=ffn, width=width, products=products, other=other, neurons=neurons)
+
+
+def _dense(module: nn.Module, known: set[int], config: Any) -> Iterator[tuple[int, int]]:
+    """(elements that a token meets, neurons) of the frozen matrices that are none of a layer's own."""
+    if id(module) in known or getattr(module, "is_estimator", False):
+        return
+    if is_linear(module) and not hasattr(module, "lora_A"):
+        rows, columns = shape(module)
+        yield rows * columns, 0
+        return
+    for parameter in module.parameters(recurse=False):
+        if parameter.requires_grad:
+            continue
+        if parameter.dim() == 2:
+            yield parameter.numel(), 0
+        elif parameter.dim() == 3:  # Experts.
+            active = min(experts_a_token(config), parameter.shape[0])
+            yield parameter.numel() * active // parameter.shape[0], 0
+    for name, child in module.named_children():
+        if not name.startswith("lora_"):
+            yield from _dense(child, known, config)
+
+
+def experts_a_token(config: Any) -> int:
+    """How many of a layer's experts a token meets."""
+    for name in ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "experts_per_token"):
+        value = getattr(config, name, None)
+        if isinstance(value, (list, tuple)):
+            value = max(value)
+        if isinstance(value, int):
+            return value
+    return 1

@@ -1,10 +1,15 @@
 """What a decoder layer has: an FFN, an attention, neither; where their matrices are, seen in its modules."""
 
+from .attention import Attention
+from .ffn import FFN
 from .layers import DecoderLayer, check_causal, check_config, check_known, decoder_layers, geometry
 from .names import UnsupportedModelError, base_linear, causal_lm, matrix_name
+from .registry import register_attention, register_ffn, unregister
 from .sizes import layer_sizes
 
 __all__ = [
+    "FFN",
+    "Attention",
     "DecoderLayer",
     "UnsupportedModelError",
     "base_linear",
@@ -16,4 +21,7 @@ __all__ = [
     "geometry",
     "layer_sizes",
     "matrix_name",
+    "register_attention",
+    "register_ffn",
+    "unregister",
 ]

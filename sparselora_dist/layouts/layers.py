@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 
 from ..method.channels import ATTENTION, HeadGeometry
-from .attention import Attention, find_attention
-from .ffn import FFN, find_ffn
+from .attention import Attention
+from .ffn import FFN
 from .names import UnsupportedModelError, base_linear, causal_lm
+from .registry import find_attention, find_ffn
 
 GROUPS = ("ffn", "qk", "vo")
 

@@ -20,6 +20,7 @@ from ..layers.lora import PLAIN_ONLY, fuse_lora, merge_by_layout, set_base_linea
 from ..layouts import DecoderLayer, UnsupportedModelError, base_linear
 from ..method.channels import ATTENTION, FFN, SCORED, TRANSPOSED
 from ..sharding.parameters import full_tensor, is_dtensor, shard_like
+from .experts import check_experts, restore_experts
 from .state import SparseState
 
 _ESTIMATOR = "sparse_estimator"
@@ -32,6 +33,8 @@ def check_frozen(layer: DecoderLayer, active: dict[str, dict[int, float]]) -> No
         names += FFN
     if any(layer.index in active.get(group, {}) for group in ("qk", "vo")):
         names += ATTENTION
+    if layer.index in active.get("experts", {}):
+        check_experts(layer)
     for name in names:
         linear, parent = layer.matrix(name), layer.linear(name)
         where = f"layers.{layer.index}.{name}"
@@ -47,7 +50,7 @@ def check_frozen(layer: DecoderLayer, active: dict[str, dict[int, float]]) -> No
         if any(getattr(parent, "use_dora", {}).values()) or getattr(parent, "lora_variant", None):
             raise ValueError(f"{where} uses a LoRA variant (DoRA or another): {PLAIN_ONLY}")
         if isinstance(parent, LoraLayer) and type(parent) is not Linear:
-            raise ValueError(f"{where} carries a {type(parent).__name__} (AdaLoRA or another): {PLAIN_ONLY}")
+            raise ValueError(f"{where} carries a {type(parent).__name__} (AdaLoRA, target_parameters or another): {PLAIN_ONLY}")
 
 
 def _on_device(factors: FactorSet, layer: DecoderLayer, name: str) -> tuple[Tensor, Tensor]:
@@ -167,6 +170,7 @@ def restore(state: SparseState) -> None:
         for name in sparse.family_names.values():  # An adapter may have come, or gone, meanwhile.
             setattr(mlp, name, getattr(sparse, name))
         setattr(parent, attribute, mlp)
+    restore_experts(state)
     for layer in state.fused:
         unfuse_lora(layer)
     for attention in state.attentions:

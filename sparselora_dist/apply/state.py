@@ -9,6 +9,7 @@ from torch import nn
 
 from ..config.sparse import SparseLoRAConfig
 from ..layers.context import SparseContext
+from ..layers.experts import SparseExperts
 
 STATE = "_sparselora"
 """Attribute of the model, and of the causal LM inside it, that holds the :class:`SparseState`."""
@@ -31,6 +32,8 @@ class SparseState:
     """(parent, name, original) of every FFN that was replaced."""
     attentions: list[nn.Module] = field(default_factory=list)
     """Attention modules that were given an estimator."""
+    experts: list[SparseExperts] = field(default_factory=list)
+    """The modules of experts that were put in."""
     fused: list[nn.Module] = field(default_factory=list)
     """LoRA layers that compute base and branch together."""
 

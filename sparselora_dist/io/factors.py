@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..layouts import matrix_name
-from ..method.estimator import low_rank_factors
+from ..method.estimator import block_factors
 from ..sharding.placement import OtherRankError
 from ..sync.everyone import everyone
 from .manifest import CorruptFileError, publish, read_safetensors, tensors_sha256
@@ -109,7 +109,7 @@ def load_or_build(
                         raise ValueError(
                             f"{matrix_name(*matrix)}.weight of {model_id} holds NaN or Inf: no factors can be made of it"
                         )
-                    found[matrix] = low_rank_factors(weight, rank, seed=_seed(matrix))
+                    found[matrix] = block_factors(weight, weights.blocks(*matrix), rank, seed=_seed(matrix))
 
     _together(build, ranks, group)
     if len(ranks) > 1:
@@ -259,8 +259,9 @@ def _check_shapes(path: Path, factors: FactorSet, weights: WeightSource, rank: i
     """A hash can be made to fit whatever a file holds; the products would fail at the first sparse step."""
     for matrix, pair in factors.items():
         out, length = weights.shape(*matrix)
-        kept = min(rank, out, length)
-        for side, tensor, shape in zip("ab", pair, ((kept, length), (out, kept))):
+        blocks = weights.blocks(*matrix)
+        kept = min(rank, out // blocks, length)
+        for side, tensor, shape in zip("ab", pair, ((blocks * kept, length), (out, kept))):
             if (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
                 raise FactorMismatchError(
                     f"{path}: {matrix_name(*matrix)}.{side} is {tuple(tensor.shape)} {_name(tensor.dtype)}, but the matrix "

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs import Codec
-from ..codecs.linear import FrozenLinear
-from ..layouts import DecoderLayer, causal_lm, decoder_layers, matrix_name
+from ..codecs.linear import FrozenLinear, FrozenMatrix
+from ..layouts import DecoderLayer, Experts, causal_lm, decoder_layers, matrix_name
+from ..method.channels import EXPERTS
 from ..sharding.parameters import full_tensor
 from .manifest import CorruptFileError
 from .prequantized import prequantized, stored_codec
@@ -58,6 +59,10 @@ class WeightSource(Protocol):
         """(out, in) of the matrix, without reading it."""
         ...
 
+    def blocks(self, layer: int, name: str) -> int:
+        """How many matrices stand in it one below another: the experts of a mixture."""
+        ...
+
     def mark(self, layer: int, name: str) -> str:
         """A short name of the matrix's content; equal marks mean equal matrices."""
         ...
@@ -75,8 +80,10 @@ class ModelWeights:
 
     def get(self, layer: int, name: str) -> Tensor:
         """Raises ValueError where the weight is not there: a rank that fails here alone is seen by its launcher."""
-        linear: Any = self._layers[layer].matrix(name)
-        if isinstance(linear, FrozenLinear):
+        linear: Any = None if name in EXPERTS else self._layers[layer].matrix(name)
+        if linear is None:
+            weight = self._bank(layer, name)
+        elif isinstance(linear, FrozenLinear):
             weight = linear.matrix([full_tensor(part) for part in linear.parts], self.dtype)
         else:
             weight = full_tensor(linear.weight)
@@ -88,8 +95,29 @@ class ModelWeights:
         return weight
 
     def shape(self, layer: int, name: str) -> tuple[int, int]:
+        if name in EXPERTS:
+            experts = self._experts(layer)
+            return experts.count * experts.width, experts.hidden
         linear: Any = self._layers[layer].matrix(name)
         return linear.out_features, linear.in_features
+
+    def blocks(self, layer: int, name: str) -> int:
+        return self._experts(layer).count if name in EXPERTS else 1
+
+    def _experts(self, layer: int) -> Experts:
+        experts = self._layers[layer].experts
+        assert experts is not None, f"layers.{layer} has no experts"
+        return experts
+
+    def _bank(self, layer: int, name: str) -> Tensor:
+        """Of all experts, one after another, gate or up: (E·W, H)."""
+        experts = self._experts(layer)
+        stored: Any = experts.module.gate_up_proj
+        if isinstance(stored, FrozenMatrix):
+            rows = stored.rows_of([full_tensor(part) for part in stored.parts], self.dtype)
+        else:
+            rows = experts.gate_up_rows(full_tensor(stored))
+        return rows.view(experts.count, 2, experts.width, -1)[:, EXPERTS.index(name)].flatten(0, 1)
 
     def mark(self, layer: int, name: str) -> str:
         return fingerprint(self.get(layer, name))
@@ -120,6 +148,9 @@ class CheckpointWeights:
         found = prequantized(self.checkpoint, key)
         rows, columns = found.shape if found else self.checkpoint.tensors[key].shape
         return rows, columns
+
+    def blocks(self, layer: int, name: str) -> int:
+        return 1
 
     def mark(self, layer: int, name: str) -> str:
         key = self._key(layer, name)

@@ -1,6 +1,7 @@
 """What a decoder layer has: an FFN, an attention, neither; where their matrices are, seen in its modules."""
 
 from .attention import Attention
+from .experts import Experts, combined, innermost
 from .ffn import FFN
 from .layers import DecoderLayer, check_causal, check_config, check_known, decoder_layers, geometry
 from .names import UnsupportedModelError, base_linear, causal_lm, matrix_name
@@ -11,14 +12,17 @@ __all__ = [
     "FFN",
     "Attention",
     "DecoderLayer",
+    "Experts",
     "UnsupportedModelError",
     "base_linear",
     "causal_lm",
     "check_causal",
     "check_config",
     "check_known",
+    "combined",
     "decoder_layers",
     "geometry",
+    "innermost",
     "layer_sizes",
     "matrix_name",
     "register_attention",

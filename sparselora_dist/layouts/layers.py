@@ -10,11 +10,12 @@ from torch import nn
 
 from ..method.channels import ATTENTION, HeadGeometry
 from .attention import Attention
+from .experts import Experts, find_experts
 from .ffn import FFN
 from .names import UnsupportedModelError, base_linear, causal_lm
 from .registry import find_attention, find_ffn
 
-GROUPS = ("ffn", "qk", "vo")
+GROUPS = ("ffn", "qk", "vo", "experts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +28,9 @@ class DecoderLayer:
     module: nn.Module
     ffn: FFN | None
     attention: Attention | None
+    experts: Experts | None
     missing: Mapping[str, str]
-    """Group (``ffn``, ``qk``, ``vo``) -> why this layer cannot have it."""
+    """Group (``ffn``, ``qk``, ``vo``, ``experts``) -> why this layer cannot have it."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -64,6 +66,8 @@ class DecoderLayer:
             counts["ffn"] = self.matrix("gate_proj").out_features
         if self.attention:
             counts |= {"qk": self.attention.heads.qk_channels, "vo": self.attention.heads.vo_channels}
+        if self.experts:
+            counts["experts"] = self.experts.count * self.experts.width
         return counts
 
     @property
@@ -72,7 +76,7 @@ class DecoderLayer:
 
         Not beside experts: a router's loss reads every position.
         """
-        if self.attention is None or self.ffn is None or self.ffn.parent is not self.module:
+        if self.attention is None or self.ffn is None or self.experts or self.ffn.parent is not self.module:
             return ()
         return self.linear("q_proj"), self.linear("o_proj"), self.ffn.module
 
@@ -150,7 +154,7 @@ def check_known(model: nn.Module, layers: list[DecoderLayer]) -> None:
 
 
 def _layer(index: int, path: str, module: nn.Module, config: Any) -> DecoderLayer:
-    ffn, attention = find_ffn(module), find_attention(module, config)
+    ffn, attention, experts = find_ffn(module), find_attention(module, config), find_experts(module)
     missing: dict[str, str] = {}
     if isinstance(ffn, str):
         missing["ffn"] = ffn
@@ -158,12 +162,15 @@ def _layer(index: int, path: str, module: nn.Module, config: Any) -> DecoderLaye
         missing |= dict.fromkeys(("qk", "vo"), attention)
     else:
         missing |= attention.missing
+    if isinstance(experts, str):
+        missing["experts"] = experts
     return DecoderLayer(
         index,
         path,
         module,
         ffn if isinstance(ffn, FFN) else None,
         attention if isinstance(attention, Attention) else None,
+        experts if isinstance(experts, Experts) else None,
         missing,
     )
 

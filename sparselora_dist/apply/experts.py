@@ -15,7 +15,7 @@ from ..io.factors import FactorSet
 from ..layers.estimator import ExpertsEstimator
 from ..layers.experts import BIASES, GROUP, MergingExperts, SparseExperts, ThroughWrappers
 from ..layers.lora import PLAIN_ONLY, cannot_merge
-from ..layouts import DecoderLayer, Experts, UnsupportedModelError
+from ..layouts import BY_ROWS, DecoderLayer, Experts, UnsupportedModelError
 from ..method.channels import EXPERTS
 from ..sharding.parameters import full_tensor, is_dtensor, shard_like
 from .state import SparseState
@@ -44,20 +44,23 @@ def check_experts(layer: DecoderLayer) -> None:
 
 
 def replace_experts(layer: DecoderLayer, state: SparseState, factors: FactorSet) -> None:
-    """Put a :class:`SparseExperts` where the configuration has one."""
-    sparsity = state.sparsity.get(GROUP, {}).get(layer.index)
-    if sparsity is None:
+    """Put a :class:`SparseExperts` where the configuration has one, and where a run has loaded the matrices by rows."""
+    sparsity, layout = state.sparsity.get(GROUP, {}).get(layer.index), layer.experts
+    if layout is None:
         return
-    layout = layer.experts
-    assert layout is not None
     family = layout.module
-    values = {name: getattr(family, name) for name in _MATRICES}
-    first = values["down_proj"]
-    device = (first.parts[0] if isinstance(first, FrozenMatrix) else first).device
-    pairs = [factors[layer.index, name] for name in EXPERTS]
-    estimator = ExpertsEstimator(*((a, b) if device.type == "meta" else (a.to(device), b.to(device)) for a, b in pairs))
+    by_rows = family.__dict__.get(BY_ROWS, {})
+    values = {name: by_rows.get(name) or getattr(family, name) for name in _MATRICES}
+    first, estimator = values["down_proj"], None
+    if sparsity is None and not isinstance(first, FrozenMatrix):
+        return
     matrices = {name: _freeze(value, name, layout) for name, value in values.items()}
-    shard_like(estimator.parameters(), matrices["down_proj"].parts[0])
+    if sparsity is not None:
+        device = (first.parts[0] if isinstance(first, FrozenMatrix) else first).device
+        pairs = [factors[layer.index, name] for name in EXPERTS]
+        moved = [(a, b) if device.type == "meta" else (a.to(device), b.to(device)) for a, b in pairs]
+        estimator = ExpertsEstimator(*moved)
+        shard_like(estimator.parameters(), matrices["down_proj"].parts[0])
     sparse = SparseExperts(
         family,
         layout,
@@ -66,7 +69,7 @@ def replace_experts(layer: DecoderLayer, state: SparseState, factors: FactorSet)
         context=state.context,
         layer=layer.index,
         estimator=estimator,
-        keep=kept_count(layout.width, sparsity),
+        keep=kept_count(layout.width, sparsity or 0.0),
         lora_branch=state.config.lora_branch,
     )
     for name in (*_MATRICES, *BIASES):
@@ -101,7 +104,8 @@ def restore_experts(state: SparseState) -> None:
         own = {"gate_up_proj": layout.gate_up_family, "down_proj": layout.down_family}
         for name, as_family in own.items():
             matrix: FrozenMatrix = getattr(sparse, name)
-            if name not in family._parameters:  # It was stored like this.
+            if name in family.__dict__.get(BY_ROWS, {}):
+                family._parameters[name] = matrix.__dict__["placeholder"]
                 continue
             (rows,) = matrix.parts
             family._parameters[name] = nn.Parameter(as_family(full_tensor(rows)), requires_grad=False)

@@ -7,32 +7,14 @@ refused by name.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from .manifest import CorruptFileError
-from .shard_files import TensorFiles
+from .shard_files import Stack, TensorFiles
 
 
-@dataclass(frozen=True, slots=True)
-class Stack:
-    """A parameter (E, rows, columns) whose experts the files hold one by one, each as one matrix or several to be joined."""
-
-    keys: tuple[tuple[str, ...], ...]
-    """Of each expert, its matrices in the order of their rows."""
-    shape: tuple[int, ...]
-
-    def read(self, files: TensorFiles, experts: slice) -> Tensor:
-        """(experts, rows, columns), in memory of its own."""
-        joined = [torch.cat([files.read(key) for key in keys]) for keys in self.keys[experts]]
-        return torch.stack(joined) if joined else torch.empty((0, *self.shape[1:]))
-
-
-def find_names(model: Any, files: TensorFiles) -> tuple[dict[str, str], dict[str, Stack]]:
-    """Of a model's parameters: other names in the files, and stacks of experts.
+def find_names(model: Any, files: TensorFiles) -> None:
+    """Say in ``files`` what it calls a model's parameters: other names (``renamed``), and stacks of experts (``stacks``).
 
     Args:
         model: may be on the meta device.
@@ -50,7 +32,6 @@ def find_names(model: Any, files: TensorFiles) -> tuple[dict[str, str], dict[str
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     renamings = [transform for transform in transforms if not isinstance(transform, WeightConverter)]
     converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    renamed: dict[str, str] = {}
     parts: dict[str, dict[str, list[str]]] = {}
     for key in files.tensors:
         if key in state:
@@ -59,8 +40,7 @@ def find_names(model: Any, files: TensorFiles) -> tuple[dict[str, str], dict[str
         if pattern is not None:
             parts.setdefault(name, {}).setdefault(pattern, []).append(key)
         elif name in state and name != key:
-            renamed[name] = key
-    stacks = {}
+            files.renamed[name] = key
     for name, found in parts.items():
         if name not in state:
             continue
@@ -73,8 +53,7 @@ def find_names(model: Any, files: TensorFiles) -> tuple[dict[str, str], dict[str
                 "save it with save_pretrained(..., save_original_format=False), and name that folder"
             )
         order = [found.get(pattern, []) for pattern in converter.source_patterns]
-        stacks[name] = _stack(name, [sorted(keys, key=_numbers) for keys in order], tuple(state[name].shape), files)
-    return renamed, stacks
+        files.stacks[name] = _stack(name, [sorted(keys, key=_numbers) for keys in order], tuple(state[name].shape), files)
 
 
 def _numbers(key: str) -> list[int]:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from ..codecs import Codec
 from ..codecs.linear import FrozenLinear, FrozenMatrix
-from ..layouts import DecoderLayer, Experts, causal_lm, decoder_layers, matrix_name
+from ..layouts import BY_ROWS, DecoderLayer, Experts, causal_lm, decoder_layers, matrix_name
 from ..method.channels import EXPERTS
 from ..sharding.parameters import full_tensor
-from .manifest import CorruptFileError
+from .bank import BankFiles
 from .prequantized import prequantized, stored_codec
-from .shard_files import TensorFiles, spaced
+from .shard_files import TensorFiles, spaced, weight_key
 
 
 def checkpoint_folder(name_or_path: str) -> Path:
@@ -112,7 +112,8 @@ class ModelWeights:
     def _bank(self, layer: int, name: str) -> Tensor:
         """Of all experts, one after another, gate or up: (E·W, H)."""
         experts = self._experts(layer)
-        stored: Any = experts.module.gate_up_proj
+        module: Any = experts.module
+        stored: Any = module.__dict__.get(BY_ROWS, {}).get("gate_up_proj", module.gate_up_proj)
         if isinstance(stored, FrozenMatrix):
             rows = stored.rows_of([full_tensor(part) for part in stored.parts], self.dtype)
         else:
@@ -136,23 +137,31 @@ class CheckpointWeights:
     ) -> None:
         self.checkpoint, self.codec, self.dtype = checkpoint, codec, dtype
         self._paths = {(layer.index, name): layer.path_of(name) for layer in layers for name in layer.names}
+        self._banks = {layer.index: BankFiles.of(checkpoint, layer) for layer in layers if layer.experts}
 
     def get(self, layer: int, name: str) -> Tensor:
+        if name in EXPERTS:
+            return self._banks[layer].scored(name, self.codec, self.dtype)
         key = self._key(layer, name)
         if found := prequantized(self.checkpoint, key):
             return found.rows(0, found.shape[0]).to(self.dtype)
         return self._codec_of(key).roundtrip(self.checkpoint.read(key).to(self.dtype))
 
     def shape(self, layer: int, name: str) -> tuple[int, int]:
+        if name in EXPERTS:
+            layout = self._banks[layer].layout
+            return layout.count * layout.width, layout.hidden
         key = self._key(layer, name)
         found = prequantized(self.checkpoint, key)
         rows, columns = found.shape if found else self.checkpoint.tensors[key].shape
         return rows, columns
 
     def blocks(self, layer: int, name: str) -> int:
-        return 1
+        return self._banks[layer].layout.count if name in EXPERTS else 1
 
     def mark(self, layer: int, name: str) -> str:
+        if name in EXPERTS:
+            return f"{self.codec.mark}{name}:" + _digest(self._banks[layer].sample().to(self.dtype), self.shape(layer, name))
         key = self._key(layer, name)
         shape = self.checkpoint.tensors[key].shape
         if prequantized(self.checkpoint, key):
@@ -165,16 +174,3 @@ class CheckpointWeights:
 
     def _codec_of(self, key: str) -> Codec:
         return stored_codec(self.checkpoint, key, self.codec, self.dtype)
-
-
-def weight_key(checkpoint: TensorFiles, name: str) -> str:
-    """The checkpoint's key of a parameter: its name, an older one (:mod:`.stored_names`), or without the ``model.`` in
-    front, of a base model that was saved without its LM head.
-
-    Raises:
-        CorruptFileError: there is none.
-    """
-    for key in (name, checkpoint.renamed.get(name, name), name.removeprefix("model.")):
-        if key in checkpoint.tensors:
-            return key
-    raise CorruptFileError(f"{checkpoint.folder} has no tensor {name!r}: it is not a whole checkpoint of this model")

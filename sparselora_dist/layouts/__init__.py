@@ -1,14 +1,15 @@
 """What a decoder layer has: an FFN, an attention, neither; where their matrices are, seen in its modules."""
 
 from .attention import Attention
-from .experts import Experts, combined, innermost
+from .experts import BY_ROWS, Experts, combined, innermost, placeholder
 from .ffn import FFN
 from .layers import DecoderLayer, check_causal, check_config, check_known, decoder_layers, geometry
 from .names import UnsupportedModelError, base_linear, causal_lm, matrix_name
 from .registry import register_attention, register_ffn, unregister
-from .sizes import layer_sizes
+from .sizes import layer_sizes, widths
 
 __all__ = [
+    "BY_ROWS",
     "FFN",
     "Attention",
     "DecoderLayer",
@@ -25,7 +26,9 @@ __all__ = [
     "innermost",
     "layer_sizes",
     "matrix_name",
+    "placeholder",
     "register_attention",
     "register_ffn",
     "unregister",
+    "widths",
 ]

@@ -22,6 +22,11 @@ def layer_sizes(layers: Sequence[DecoderLayer], config: Any) -> tuple[LayerSize,
     return tuple(_size(layer, config) for layer in layers)
 
 
+def widths(layer: DecoderLayer) -> dict[str, int]:
+    """Channels by group, of which one token meets a share: of routed experts those of one."""
+    return layer.channels | ({"experts": layer.experts.width} if layer.experts else {})
+
+
 def _size(layer: DecoderLayer, config: Any) -> LayerSize:
     known: set[int] = {id(layer.matrix(name)) for name in layer.names}
     query = key = ffn = width = products = 0
@@ -33,28 +38,32 @@ def _size(layer: DecoderLayer, config: Any) -> LayerSize:
     if layer.ffn:
         ffn = sum(rows * columns for rows, columns in (shape(layer.linear(name)) for name in FFN))
         width = shape(layer.linear("down_proj"))[1]
-    other, neurons = 0, 0
-    for elements, wide in _dense(layer.module, known, config):
-        other, neurons = other + elements, neurons + wide
-    return LayerSize(query=query, key=key, ffn=ffn, width=width, products=products, other=other, neurons=neurons)
+    routed: dict[str, int] = {}
+    if layer.experts:
+        known.add(id(layer.experts.outer))
+        active = min(experts_a_token(config), layer.experts.count)
+        elements = 3 * active * layer.experts.width * layer.experts.hidden
+        routed = {"experts": elements, "active": active, "expert_width": layer.experts.width}
+    other = sum(_dense(layer.module, known, config))
+    return LayerSize(query=query, key=key, ffn=ffn, width=width, products=products, other=other, **routed)
 
 
-def _dense(module: nn.Module, known: set[int], config: Any) -> Iterator[tuple[int, int]]:
-    """(elements that a token meets, neurons) of the frozen matrices that are none of a layer's own."""
+def _dense(module: nn.Module, known: set[int], config: Any) -> Iterator[int]:
+    """Elements that a token meets of the frozen matrices that are none of a layer's own."""
     if id(module) in known or getattr(module, "is_estimator", False):
         return
     if is_linear(module) and not hasattr(module, "lora_A"):
         rows, columns = shape(module)
-        yield rows * columns, 0
+        yield rows * columns
         return
     for parameter in module.parameters(recurse=False):
         if parameter.requires_grad:
             continue
         if parameter.dim() == 2:
-            yield parameter.numel(), 0
+            yield parameter.numel()
         elif parameter.dim() == 3:  # Experts.
             active = min(experts_a_token(config), parameter.shape[0])
-            yield parameter.numel() * active // parameter.shape[0], 0
+            yield parameter.numel() * active // parameter.shape[0]
     for name, child in module.named_children():
         if not name.startswith("lora_"):
             yield from _dense(child, known, config)

@@ -25,6 +25,7 @@ class LayerShare:
     ffn: float = 1.0
     qk: float = 1.0
     vo: float = 1.0
+    experts: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,10 +42,14 @@ class LayerSize:
     """Neurons of that FFN."""
     products: int = 0
     """Width of the queries, all heads: what attention's two products cost by."""
+    experts: int = 0
+    """Elements of the routed experts that a token meets."""
+    active: int = 0
+    """How many of them."""
+    expert_width: int = 0
+    """Neurons of one."""
     other: int = 0
-    """Elements of what is always dense that a token meets: routers, its experts, fused matrices, gates."""
-    neurons: int = 0
-    """Of these experts and FFNs."""
+    """Elements of what is always dense that a token meets: routers, fused matrices, gates, experts of another layout."""
 
 
 def layer_shares(
@@ -120,7 +125,7 @@ class FlopModel:
     def layer_elements(self, layer: int, share: LayerShare) -> float:
         """Elements of a layer's matrices that a token meets."""
         size = self.size(layer)
-        return (share.qk + share.vo) * (size.query + size.key) + share.ffn * size.ffn + size.other
+        return (share.qk + share.vo) * (size.query + size.key) + share.ffn * size.ffn + share.experts * size.experts + size.other
 
     def trimmed_elements(self, share: LayerShare) -> float:
         """Those among them that the last layer leaves out at a position without logits."""
@@ -178,5 +183,6 @@ class FlopModel:
 
     def _estimator(self, size: LayerSize, layer: LayerShare) -> float:
         matrices = (layer.ffn < 1) * 2 + (layer.qk < 1) * 2 + (layer.vo < 1)
-        low = 2 * self.estimator_rank * self.hidden * matrices
-        return low + (layer.ffn < 1) * 2 * 2 * self.estimator_rank * size.width
+        routed = (layer.experts < 1) * 2 * size.active
+        wide = (layer.ffn < 1) * 2 * size.width + routed * size.expert_width
+        return 2 * self.estimator_rank * (self.hidden * (matrices + routed) + wide)

@@ -15,7 +15,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..apply import SparseState
 from ..config.train import TrainSection
-from ..layouts import causal_lm, decoder_layers, layer_sizes
+from ..layouts import causal_lm, decoder_layers, layer_sizes, widths
 from ..method.channels import HeadGeometry
 from ..method.flops import TRIMMED, FlopModel, layer_shares
 from .trackers import Trackers
@@ -36,7 +36,7 @@ def flop_model(model: Any, state: SparseState) -> FlopModel:
         vocabulary=config.vocab_size,
         heads=known or HeadGeometry(heads=config.num_attention_heads, kv_heads=1, head_dim=2),
         lora_elements=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        layers=layer_shares(len(layers), [layer.channels for layer in layers], state.sparsity),
+        layers=layer_shares(len(layers), list(map(widths, layers)), state.sparsity),
         estimator_rank=state.config.rank,
         lora_elements_trimmed=sum(p.numel() for n, p in last if p.requires_grad and set(n.split(".")) & set(TRIMMED)),
         sizes=sizes,

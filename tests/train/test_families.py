@@ -70,7 +70,7 @@ def run_config(folder: str, sparsity: float) -> RunConfig:
     small = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     layers = decoder_layers(small)
     paths = [layer.path_of(name) for layer in layers for name in layer.names]
-    groups = {group for layer in layers for group in ("ffn", "qk", "vo") if group not in layer.missing}
+    groups = {group for layer in layers for group in ("ffn", "qk", "vo", "experts") if group not in layer.missing}
     return RunConfig.from_dict(
         {
             "model": {"name_or_path": folder, "dtype": "float32"},

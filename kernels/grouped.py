@@ -12,6 +12,7 @@ the backward.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ _ALIGNED = 16
 def runs(ends: Tensor) -> list[tuple[int, int, int]]:
     """(expert, first, end) of the runs that are not empty. Waits for the device."""
     bounds = [0, *ends.tolist()]
-    return [(e, a, b) for e, (a, b) in enumerate(zip(bounds, bounds[1:])) if a < b]
+    return [(e, a, b) for e, (a, b) in enumerate(pairwise(bounds)) if a < b]
 
 
 def _widened(x: Tensor, *sides: int) -> Tensor:
@@ -77,7 +78,9 @@ def _rows_of(weight: EncodedWeight, channels: Tensor | None, part: slice, x: Ten
     return weight.decode(chosen, x.dtype)
 
 
-def _linear_fake(x: Tensor, parts: list[Tensor], layout: list[int], ends: Tensor, channels: Any, transposed: bool) -> Tensor:
+def _linear_fake(
+    x: Tensor, parts: list[Tensor], layout: list[int], ends: Tensor, channels: Any, transposed: bool
+) -> Tensor:
     weight = EncodedWeight(parts, layout)
     kept = (weight.channels if channels is None else channels.shape[0]) // ends.shape[0]
     return x.new_empty(x.shape[0], weight.length if transposed else kept)

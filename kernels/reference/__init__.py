@@ -3,6 +3,7 @@
 from .ffn_down import ffn_down
 from .gated_ffn import gated_up
 from .gated_product import gated_product
+from .grouped import expert_score, grouped_linear, grouped_product
 from .indexed_linear import indexed_nn, indexed_nt
 from .label_loss import label_loss, label_scores
 from .lora_joined import lora_joined
@@ -12,10 +13,13 @@ from .score import gated_ffn_score, projection_score
 from .select import select_channels
 
 __all__ = [
+    "expert_score",
     "ffn_down",
     "gated_ffn_score",
     "gated_product",
     "gated_up",
+    "grouped_linear",
+    "grouped_product",
     "indexed_nn",
     "indexed_nt",
     "label_loss",

@@ -112,13 +112,14 @@ class _FamilyNames:
 class _FromFamilyNames:
     """The way back, before the causal LM loads a state dict. The estimator stays that of the weights before."""
 
-    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *unused: object) -> None:
         if prefix:
             return
         frozen, experts, estimators = _parts(module)
         for parent, (_, as_rows) in experts.items():
             if parent in state:
-                state[f"{parent}.rows"] = as_rows(state.pop(parent))
+                rows: Tensor = state.pop(parent)
+                state[f"{parent}.rows"] = as_rows(rows)
         for parent, linear in frozen.items():
             if f"{parent}.weight" in state:
                 value: Tensor = state.pop(f"{parent}.weight")

@@ -50,7 +50,8 @@ def check_frozen(layer: DecoderLayer, active: dict[str, dict[int, float]]) -> No
         if any(getattr(parent, "use_dora", {}).values()) or getattr(parent, "lora_variant", None):
             raise ValueError(f"{where} uses a LoRA variant (DoRA or another): {PLAIN_ONLY}")
         if isinstance(parent, LoraLayer) and type(parent) is not Linear:
-            raise ValueError(f"{where} carries a {type(parent).__name__} (AdaLoRA, target_parameters or another): {PLAIN_ONLY}")
+            kind = f"{type(parent).__name__} (AdaLoRA, target_parameters or another)"
+            raise ValueError(f"{where} carries a {kind}: {PLAIN_ONLY}")
 
 
 def _on_device(factors: FactorSet, layer: DecoderLayer, name: str) -> tuple[Tensor, Tensor]:

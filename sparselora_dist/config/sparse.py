@@ -51,9 +51,9 @@ class SparseLoRAConfig(Section):
     layers: Annotated[dict[str, dict[str, float]], BeforeValidator(_check_layers), _LAYERS] = field(
         default_factory=dict
     )
-    """Per channel group (``ffn``, ``qk``, ``vo``, ``experts``): layer ranges (``"5"``, ``"3-30"``, ``"14-19,21-23"``, ends included;
-    ``"auto"`` is every layer that can) and their sparsity in [0, 1), the share of channels left out. Layers that are not
-    named are dense."""
+    """Per channel group (``ffn``, ``qk``, ``vo``, and ``experts``, the routed ones of a mixture): layer ranges (``"5"``,
+    ``"3-30"``, ``"14-19,21-23"``, ends included; ``"auto"`` is every layer that can) and their sparsity in [0, 1), the share
+    of channels left out, of every expert for ``experts``. Layers that are not named are dense."""
 
     start_step: Step = 0.0
     """Training is dense before this. A float is a fraction of the run in [0, 1]; an int is a step number."""

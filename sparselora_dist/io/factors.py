@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..layouts import matrix_name
-from ..method.estimator import block_factors
+from ..method.estimator import low_rank_factors
 from ..sharding.placement import OtherRankError
 from ..sync.everyone import everyone
 from .manifest import CorruptFileError, publish, read_safetensors, tensors_sha256
@@ -109,7 +109,7 @@ def load_or_build(
                         raise ValueError(
                             f"{matrix_name(*matrix)}.weight of {model_id} holds NaN or Inf: no factors can be made of it"
                         )
-                    found[matrix] = block_factors(weight, weights.blocks(*matrix), rank, seed=_seed(matrix))
+                    found[matrix] = _decompose(weight, weights.blocks(*matrix), rank, _seed(matrix))
 
     _together(build, ranks, group)
     if len(ranks) > 1:
@@ -153,6 +153,12 @@ def _together(work: Callable[[], Any], ranks: Sequence[int], group: dist.Process
         if message is not None:
             raise OtherRankError(f"rank {rank} could not go on: {message}")
     return [value for _, value in told]
+
+
+def _decompose(weight: Tensor, blocks: int, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Factors of each of the matrices that stand one below another: ``A`` (blocks · r, in) and ``B`` (out, r)."""
+    pairs = [low_rank_factors(block, rank, seed=seed) for block in weight.chunk(blocks)]
+    return pairs[0] if len(pairs) == 1 else (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs]))
 
 
 def _seed(matrix: Matrix) -> int:

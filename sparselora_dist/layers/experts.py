@@ -101,11 +101,11 @@ class SparseExperts(nn.Module):
                 f"layer {self.site.layer}: the experts were given {flat.shape[0]} tokens, where the forward has "
                 f"{tokens.tokens}: this family's block drops or repeats tokens before its experts, so they must be dense"
             )
-        given = [flat, chosen, weights]
+        given = flat, chosen, weights
         finish, channels = None, None
         if torch.compiler.is_compiling():
             length = self.layout.count * self.context.keep(self.site.layer, GROUP, self.keep)
-            channels = kept(self.handle, GROUP, given, batch, length)
+            channels = kept(self.handle, GROUP, list(given), batch, length)
         else:
             finish = self._choose(given, batch)
         out = flat.new_zeros(flat.shape)
@@ -122,11 +122,12 @@ class SparseExperts(nn.Module):
 
     def kept(self, role: str, x: list[Tensor], batch: MicroBatch) -> Tensor:
         """The kept channels, (E·k,) int64: expert e's are in [e·W, (e+1)·W)."""
-        if finish := self._choose(x, batch):
+        flat, chosen, weights = x
+        if finish := self._choose((flat, chosen, weights), batch):
             finish()
         return batch.masks[self.site.layer, GROUP]
 
-    def _choose(self, given: list[Tensor], batch: MicroBatch) -> Callable[[], None] | None:
+    def _choose(self, given: tuple[Tensor, Tensor, Tensor], batch: MicroBatch) -> Callable[[], None] | None:
         return self.context.choose(batch, self.site, (GROUP,), lambda: self._select(*given, batch))
 
     def _select(self, x: Tensor, chosen: Tensor, weights: Tensor, batch: MicroBatch) -> Callable[[], dict[str, Tensor]]:

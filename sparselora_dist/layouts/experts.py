@@ -187,17 +187,24 @@ def _read(layer: nn.Module, path: str, module: Any) -> Experts | str:
     if strange := [name for name in shapes if name not in ("gate_up_proj", "down_proj", *_BIASES)]:
         return f"{what} also has {', '.join(strange)}"
     gate_up, down = shapes["gate_up_proj"], shapes["down_proj"]
-    straight = (gate_up[0], 2 * down[-1], down[1]) if len(down) == 3 else ()
-    turned = (gate_up[0], down[-1], 2 * down[1]) if len(down) == 3 else ()
-    if gate_up not in (straight, turned) or gate_up[0] != down[0]:
+    if len(down) != 3 or gate_up not in ((down[0], 2 * down[2], down[1]), (down[0], down[2], 2 * down[1])):
         return f"{what} has matrices of {gate_up} and {down}, expected (E, 2W, H) and (E, H, W) or both transposed"
-    transposed = gate_up != straight
-    width, hidden = (down[1], down[2]) if transposed else (down[2], down[1])
+    transposed = gate_up[1] == down[2]
+    count, width, hidden = down if transposed else (down[0], down[2], down[1])
     interleaved = not getattr(module, "is_concatenated", True)
     name = activation_name(module.act_fn) if callable(getattr(module, "act_fn", None)) else None
-    options = (path, *_slot(layer, path).values(), gate_up[0], width, hidden, transposed, interleaved)
+    slot = _slot(layer, path)
     for activation in dict.fromkeys((name, None)):
-        experts = Experts(*options, activation)
+        experts = Experts(
+            path,
+            **slot,
+            count=count,
+            width=width,
+            hidden=hidden,
+            transposed=transposed,
+            interleaved=interleaved,
+            activation=activation,
+        )
         if (activation or hasattr(module, "_apply_gate")) and _computes_as_expected(module, experts, set(shapes)):
             return experts
     return f"{what} computes something else than the sum over k of w_k * down_e(gate(gate_up_e(x))), channel by channel"

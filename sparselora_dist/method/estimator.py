@@ -63,10 +63,3 @@ def low_rank_factors(
     a = root[:, None] * vt[:rank]
     b = u[:, :rank] * root
     return a.to(weight.dtype).contiguous(), b.to(weight.dtype).contiguous()
-
-
-def block_factors(weight: Tensor, blocks: int, rank: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """:func:`low_rank_factors` of each of the ``blocks`` (out, in) that stand one below another in ``weight``, the experts
-    of a mixture: ``A`` (blocks · r, in) and ``B`` (blocks · out, r)."""
-    pairs = [low_rank_factors(block, rank, seed=seed) for block in weight.chunk(blocks)]
-    return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])

@@ -20,6 +20,7 @@ from sparselora_dist import SparseLoRAConfig, apply_sparselora, remove_sparselor
 from sparselora_dist.layouts import DecoderLayer, UnsupportedModelError, decoder_layers
 from support.compare import assert_close
 from support.every_type import GROUPS, Support, documented, model_types, rows, support, tiny_model
+from support.mixtures import NarrowExperts
 from support.oracle import Step, context_tokens, train_step
 
 
@@ -69,30 +70,6 @@ class _Mask:
         return output * self.mask.view(*output.shape[:-1], -1)
 
 
-class _NarrowExperts:
-    """Takes the place of the experts' ``forward``: twice the family's own, once with the dropped columns of down at zero.
-
-    With adapters on the parameters, PEFT makes the parameters that are seen here, updates added.
-    """
-
-    def __init__(self, experts: Any, kept: Tensor, context: Tensor) -> None:
-        self.module, self.family, self.context = experts.module, type(experts.module), context.flatten()[:, None]
-        mask = torch.zeros(experts.count * experts.width)
-        mask[kept] = 1
-        mask = mask.view(experts.count, -1)
-        self.mask = mask[:, :, None] if experts.transposed else mask[:, None]
-
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        values = {"gate_up_proj": self.module.gate_up_proj, "down_proj": self.module.down_proj}
-        outputs = []
-        for down in (values["down_proj"] * self.mask, values["down_proj"]):
-            stand_in = self.family.__new__(self.family)
-            own = {name: p for name, p in self.module._parameters.items() if name not in values}
-            stand_in.__dict__ = {**self.module.__dict__, "_parameters": own, **values, "down_proj": down}
-            outputs.append(self.family.forward(stand_in, x, *args, **kwargs))
-        return torch.where(self.context, *outputs)
-
-
 def drop(model: PeftModel, masks: dict[int, dict[str, Tensor]], data: dict[str, Tensor]) -> PeftModel:
     """Leave out, densely, what a sparse model with ``masks`` leaves out."""
     context, _ = context_tokens(data)
@@ -111,7 +88,7 @@ def drop(model: PeftModel, masks: dict[int, dict[str, Tensor]], data: dict[str, 
             down.register_forward_pre_hook(kept(layer.matrix("down_proj").in_features, chosen["ffn"]).before)
         if "experts" in chosen:
             experts: Any = layer.experts
-            experts.module.forward = _NarrowExperts(experts, chosen["experts"], context)
+            experts.module.forward = NarrowExperts(experts, chosen["experts"], context)
         if "qk" in chosen:
             for name, owned in (("q_proj", heads.q_rows), ("k_proj", heads.k_rows)):
                 linear = layer.matrix(name)

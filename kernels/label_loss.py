@@ -74,8 +74,7 @@ def label_scores(
     """(n, 2) fp32: each label's cross entropy, and 1 where it is the most likely word, else 0. Carries no gradient."""
     with torch.autocast(hidden.device.type, enabled=False):
         found = [
-            scores_of(_logits(hidden[rows], weight, bias, scale, cap), labels[rows])
-            for rows in _chunks(hidden, weight)
+            scores_of(_logits(hidden[rows], weight, bias, scale, cap), labels[rows]) for rows in _chunks(hidden, weight)
         ]
     return torch.cat(found) if found else hidden.new_zeros((0, 2), dtype=torch.float32)
 

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from ..codecs import PlainCodec
 from ..codecs.linear import FrozenLinear, FrozenMatrix
-from ..layers.estimator import AttentionEstimator, ExpertsEstimator, FFNEstimator
+from ..layers.estimator import AttentionEstimator, ExpertsEstimator, FFNEstimator, PlainFFNEstimator
 from ..layers.experts import SparseExperts
 from ..layers.lora import cannot_merge, merge_by_layout, set_base_linear
 from ..layouts import causal_lm, decoder_layers
+
+_ESTIMATORS = (FFNEstimator, PlainFFNEstimator, AttentionEstimator, ExpertsEstimator)
 
 
 def _check(model: nn.Module) -> None:
@@ -141,8 +143,7 @@ def _parts(module: nn.Module) -> tuple[dict[str, FrozenLinear], dict[str, tuple[
         if isinstance(one, SparseExperts) and isinstance(one.down_proj.codec, PlainCodec):
             experts[f"{name}.gate_up_proj"] = one.layout.gate_up_family, one.layout.gate_up_rows
             experts[f"{name}.down_proj"] = one.layout.down_family, one.layout.down_rows
-    kinds = (FFNEstimator, AttentionEstimator, ExpertsEstimator)
-    return plain, experts, {n: m for n, m in named.items() if isinstance(m, kinds)}
+    return plain, experts, {n: m for n, m in named.items() if isinstance(m, _ESTIMATORS)}
 
 
 def merge_as_the_family(model: nn.Module, remove: Callable[[nn.Module], nn.Module]) -> list[Any]:

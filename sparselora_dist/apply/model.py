@@ -31,7 +31,7 @@ from ..sync.masks import MaskSync
 from .experts import replace_experts
 from .factors import estimator_factors
 from .merging import merge_as_the_family
-from .replace import check_frozen, fuse_branches, replace_attention, replace_ffn, restore
+from .replace import check_frozen, fuse_branches, replace_attention, replace_ffn, restore, take_over
 from .state import STATE, SparseState, find_state, state_of
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def apply_sparselora(
     state = SparseState(config=config, context=context, sparsity=active)
     factors: FactorSet = {}
     if active:
-        factors = estimator_factors(model, active, config, weights or ModelWeights(model), process_group)
+        factors = estimator_factors(model, active, config, weights or ModelWeights(model), process_group, layers)
     try:
         _apply(model, layers, state, factors)
     except BaseException:
@@ -111,6 +111,7 @@ def _apply(model: nn.Module, layers: list[DecoderLayer], state: SparseState, fac
         replace_experts(layer, state, factors)
     for layer in layers:
         fuse_branches(layer, state)
+    take_over(state)
     for module in _units(model, layers):
         mark_unit(module)
     last = layers[-1]
@@ -157,9 +158,9 @@ def _sparsity(config: SparseLoRAConfig, layers: list[DecoderLayer]) -> dict[str,
 
 def _sums(layer: DecoderLayer, active: dict[str, dict[int, float]]) -> int:
     """The most score sums that the layer sends at once."""
-    width: int = layer.matrix("gate_proj").out_features if layer.ffn else 0
     experts = layer.channels["experts"] if layer.index in active.get("experts", {}) else 0
-    return max(width, 4 * layer.attention.heads.qk_channels if layer.attention else 0, experts)
+    attention = 4 * layer.attention.heads.qk_channels if layer.attention else 0
+    return max(layer.channels.get("ffn", 0), attention, experts)
 
 
 def _undo(model: nn.Module, layers: list[DecoderLayer], state: SparseState) -> None:

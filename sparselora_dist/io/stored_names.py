@@ -53,7 +53,9 @@ def find_names(model: Any, files: TensorFiles) -> None:
                 "save it with save_pretrained(..., save_original_format=False), and name that folder"
             )
         order = [found.get(pattern, []) for pattern in converter.source_patterns]
-        files.stacks[name] = _stack(name, [sorted(keys, key=_numbers) for keys in order], tuple(state[name].shape), files)
+        files.stacks[name] = _stack(
+            name, [sorted(keys, key=_numbers) for keys in order], tuple(state[name].shape), files
+        )
 
 
 def _numbers(key: str) -> list[int]:
@@ -69,7 +71,11 @@ def _stack(name: str, order: list[list[str]], shape: tuple[int, ...], files: Ten
     for keys in zip(*order):
         shapes = [files.tensors[key].shape for key in keys]
         rows = sum(own[0] for own in shapes)
-        if any(len(own) != 2 for own in shapes) or (rows, *shapes[0][1:]) != shape[1:] or len({s[1] for s in shapes}) > 1:
+        if (
+            any(len(own) != 2 for own in shapes)
+            or (rows, *shapes[0][1:]) != shape[1:]
+            or len({s[1] for s in shapes}) > 1
+        ):
             raise CorruptFileError(
                 f"{keys[0]} of {files.folder} has shape {shapes[0]}, but config.json asks for {shape[1:]} in all: the "
                 "files belong to different models"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -175,7 +176,7 @@ class Stream:
         for path, buffer in list(model.named_buffers()):
             if path in saved:  # A router's correction of its scores, a layer's scale.
                 self._check_there(path, tuple(buffer.shape))
-                yield Job(buffer.nbytes, lambda path=path, buffer=buffer: self._fill_buffer(path, buffer))
+                yield Job(buffer.nbytes, partial(self._fill_buffer, path, buffer))
 
     def _parameter(self, name: str, shape: torch.Size, whole: bool) -> nn.Parameter:
         placement = Placement(self.placement.device) if whole else self.placement

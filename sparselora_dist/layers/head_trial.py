@@ -40,7 +40,7 @@ class Shaping:
         return logits if self.cap is None else self.cap * (logits / self.cap).tanh()
 
     def reduced(self, value: Tensor) -> Tensor:
-        """A loss or a score in the place of logits, so small that the function only multiplies it, by :attr:`unit` in all."""
+        """A loss or a score in the place of logits, so small that the function only multiplies it: :attr:`unit` in all."""
         return value if self.plain else value * SMALL
 
 

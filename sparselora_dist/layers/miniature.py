@@ -44,19 +44,25 @@ def cannot_pack(config: Any) -> str | None:
         got = model(**line, **lengths, use_cache=False).logits
     except Exception as error:
         return f"it could not be tried in small ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
-    if got.shape != expected.shape or not torch.allclose(got, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
+    if got.shape != expected.shape or not torch.allclose(
+        got, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())
+    ):
         return "its layers let rows see their neighbours, or read a mask that packed rows do not have"
     return None
 
 
 def without_weights(config: Any) -> Any | None:
-    """A model in small on the meta device, or ``None`` where the family cannot be made so small."""
-    try:
-        small = miniature(config)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(small, attn_implementation="eager")
-    except Exception:
-        return None
+    """A model in small on the meta device, or as large as it is where the family cannot be made so small.
+
+    ``None`` where Transformers makes none of it.
+    """
+    for shape in (miniature, copy.deepcopy):
+        try:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(shape(config), attn_implementation="eager")
+        except Exception:
+            continue
+    return None
 
 
 def miniature(config: Any) -> Any:
@@ -68,7 +74,10 @@ def miniature(config: Any) -> Any:
         if isinstance(value, int) and not isinstance(value, bool) and value > most:
             setattr(small, name, most)
     small.eos_token_id = 0
-    heads, kv_heads = small.num_attention_heads, getattr(small, "num_key_value_heads", None) or small.num_attention_heads
+    heads, kv_heads = (
+        small.num_attention_heads,
+        getattr(small, "num_key_value_heads", None) or small.num_attention_heads,
+    )
     dim = getattr(small, "head_dim", None) or small.hidden_size // heads
     small.num_attention_heads = 4
     if hasattr(small, "num_key_value_heads"):

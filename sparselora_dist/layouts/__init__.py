@@ -4,9 +4,10 @@ from .attention import Attention
 from .experts import BY_ROWS, Experts, combined, innermost, placeholder
 from .ffn import FFN
 from .layers import DecoderLayer, check_causal, check_config, check_known, decoder_layers, geometry
-from .names import UnsupportedModelError, base_linear, causal_lm, matrix_name
+from .names import Parts, Rows, UnsupportedModelError, base_linear, causal_lm, matrix_name
 from .registry import register_attention, register_ffn, unregister
 from .sizes import layer_sizes, widths
+from .tried import computes_linear
 
 __all__ = [
     "BY_ROWS",
@@ -14,6 +15,8 @@ __all__ = [
     "Attention",
     "DecoderLayer",
     "Experts",
+    "Parts",
+    "Rows",
     "UnsupportedModelError",
     "base_linear",
     "causal_lm",
@@ -21,6 +24,7 @@ __all__ = [
     "check_config",
     "check_known",
     "combined",
+    "computes_linear",
     "decoder_layers",
     "geometry",
     "innermost",

@@ -8,8 +8,7 @@
     def find(layer):
         block = getattr(layer, "mixer", None)
         if isinstance(block, MyFFN):
-            names = {"gate_proj": "wg", "up_proj": "wu", "down_proj": "wd"}
-            return FFN("mixer", layer, "mixer", names, torch.nn.functional.silu)
+            return FFN.gated("mixer", layer, ("wg", "wu", "wd"), torch.nn.functional.silu)
 
 What it returns must compute ``down(activation(gate(x)) * up(x))``, as its own forward does.
 """

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from ..method.channels import ATTENTION, FFN
 from ..method.flops import LayerSize
 from .layers import DecoderLayer
 from .names import is_linear, shape
@@ -29,23 +28,23 @@ def widths(layer: DecoderLayer) -> dict[str, int]:
 
 def _size(layer: DecoderLayer, config: Any) -> LayerSize:
     known: set[int] = {id(layer.matrix(name)) for name in layer.names}
-    query = key = ffn = width = products = 0
-    if layer.attention:
-        q, k = (shape(layer.linear(name)) for name in ATTENTION[:2])
-        o, v = shape(layer.linear("o_proj")), shape(layer.linear("v_proj"))
-        query, key = (q[0] * q[1] + o[0] * o[1]) // 2, (k[0] * k[1] + v[0] * v[1]) // 2
-        products = layer.attention.heads.heads * layer.attention.heads.head_dim
-    if layer.ffn:
-        ffn = sum(rows * columns for rows, columns in (shape(layer.linear(name)) for name in FFN))
-        width = shape(layer.linear("down_proj"))[1]
-    routed: dict[str, int] = {}
+    found: dict[str, Any] = {}
+    if attention := layer.attention:
+        heads, hidden = attention.heads, shape(layer.linear("o_proj"))[0]
+        found["products"] = heads.heads * heads.head_dim
+        found |= {"query": hidden * found["products"], "key": hidden * heads.kv_heads * heads.head_dim}
+        every = sum(rows * columns for rows, columns in (shape(layer.linear(name)) for name in attention.names))
+        found |= {"gate": every - 2 * (found["query"] + found["key"]), "fused": attention.fused}
+    if ffn := layer.ffn:
+        matrices = [shape(layer.linear(name)) for name in ffn.names]
+        found |= {"ffn": sum(rows * columns for rows, columns in matrices), "width": matrices[-1][1]}
+        found["inputs"] = len(ffn.parts)
     if layer.experts:
         known.add(id(layer.experts.outer))
         active = min(experts_a_token(config), layer.experts.count)
         elements = 3 * active * layer.experts.width * layer.experts.hidden
-        routed = {"experts": elements, "active": active, "expert_width": layer.experts.width}
-    other = sum(_dense(layer.module, known, config))
-    return LayerSize(query=query, key=key, ffn=ffn, width=width, products=products, other=other, **routed)
+        found |= {"experts": elements, "active": active, "expert_width": layer.experts.width}
+    return LayerSize(other=sum(_dense(layer.module, known, config)), **found)
 
 
 def _dense(module: nn.Module, known: set[int], config: Any) -> Iterator[int]:

@@ -36,10 +36,16 @@ class LayerSize:
     """Of q; as many as of o. Zero where the attention's channels are not known."""
     key: int = 0
     """Of k; as many as of v."""
+    gate: int = 0
+    """Of what stands beside the queries in their matrix, and is never sparse."""
+    fused: bool = False
+    """Whether q, k and v are one matrix: the last layer then runs its queries at all dense tokens."""
     ffn: int = 0
-    """Of gate, up and down."""
+    """Of gate, up and down; of an FFN without a gate up and down."""
     width: int = 0
     """Neurons of that FFN."""
+    inputs: int = 2
+    """Matrices before its activation, which are scored: gate and up, or one."""
     products: int = 0
     """Width of the queries, all heads: what attention's two products cost by."""
     experts: int = 0
@@ -66,12 +72,14 @@ def layer_shares(
     """
     of = [channels] * layers if isinstance(channels, Mapping) else channels
     return tuple(
-        LayerShare(**{g: kept_count(of[layer][g], by[layer]) / of[layer][g] for g, by in sparsity.items() if layer in by})
+        LayerShare(
+            **{g: kept_count(of[layer][g], by[layer]) / of[layer][g] for g, by in sparsity.items() if layer in by}
+        )
         for layer in range(layers)
     )
 
 
-TRIMMED = ("q_proj", "o_proj", *FFN)
+TRIMMED = ("q_proj", "o_proj", *FFN, "gate_up_proj")
 """Matrices that the last layer runs at the positions of the logits only, where the LM head does."""
 
 
@@ -125,12 +133,18 @@ class FlopModel:
     def layer_elements(self, layer: int, share: LayerShare) -> float:
         """Elements of a layer's matrices that a token meets."""
         size = self.size(layer)
-        return (share.qk + share.vo) * (size.query + size.key) + share.ffn * size.ffn + share.experts * size.experts + size.other
+        sparse = (share.qk + share.vo) * (size.query + size.key) + share.ffn * size.ffn + share.experts * size.experts
+        return sparse + size.gate + size.other
 
     def trimmed_elements(self, share: LayerShare) -> float:
         """Those among them that the last layer leaves out at a position without logits."""
         size = self.size(-1)
-        return (share.qk + share.vo) * size.query + share.ffn * size.ffn if self.trims else 0.0
+        if not self.trims:
+            return 0.0
+        # Of one matrix with k and v, queries are left out with the other rows that context tokens do not take.
+        whole = size.fused and share.qk == 1
+        queries = 0.0 if whole else share.qk * size.query + size.gate
+        return queries + share.vo * size.query + share.ffn * size.ffn
 
     def _per_token(self, length: float) -> float:
         """FLOPs per token outside the sparse matrices: attention products, LoRA, LM head."""
@@ -182,7 +196,7 @@ class FlopModel:
         return _FROZEN * self.layer_elements(layer, share) + self._estimator(self.size(layer), share)
 
     def _estimator(self, size: LayerSize, layer: LayerShare) -> float:
-        matrices = (layer.ffn < 1) * 2 + (layer.qk < 1) * 2 + (layer.vo < 1)
+        matrices = (layer.ffn < 1) * size.inputs + (layer.qk < 1) * 2 + (layer.vo < 1)
         routed = (layer.experts < 1) * 2 * size.active
-        wide = (layer.ffn < 1) * 2 * size.width + routed * size.expert_width
+        wide = (layer.ffn < 1) * size.inputs * size.width + routed * size.expert_width
         return 2 * self.estimator_rank * (self.hidden * (matrices + routed) + wide)

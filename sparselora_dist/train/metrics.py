@@ -29,7 +29,8 @@ def flop_model(model: Any, state: SparseState) -> FlopModel:
     config, layers = causal_lm(model).config.get_text_config(), decoder_layers(model)
     sizes = layer_sizes(layers, config)
     known = next((layer.attention.heads for layer in layers if layer.attention), None)
-    last = layers[-1].module.named_parameters()
+    last = layers[-1]
+    trimmed = [last.linear(name) for name in TRIMMED if name in last.names]
     return FlopModel(
         hidden=config.hidden_size,
         width=next((size.width for size in sizes if size.width), 0),
@@ -38,9 +39,9 @@ def flop_model(model: Any, state: SparseState) -> FlopModel:
         lora_elements=sum(p.numel() for p in model.parameters() if p.requires_grad),
         layers=layer_shares(len(layers), list(map(widths, layers)), state.sparsity),
         estimator_rank=state.config.rank,
-        lora_elements_trimmed=sum(p.numel() for n, p in last if p.requires_grad and set(n.split(".")) & set(TRIMMED)),
+        lora_elements_trimmed=sum(p.numel() for module in trimmed for p in module.parameters() if p.requires_grad),
         sizes=sizes,
-        trims=bool(layers[-1].trims),
+        trims=bool(last.trims),
     )
 
 

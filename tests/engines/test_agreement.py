@@ -25,9 +25,7 @@ STORED = {
 GROUPS_OF = {0: {"ffn", "vo"}, 1: {"ffn", "qk", "vo"}, 2: {"qk"}}
 
 
-def assert_same_run(
-    reference: dict[str, Any], got: dict[str, Any], groups_of: dict[int, set[str]] = GROUPS_OF
-) -> None:
+def assert_same_run(reference: dict[str, Any], got: dict[str, Any], groups_of: dict[int, set[str]] = GROUPS_OF) -> None:
     assert got["loss"] == pytest.approx(reference["loss"], rel=LOSS)
     assert got["norm"] == pytest.approx(reference["norm"], rel=1e-5)
     for step in range(STEPS):

@@ -25,7 +25,11 @@ class ToyFFN(nn.Module):
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
-        self.opens, self.carries, self.closes = nn.Linear(hidden, width), nn.Linear(hidden, width), nn.Linear(width, hidden)
+        self.opens, self.carries, self.closes = (
+            nn.Linear(hidden, width),
+            nn.Linear(hidden, width),
+            nn.Linear(width, hidden),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.closes(torch.nn.functional.gelu(self.opens(x)) * self.carries(x))
@@ -59,8 +63,7 @@ def find_toy(layer: nn.Module) -> FFN | None:
     """The whole of what a layout from outside takes."""
     if not hasattr(layer, "block"):
         return None
-    names = {"gate_proj": "opens", "up_proj": "carries", "down_proj": "closes"}
-    return FFN("block", layer, "block", names, torch.nn.functional.gelu)
+    return FFN.gated("block", layer, ("opens", "carries", "closes"), torch.nn.functional.gelu)
 
 
 @pytest.fixture
@@ -72,7 +75,9 @@ def registered() -> Iterator[None]:
 
 def toy(own_ffn: bool) -> Any:
     torch.manual_seed(0)
-    model = ToyForCausalLM(ToyConfig(**{k: v for k, v in tiny_config().to_dict().items() if k != "model_type"}), own_ffn)
+    model = ToyForCausalLM(
+        ToyConfig(**{k: v for k, v in tiny_config().to_dict().items() if k != "model_type"}), own_ffn
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(5 if parameter.dim() > 1 else 1)

@@ -41,6 +41,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo3": {"sliding_window": 6},
     "cohere2": {"sliding_window": 6},
     "smollm3": {},
+    "phi3": {},
+    "starcoder2": {},
     "glm4": {},
     "seed_oss": {"attention_bias": True, "attention_out_bias": True},
     "qwen3_moe": {},
@@ -99,7 +101,9 @@ def with_adapters(model: Any) -> Any:
 
 def gradients(model: Any) -> dict[str, Tensor]:
     # A matrix whose positions nobody reads has zeros, or none.
-    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters() if p.requires_grad}
+    return {
+        n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters() if p.requires_grad
+    }
 
 
 def stepped(config: RunConfig) -> tuple[Any, float, dict[str, Tensor], Any]:
@@ -161,4 +165,6 @@ def test_a_run_of_any_family(family: str, tmp_path: Path) -> None:
     assert_same(expected, mine)
     chosen, other = selection(line), selection(rows)
     assert chosen and chosen.keys() == other.keys()
-    assert all(torch.equal(kept, other[layer][group]) for layer, groups in chosen.items() for group, kept in groups.items())
+    assert all(
+        torch.equal(kept, other[layer][group]) for layer, groups in chosen.items() for group, kept in groups.items()
+    )

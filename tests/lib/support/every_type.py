@@ -55,7 +55,17 @@ _LATENT = {"head_dim": 8, "num_key_value_heads": 4}
 # What the type's own defaults or checks need otherwise.
 _OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
-        ("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3", "youtu"),
+        (
+            "axk1",
+            "axk2",
+            "deepseek_v2",
+            "deepseek_v3",
+            "deepseek_v32",
+            "glm4_moe_lite",
+            "glm_moe_dsa",
+            "minicpm3",
+            "youtu",
+        ),
         _LATENT,
     ),
     "bamba": {"attn_layer_indices": [1, 3]},

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from sparselora_dist.plan.shapes import from_hf_config
+from sparselora_dist.plan.storage import resident_bytes
 from support.agreement_workers import CASES, IN_CHUNKS, ON_FOUR, STEPS
 from support.compare import assert_close
 from support.experts_workers import GROUPS as EXPERT_GROUPS
-from support.experts_workers import STORAGES
+from support.experts_workers import STORAGES, moe_config, run
 
 # fp32 sums in another order, STEPS steps of up to 1e-2 each.
 PARAMETERS = {"rtol": 1e-5, "atol": 1e-6}
@@ -107,6 +109,16 @@ def test_routed_experts(single: Any, sharded: Any, storage: str) -> None:
         stored = {name: p for name, p in seen["held"].items() if ".experts." in name and not p["trainable"]}
         assert {name.rsplit(".experts.", 1)[1].replace("base_layer.", "") for name in stored} == STORED[storage]
         assert all(p["sharded"] for p in stored.values())
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("name", ["zero3", "fsdp2"])
+def test_bytes_of_experts_are_as_planned(request: pytest.FixtureRequest, name: str, storage: str) -> None:
+    planned = resident_bytes(from_hf_config(moe_config().to_dict(), "tiny"), run(name, storage), 2)
+    for kind in ("weights", "scales", "factors", "lora", "optimizer"):
+        fullest = max(rank["experts"][storage]["bytes"][kind] for rank in request.getfixturevalue(name))
+        assert (fullest == 0) == (planned[kind] == 0), kind
+        assert abs(planned[kind] - fullest) <= 0.02 * fullest, (kind, planned[kind], fullest)
 
 
 def test_a_model_loaded_partitioned(zero3: Any) -> None:

@@ -13,12 +13,14 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from sparselora_dist import SparseLoRAConfig, apply_sparselora
 from sparselora_dist.config import QuantizationSection, RunConfig
+from sparselora_dist.config.lora import LoraSection
 from sparselora_dist.io.load import load_base
 
 from .agreement_workers import follow
 from .engine_parts import close, make_engine, run_config
 from .models import ALL_LINEAR
 from .nf4_workers import adapted
+from .plan_workers import resident
 from .sharding_workers import held
 
 STORAGES = ("float32", "nf4")
@@ -46,9 +48,14 @@ def moe_base() -> Qwen3MoeForCausalLM:
     return model
 
 
-def run(name: str, storage: str, **model: Any) -> RunConfig:
-    config = run_config(name, folder=_folder(), **model)
-    return replace(config, quantization=QuantizationSection(load_in_4bit=storage == "nf4"))
+def run(name: str, storage: str, folder: str = "tiny") -> RunConfig:
+    config = run_config(name, folder=folder)
+    return replace(
+        config,
+        quantization=QuantizationSection(load_in_4bit=storage == "nf4"),
+        lora=LoraSection(values={"r": 4, "lora_alpha": 8, "target_modules": ALL_LINEAR}),
+        sparse_lora=SparseLoRAConfig.from_dict({"layers": LAYERS, "rank": 4}),
+    )
 
 
 @cache
@@ -67,13 +74,12 @@ def _folder() -> str:
 def experts(name: str) -> dict[str, Any]:
     seen = {}
     for storage in STORAGES:
-        config = run(name, storage)
+        config = run(name, storage, _folder())
         engine = make_engine(config)
         base = load_base(config.model, config.quantization, engine.placement())
         model = adapted(base.model, name, ALL_LINEAR)
-        sparse = SparseLoRAConfig.from_dict({"layers": LAYERS, "rank": 4})
-        apply_sparselora(model, sparse, weights=base.weights)
+        apply_sparselora(model, config.sparse_lora, weights=base.weights)
         engine.prepare(model)
-        seen[storage] = {"run": follow(engine, model), "held": held(model)}
+        seen[storage] = {"run": follow(engine, model), "held": held(model), "bytes": resident(engine, model)}
         close(engine)
     return seen

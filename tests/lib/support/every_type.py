@@ -81,7 +81,7 @@ def model_types() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def tiny_config(model_type: str) -> Any:
+def tiny_config(model_type: str, **changes: Any) -> Any:
     """Raises whatever the type raises where it cannot be made so small."""
     kind = CONFIG_MAPPING[model_type]
     known = set(inspect.signature(kind.__init__).parameters) | set(getattr(kind, "__dataclass_fields__", {}))
@@ -89,7 +89,7 @@ def tiny_config(model_type: str) -> Any:
     if "partial_rotary_factor" in options and getattr(kind, "partial_rotary_factor", 1.0) in (None, 1.0):
         del options["partial_rotary_factor"]
     options |= {name: 0.0 for name in _DROPOUT if name in known}
-    config = kind(**(options | _OWN.get(model_type, {})))
+    config = kind(**(options | _OWN.get(model_type, {}) | changes))
     with torch.device("meta"):
         elements = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if elements > _LARGEST:

@@ -19,7 +19,7 @@ from .lora_linear import lora_linear, lora_order
 from .nf4 import nf4_rows
 from .routing import Pairs, collect, expert_pairs, spread
 from .score import gated_ffn_score, projection_score, projection_scores
-from .select import kept_count, select_channels, select_checked, select_grouped
+from .select import kept_count, kept_per_expert, select_channels, select_checked, select_grouped
 from .stored import EncodedWeight, Weight, nf4_layout
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "grouped_linear",
     "grouped_product",
     "kept_count",
+    "kept_per_expert",
     "label_loss",
     "label_scores",
     "lora_joined",

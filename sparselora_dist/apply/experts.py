@@ -7,7 +7,7 @@ from typing import Any
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
-from sparselora_kernels import kept_count
+from sparselora_kernels import kept_per_expert
 
 from ..codecs import PlainCodec
 from ..codecs.linear import FrozenMatrix
@@ -66,7 +66,7 @@ def replace_experts(layer: DecoderLayer, state: SparseState, factors: FactorSet)
         context=state.context,
         layer=layer.index,
         estimator=estimator,
-        keep=kept_count(layout.width, sparsity),
+        keep=kept_per_expert(layout.width, sparsity),
         lora_branch=state.config.lora_branch,
     )
     for name in (*_MATRICES, *BIASES):

@@ -57,7 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
     batches = (collate(data, list(some), pad) for some in rows)
     moments = second_moments(model, ({n: t.to(engine.device) for n, t in batch.items()} for batch in batches))
     rank = config.sparse_lora.rank
-    matrices = [(k, n) for k in range(causal_lm(model).config.num_hidden_layers) for g in SCORED for n in SCORED[g]]
+    count = causal_lm(model).config.num_hidden_layers
+    matrices = [(k, n) for k in range(count) for g in SCORED for n in SCORED[g] if (k, n) in moments]
     factors = {
         matrix: low_rank_factors(base.weights.get(*matrix), rank, second_moment=moments[matrix]) for matrix in matrices
     }

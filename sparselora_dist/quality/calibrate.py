@@ -15,8 +15,6 @@ from tqdm import tqdm
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from sparselora_kernels import kept_count
-
 from ..apply import find_state
 from ..apply.build import build_model
 from ..codecs import PlainCodec
@@ -32,6 +30,7 @@ from ..io.shard_files import TensorFiles
 from ..io.stored_names import find_names
 from ..io.weights import CheckpointWeights, checkpoint_folder
 from ..layouts import decoder_layers
+from ..method.flops import kept_channels
 from ..plan.described import described
 from ..plan.shapes import ModelShape, from_hf_config
 from .allocate import Allocation, allocate
@@ -85,7 +84,7 @@ class _Run:
         self.asked = replace(calibration, groups=groups)
         self.sites: list[Site] = [(layer, group) for group in groups for layer in able[group]]
         self.keep = {
-            (layer, group, level): kept_count(self.shape.channels[layer][group], level)
+            (layer, group, level): kept_channels(group, self.shape.channels[layer][group], level)
             for layer, group in self.sites
             for level in calibration.levels
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,18 @@ from torch.nn.functional import linear, silu
 from transformers import AutoModelForCausalLM
 
 from sparselora_dist import SparseLoRAConfig, apply_sparselora, remove_sparselora, selection
+from sparselora_dist.apply import find_state
 from sparselora_dist.io.weights import ModelWeights
 from sparselora_dist.layers.experts import SparseExperts
 from sparselora_dist.layouts import UnsupportedModelError, decoder_layers
+from sparselora_dist.method.tokens import partition_tokens
+from sparselora_dist.sync.masks import MaskSync
 from support.compare import assert_close
 from support.every_type import rows, tiny_model
 from support.mixtures import NarrowExperts, mixture
-from support.models import batch
+from support.models import batch, gradients
 from support.oracle import assert_same, context_tokens, train_step
+from support.waits import Waits
 
 families = pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 
@@ -140,6 +145,29 @@ def test_merged_where_the_weights_are_it_stays_sparse() -> None:
     torch.nn.init.ones_(other.get_base_model().model.layers[1].mlp.experts.base_layer.base_layer.down_proj)
     model.get_base_model().load_state_dict(other.get_base_model().state_dict())
     assert bool((experts.down_proj.rows == 1).all())
+
+
+def test_as_one_launch_it_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the host never learns how many tokens an expert has. Tried on a CPU, in bf16, as a GPU would compute."""
+    inputs, found = batch(), []
+    grouped, scores = (importlib.import_module(f"sparselora_kernels.{name}") for name in ("grouped", "expert_score"))
+    for launched in (False, True):
+        model = apply_sparselora(mixture().bfloat16(), config())
+        if launched:
+            for module in (grouped, scores):
+                monkeypatch.setattr(module, "one_launch", lambda x: True)
+            monkeypatch.setattr(MaskSync, "check", lambda self: self._pending.clear())
+        partition = partition_tokens(inputs["labels"], inputs["attention_mask"])
+        find_state(model).context.hand_over(inputs["labels"], partition)  # type: ignore[union-attr]
+        with Waits() as waits:
+            loss = model(**inputs, use_cache=False).loss
+            loss.backward()
+        assert bool(waits.ours) is not launched, waits.ours
+        found.append((loss.detach(), gradients(model)))
+    (one, expected), (other, got) = found
+    assert_close("loss", one, other)
+    for name, gradient in expected.items():
+        assert_close(name, gradient, got[name], rtol=0.1, atol=0.05 * float(gradient.abs().max()))
 
 
 def test_checkpointed_and_compiled_it_is_the_same() -> None:

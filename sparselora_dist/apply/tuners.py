@@ -1,4 +1,4 @@
-"""Which of PEFT's methods may be on a sparse model: plain LoRA inside the sparse modules, anything without positions outside."""
+"""Which of PEFT's methods may be on a sparse model: plain LoRA inside the sparse modules, most others beside them."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,18 @@ def _patches(ids: Tensor) -> dict[str, Tensor]:
     return {"pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": (ids == IMAGE).int()}
 
 
+def _positioned(ids: Tensor) -> dict[str, Tensor]:
+    """4 x 4 patches an image, four of them a token; where they are is told."""
+    places = torch.tensor([[x, y] for y in range(4) for x in range(4)]).expand(len(ids), -1, -1)
+    pixels = _noise(len(ids), 16, 3 * 14 * 14)
+    return {"pixel_values": pixels, "image_position_ids": places, "mm_token_type_ids": (ids == IMAGE).int()}
+
+
+def _sized(ids: Tensor) -> dict[str, Tensor]:
+    """4 x 4 patches an image, four of them a token."""
+    return _squares(56)(ids) | {"image_sizes": torch.tensor([[56, 56]] * len(ids))}
+
+
 def _typed(ids: Tensor) -> dict[str, Tensor]:
     """Image tokens attend to each other both ways."""
     return _squares(28)(ids) | {"token_type_ids": (ids == IMAGE).long()}
@@ -69,6 +82,23 @@ TYPES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], Callable[
         {"image_token_id": IMAGE, **_QWEN_TOP},
         _patches,
     ),
+    # A hybrid: two layers with linear attention, then a usual one.
+    "qwen3_5": (
+        {**_MROPE, "layer_types": ["linear_attention"] * 2 + ["full_attention"], "linear_key_head_dim": 8,
+         "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
+        {**_QWEN, "num_position_embeddings": 16},
+        {"image_token_id": IMAGE, **_QWEN_TOP},
+        _patches,
+    ),
+    "gemma4": (
+        {"sliding_window": 16, "global_head_dim": 16, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0,
+         "vocab_size_per_layer_input": VOCABULARY, "num_global_key_value_heads": 2},
+        {**_CLIP, "num_key_value_heads": 2, "head_dim": 16, "pooling_kernel_size": 2, "position_embedding_size": 64},
+        {"image_token_id": IMAGE, "video_token_id": VIDEO, "audio_token_id": 94, "audio_config": None},
+        _positioned,
+    ),
+    "mistral3": ({"model_type": "mistral"}, {"model_type": "pixtral", **_CLIP, "head_dim": 16, "image_size": 56},
+                 {"image_token_index": IMAGE}, _sized),
     "gemma3": (
         {"query_pre_attn_scalar": 16, "sliding_window": 16},
         {**_CLIP, "image_size": 28},
@@ -89,7 +119,7 @@ TYPES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], Callable[
 
 def tiny_model(model_type: str) -> Any:
     """In fp32, text decoder of three layers."""
-    text, vision, own, _ = TYPES[model_type]
+    text, vision, own = copy.deepcopy(TYPES[model_type][:3])  # A config fills in what it is given.
     config = CONFIG_MAPPING[model_type](text_config=_TEXT | text, vision_config=vision, pad_token_id=0, **own)
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")

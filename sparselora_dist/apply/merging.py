@@ -18,6 +18,7 @@ from ..layers.estimator import AttentionEstimator, ExpertsEstimator, FFNEstimato
 from ..layers.experts import SparseExperts
 from ..layers.lora import cannot_merge, merge_by_layout, set_base_linear
 from ..layouts import causal_lm, decoder_layers
+from ..sharding.parameters import distribute_like, is_dtensor
 
 _ESTIMATORS = (FFNEstimator, PlainFFNEstimator, AttentionEstimator, ExpertsEstimator)
 
@@ -125,7 +126,10 @@ class _FromFamilyNames:
         for parent, linear in frozen.items():
             if f"{parent}.weight" in state:
                 value: Tensor = state.pop(f"{parent}.weight")
-                state[f"{parent}.rows"] = value.t() if linear.transposed else value
+                value, own = value.t() if linear.transposed else value, linear.parts[0]
+                # A whole state dict for a sharded model: its parts are dealt by the names of parameters.
+                whole = is_dtensor(own) and not is_dtensor(value)
+                state[f"{parent}.rows"] = distribute_like(value, own) if whole else value
         for parent, estimator in estimators.items():
             for name, parameter in estimator.named_parameters(recurse=False):
                 state.setdefault(f"{parent}.{name}", parameter.detach())

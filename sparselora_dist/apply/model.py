@@ -33,6 +33,7 @@ from .factors import estimator_factors
 from .merging import merge_as_the_family
 from .replace import check_frozen, fuse_branches, replace_attention, replace_ffn, restore, take_over
 from .state import STATE, SparseState, find_state, state_of
+from .tuners import check_methods, other_methods
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +63,9 @@ def apply_sparselora(
 
     Raises:
         UnsupportedModelError: unknown family or layout, or no causal language model.
-        ValueError: already applied, weights on several devices, trainable base weights, DoRA, a layer range that does
-            not fit, factors that do not match.
+        ValueError: already applied, weights on several devices, trainable base weights, another method than plain LoRA
+            in a sparse module (DoRA, VeRA, ...), prompt learning or X-LoRA anywhere, a layer range that does not fit,
+            factors that do not match.
 
     Whatever it raises, the model is as it was.
     """
@@ -73,10 +75,15 @@ def apply_sparselora(
         raise ValueError("deepspeed.initialize already has this model: call apply_sparselora before it")
     layers = decoder_layers(model)
     check_causal(model)
+    check_methods(model)
     _check_one_device(layers)
+    sparsity: dict[str, dict[int, float]] = {}
     if config.enabled:
-        check_known(model, layers)
-    sparsity = _sparsity(config, layers) if config.enabled else {}
+        try:
+            check_known(model, layers)
+            sparsity = _sparsity(config, layers)
+        except UnsupportedModelError as error:
+            raise other_methods(layers, error) from None
     active = {group: by_layer for group, by_layer in sparsity.items() if by_layer}
     for layer in layers:
         check_frozen(layer, active)

@@ -6,7 +6,7 @@ from typing import Any
 
 from .agreement_workers import CASES, ON_FOUR, agreement_case, loaded_partitioned
 from .experts_workers import experts
-from .sharding_workers import apply_after_fully_shard, sharding
+from .sharding_workers import apply_after_fully_shard, family_names, sharding
 from .state_workers import State, continue_from, variants
 
 
@@ -30,6 +30,7 @@ def fsdp2(from_zero3: State) -> dict[str, Any]:
         "variants": variants("fsdp2"),
         "sharding": sharding("fsdp2"),
         "apply after": apply_after_fully_shard(),
+        "family names": family_names(),
         "state": continue_from("fsdp2", None, 0, 2),
         "moved": continue_from("fsdp2", from_zero3, 2, 1),
     }

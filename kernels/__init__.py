@@ -8,30 +8,40 @@ Face package.
 """
 
 from .activations import activation_name
+from .expert_score import expert_score
 from .ffn_down import ffn_down
 from .ffn_up import ffn_up
 from .gated_ffn import gated_up
 from .gated_product import gated_product
+from .grouped import grouped_linear, grouped_product
 from .label_loss import chunk_rows, label_loss, label_scores, row_bytes, scores_of
 from .lora_joined import lora_joined
 from .lora_linear import lora_linear, lora_order
 from .nf4 import nf4_rows
+from .routing import Pairs, collect, expert_pairs, spread
 from .score import ffn_score, gated_ffn_score, projection_score, projection_scores
-from .select import kept_count, select_channels, select_checked
+from .select import kept_count, kept_per_expert, select_channels, select_checked, select_grouped
 from .stored import EncodedWeight, Weight, nf4_layout, rows_of
 
 __all__ = [
     "EncodedWeight",
+    "Pairs",
     "Weight",
     "activation_name",
     "chunk_rows",
+    "collect",
+    "expert_pairs",
+    "expert_score",
     "ffn_down",
     "ffn_score",
     "ffn_up",
     "gated_ffn_score",
     "gated_product",
     "gated_up",
+    "grouped_linear",
+    "grouped_product",
     "kept_count",
+    "kept_per_expert",
     "label_loss",
     "label_scores",
     "lora_joined",
@@ -46,4 +56,6 @@ __all__ = [
     "scores_of",
     "select_channels",
     "select_checked",
+    "select_grouped",
+    "spread",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from . import ffn_down, ffn_up, gated_ffn, lora_joined  # noqa: F401  (registered when imported)
+from . import ffn_down, ffn_up, gated_ffn, grouped, lora_joined  # noqa: F401  (registered when imported)
 from .lora_linear import lora_order
 from .stored import PLAIN, split_layout
 
@@ -167,3 +167,25 @@ def _ffn_down_backward(
 ) -> int:  # fmt: skip
     base = _base(grad[0], _matrix(parts, layout), dense, context, kept)
     return base if b is None else base + 4 * (dense[0] + context[0]) * b[0] * b[1]
+
+
+def _grouped_linear(x: Shape, parts: Any, layout: Any, ends: Shape, kept: Shape, transposed: bool, **_: Any) -> int:
+    """Every row with one expert's kept rows, whatever experts there are."""
+    channels, length = _matrix(parts, layout)
+    return 2 * x[0] * (channels if kept is None else kept[0]) // ends[0] * length
+
+
+register_flop_formula(_OPS.grouped_linear)(_grouped_linear)
+register_flop_formula(_OPS.grouped_linear_backward)(_grouped_linear)
+
+
+@register_flop_formula(_OPS.grouped_product)
+def _grouped_product(x: Shape, weight: Shape, ends: Shape, **_: Any) -> int:
+    return 2 * x[0] * weight[1] * weight[2]
+
+
+@register_flop_formula(_OPS.grouped_product_backward)
+def _grouped_product_backward(
+    grad: Shape, x: Shape, weight: Shape, ends: Shape, needs_input: bool, needs_weight: bool, **_: Any
+) -> int:
+    return 2 * grad[0] * weight[1] * weight[2] * (needs_input + needs_weight)

@@ -24,6 +24,7 @@ from .operator import register
 _ROUNDING = 1e-9
 # A product whose width is no multiple of 16 loads narrowly on a GPU. At real widths the rest of a tile is 0.7 % at most.
 _TILE, _WIDE = 16, 2048
+_UNIT, _WIDE_EXPERT = 8, 256
 
 
 def kept_count(channels: int, sparsity: float) -> int:
@@ -31,6 +32,13 @@ def kept_count(channels: int, sparsity: float) -> int:
     ``channels``, where there are 2048 or more."""
     kept = max(1, math.ceil((1.0 - sparsity) * channels * (1.0 - _ROUNDING)))
     return kept if channels < _WIDE else min(-(-kept // _TILE) * _TILE, channels)
+
+
+def kept_per_expert(width: int, sparsity: float) -> int:
+    """:func:`kept_count` of one expert of ``width`` neurons; a multiple of 8, or all, where there are 256 or more: rows of
+    a GPU's grouped products begin at multiples of 16 bytes, and narrower ones would be copied."""
+    kept = kept_count(width, sparsity)
+    return kept if width < _WIDE_EXPERT else min(-(-kept // _UNIT) * _UNIT, width)
 
 
 def select_channels(scores: Tensor, keep: int) -> Tensor:
@@ -67,3 +75,12 @@ def _select_fake(scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
 
 
 _run = register("select_channels", _select, _select_fake)
+
+
+def select_grouped(scores: Tensor, experts: int, keep: int) -> tuple[Tensor, Tensor]:
+    """The ``keep`` largest of each expert: (E·W,) fp32 -> (E·keep,) int64 ascending, and the flag of
+    :func:`select_checked`. Among equal scores, as of an expert that no token reached, the lowest index wins."""
+    flag = scores.sum(0, keepdim=True, dtype=torch.float64).mul_(0.0).float()
+    table = scores.masked_fill(scores.isnan(), -math.inf).view(experts, -1)
+    order = torch.sort(table, stable=True, dim=1, descending=True).indices[:, :keep].sort(1).values
+    return (order + torch.arange(experts, device=scores.device)[:, None] * table.shape[1]).flatten(), flag

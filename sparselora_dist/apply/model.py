@@ -28,10 +28,12 @@ from ..layouts import (
 from ..sharding.parameters import is_dtensor, is_initialized_zero3, is_zero3
 from ..sharding.units import mark_unit, unmark_unit
 from ..sync.masks import MaskSync
+from .experts import replace_experts
 from .factors import estimator_factors
 from .merging import merge_as_the_family
 from .replace import check_frozen, fuse_branches, replace_attention, replace_ffn, restore, take_over
 from .state import STATE, SparseState, find_state, state_of
+from .tuners import check_methods, other_methods
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +63,9 @@ def apply_sparselora(
 
     Raises:
         UnsupportedModelError: unknown family or layout, or no causal language model.
-        ValueError: already applied, weights on several devices, trainable base weights, DoRA, a layer range that does
-            not fit, factors that do not match.
+        ValueError: already applied, weights on several devices, trainable base weights, another method than plain LoRA
+            in a sparse module (DoRA, VeRA, ...), prompt learning or X-LoRA anywhere, a layer range that does not fit,
+            factors that do not match.
 
     Whatever it raises, the model is as it was.
     """
@@ -72,15 +75,20 @@ def apply_sparselora(
         raise ValueError("deepspeed.initialize already has this model: call apply_sparselora before it")
     layers = decoder_layers(model)
     check_causal(model)
+    check_methods(model)
     _check_one_device(layers)
+    sparsity: dict[str, dict[int, float]] = {}
     if config.enabled:
-        check_known(model, layers)
-    sparsity = _sparsity(config, layers) if config.enabled else {}
+        try:
+            check_known(model, layers)
+            sparsity = _sparsity(config, layers)
+        except UnsupportedModelError as error:
+            raise other_methods(layers, error) from None
     active = {group: by_layer for group, by_layer in sparsity.items() if by_layer}
     for layer in layers:
         check_frozen(layer, active)
     context = SparseContext(
-        MaskSync(config.mask_sync, max(map(_sums, layers)), process_group, timeout),
+        MaskSync(config.mask_sync, max(_sums(layer, active) for layer in layers), process_group, timeout),
         config.start_step,
         config.end_step,
         config.interval,
@@ -107,6 +115,7 @@ def _apply(model: nn.Module, layers: list[DecoderLayer], state: SparseState, fac
     for layer in layers:
         replace_ffn(layer, state, factors)
         replace_attention(layer, state, factors)
+        replace_experts(layer, state, factors)
     for layer in layers:
         fuse_branches(layer, state)
     take_over(state)
@@ -154,9 +163,11 @@ def _sparsity(config: SparseLoRAConfig, layers: list[DecoderLayer]) -> dict[str,
     return sparsity
 
 
-def _sums(layer: DecoderLayer) -> int:
+def _sums(layer: DecoderLayer, active: dict[str, dict[int, float]]) -> int:
     """The most score sums that the layer sends at once."""
-    return max(layer.channels.get("ffn", 0), 4 * layer.attention.heads.qk_channels if layer.attention else 0)
+    experts = layer.channels["experts"] if layer.index in active.get("experts", {}) else 0
+    attention = 4 * layer.attention.heads.qk_channels if layer.attention else 0
+    return max(layer.channels.get("ffn", 0), attention, experts)
 
 
 def _undo(model: nn.Module, layers: list[DecoderLayer], state: SparseState) -> None:
@@ -194,8 +205,8 @@ def remove_sparselora(model: nn.Module) -> nn.Module:
         ValueError: nothing was applied, or an engine has sharded the weights meanwhile.
     """
     state = state_of(model)
-    for parent, name, _ in state.linears:
-        part = base_linear(getattr(parent, name)).parts[0]
+    parts = [base_linear(getattr(parent, name)).parts[0] for parent, name, _ in state.linears]
+    for part in [*parts, *(sparse.down_proj.parts[0] for sparse in state.experts)]:
         if is_zero3(part) or is_dtensor(part):
             raise ValueError(
                 "remove_sparselora needs whole weights, but an engine has sharded them: save the adapter and load it "
@@ -208,7 +219,8 @@ def remove_sparselora(model: nn.Module) -> nn.Module:
 def selection(model: nn.Module) -> dict[int, dict[str, Tensor]]:
     """Kept channels of the last training forward: ``{layer: {group: (k,) sorted int64}}``; empty if it was dense.
 
-    ``ffn``: neuron ``j``; ``qk``: ``h * (D/2) + pair``; ``vo``: ``h * D + d``; ``h`` a key/value head.
+    ``ffn``: neuron ``j``; ``qk``: ``h * (D/2) + pair``; ``vo``: ``h * D + d``; ``h`` a key/value head;
+    ``experts``: ``e * W + j``, as many of every expert ``e``.
     """
     batch = state_of(model).context.last
     chosen: dict[int, dict[str, Tensor]] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 
 from sparselora_kernels import kept_count
@@ -15,12 +14,14 @@ from ..layers.estimator import AttentionEstimator, FFNEstimator, PlainFFNEstimat
 from ..layers.ffn import SparseFFN
 from ..layers.joined import JoinedLoRA
 from ..layers.linear import AttentionChannels, Role, SparseProjection
-from ..layers.lora import PLAIN_ONLY, fuse_lora, merge_by_layout, set_base_linear, unfuse_lora
+from ..layers.lora import fuse_lora, merge_by_layout, set_base_linear, unfuse_lora
 from ..layers.plain_ffn import PlainFFN
 from ..layouts import FFN, DecoderLayer, UnsupportedModelError, base_linear, computes_linear
 from ..method.channels import ATTENTION, SCORED, TRANSPOSED
 from ..sharding.parameters import full_tensor, is_dtensor, shard_like
+from .experts import check_experts, restore_experts
 from .state import SparseState
+from .tuners import check_lora
 
 _ESTIMATOR = "sparse_estimator"
 
@@ -32,9 +33,12 @@ def check_frozen(layer: DecoderLayer, active: dict[str, dict[int, float]]) -> No
         names += layer.ffn.names
     if any(layer.index in active.get(group, {}) for group in ("qk", "vo")) and layer.attention:
         names += layer.attention.names
+    if layer.index in active.get("experts", {}):
+        check_experts(layer)
     for name in names:
         linear, parent = layer.matrix(name), layer.linear(name)
         where = f"layers.{layer.index}.{name}"
+        check_lora(where, parent)
         if type(linear) is not nn.Linear and not isinstance(linear, FrozenLinear) and not computes_linear(linear):
             raise UnsupportedModelError(f"{where} is a {type(linear).__name__}, expected torch.nn.Linear")
         if is_dtensor(_first_part(linear)):
@@ -44,10 +48,6 @@ def check_frozen(layer: DecoderLayer, active: dict[str, dict[int, float]]) -> No
             )
         if any(p.requires_grad for p in linear.parameters()):
             raise ValueError(f"{where} is trainable: sparse layers need frozen base weights (use PEFT's LoRA)")
-        if any(getattr(parent, "use_dora", {}).values()) or getattr(parent, "lora_variant", None):
-            raise ValueError(f"{where} uses a LoRA variant (DoRA or another): {PLAIN_ONLY}")
-        if isinstance(parent, LoraLayer) and type(parent) is not Linear:
-            raise ValueError(f"{where} carries a {type(parent).__name__} (AdaLoRA or another): {PLAIN_ONLY}")
 
 
 def _on_device(factors: FactorSet, layer: DecoderLayer, name: str) -> tuple[Tensor, Tensor]:
@@ -206,6 +206,7 @@ def restore(state: SparseState) -> None:
         for name in sparse.family_names.values():  # An adapter may have come, or gone, meanwhile.
             setattr(mlp, name, getattr(sparse, name))
         setattr(parent, attribute, mlp)
+    restore_experts(state)
     for layer in state.fused:
         unfuse_lora(layer)
     for parent in state.estimated:

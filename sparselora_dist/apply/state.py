@@ -9,6 +9,7 @@ from torch import nn
 
 from ..config.sparse import SparseLoRAConfig
 from ..layers.context import SparseContext
+from ..layers.experts import SparseExperts
 from ..layers.plain_ffn import PlainFFN
 
 STATE = "_sparselora"
@@ -34,6 +35,8 @@ class SparseState:
     """FFNs without a gate."""
     estimated: list[nn.Module] = field(default_factory=list)
     """Modules that were given an estimator as a child: attentions, and what holds an FFN without a gate."""
+    experts: list[SparseExperts] = field(default_factory=list)
+    """The modules of experts that were put in."""
     fused: list[nn.Module] = field(default_factory=list)
     """LoRA layers that compute base and branch together."""
 

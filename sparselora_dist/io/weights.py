@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs import Codec
-from ..codecs.linear import FrozenLinear
-from ..layouts import DecoderLayer, Rows, causal_lm, decoder_layers, matrix_name
+from ..codecs.linear import FrozenLinear, FrozenMatrix
+from ..layouts import BY_ROWS, DecoderLayer, Experts, Rows, causal_lm, decoder_layers, matrix_name
+from ..method.channels import EXPERTS
 from ..sharding.parameters import full_tensor
-from .manifest import CorruptFileError
+from .bank import BankFiles
 from .prequantized import prequantized, stored_codec
-from .shard_files import TensorFiles, spaced
+from .shard_files import TensorFiles, spaced, weight_key
 
 
 def checkpoint_folder(name_or_path: str) -> Path:
@@ -70,6 +71,10 @@ class WeightSource(Protocol):
         """(out, in) of the matrix, without reading it."""
         ...
 
+    def blocks(self, layer: int, name: str) -> int:
+        """How many matrices stand in it one below another: the experts of a mixture."""
+        ...
+
     def mark(self, layer: int, name: str) -> str:
         """A short name of the matrix's content; equal marks mean equal matrices."""
         ...
@@ -87,6 +92,8 @@ class ModelWeights:
 
     def get(self, layer: int, name: str) -> Tensor:
         """Raises ValueError where the weight is not there: a rank that fails here alone is seen by its launcher."""
+        if name in EXPERTS:
+            return _there(self._bank(layer, name), layer, name)
         stored, rows = self._layers[layer].within(name)
         weight = self._stored(layer, stored)
         return weight if rows is None else weight[rows]
@@ -97,21 +104,49 @@ class ModelWeights:
             weight = linear.matrix([full_tensor(part) for part in linear.parts], self.dtype)
         else:
             weight = full_tensor(linear.weight)
-        if weight.is_meta:
-            raise ValueError(
-                f"layers.{layer}.{name} is on the meta device, and the estimator's factors are made of it: load the weights "
-                "on every rank before apply_sparselora (cpu_ram_efficient_loading of FSDP may keep them on one: turn it off)"
-            )
-        return weight
+        return _there(weight, layer, name)
 
     def shape(self, layer: int, name: str) -> tuple[int, int]:
+        if name in EXPERTS:
+            experts = self._experts(layer)
+            return experts.count * experts.width, experts.hidden
         stored, rows = self._layers[layer].within(name)
         linear: Any = self._layers[layer].matrix(stored)
         return _count(rows, linear.out_features), linear.in_features
 
+    def blocks(self, layer: int, name: str) -> int:
+        return self._experts(layer).count if name in EXPERTS else 1
+
+    def _experts(self, layer: int) -> Experts:
+        experts = self._layers[layer].experts
+        assert experts is not None, f"layers.{layer} has no experts"
+        return experts
+
+    def _bank(self, layer: int, name: str) -> Tensor:
+        """Of all experts, one after another, gate or up: (E·W, H)."""
+        experts = self._experts(layer)
+        module: Any = experts.module
+        stored: Any = module.__dict__.get(BY_ROWS, {}).get("gate_up_proj", module.gate_up_proj)
+        if isinstance(stored, FrozenMatrix):
+            rows = stored.rows_of([full_tensor(part) for part in stored.parts], self.dtype)
+        else:
+            rows = experts.gate_up_rows(full_tensor(stored))
+        return rows.view(experts.count, 2, experts.width, -1)[:, EXPERTS.index(name)].flatten(0, 1)
+
     def mark(self, layer: int, name: str) -> str:
+        if name in EXPERTS:
+            return fingerprint(self.get(layer, name))
         stored, rows = self._layers[layer].within(name)
         return _part_mark(fingerprint(self._stored(layer, stored)), name, rows)
+
+
+def _there(weight: Tensor, layer: int, name: str) -> Tensor:
+    if weight.is_meta:
+        raise ValueError(
+            f"layers.{layer}.{name} is on the meta device, and the estimator's factors are made of it: load the weights "
+            "on every rank before apply_sparselora (cpu_ram_efficient_loading of FSDP may keep them on one: turn it off)"
+        )
+    return weight
 
 
 class CheckpointWeights:
@@ -128,8 +163,11 @@ class CheckpointWeights:
         self.checkpoint, self.codec, self.dtype = checkpoint, codec, dtype
         self._paths = {(layer.index, name): layer.path_of(name) for layer in layers for name in layer.names}
         self._layers = {layer.index: layer for layer in layers}
+        self._banks = {layer.index: BankFiles.of(checkpoint, layer) for layer in layers if layer.experts}
 
     def get(self, layer: int, name: str) -> Tensor:
+        if name in EXPERTS:
+            return self._banks[layer].scored(name, self.codec, self.dtype)
         key, rows = self._find(layer, name)
         if found := prequantized(self.checkpoint, key):
             weight = found.rows(0, found.shape[0]).to(self.dtype)
@@ -138,12 +176,22 @@ class CheckpointWeights:
         return weight if rows is None else weight[rows]
 
     def shape(self, layer: int, name: str) -> tuple[int, int]:
+        if name in EXPERTS:
+            layout = self._banks[layer].layout
+            return layout.count * layout.width, layout.hidden
         key, rows = self._find(layer, name)
         found = prequantized(self.checkpoint, key)
         count, columns = found.shape if found else self.checkpoint.tensors[key].shape
         return _count(rows, count), columns
 
+    def blocks(self, layer: int, name: str) -> int:
+        return self._banks[layer].layout.count if name in EXPERTS else 1
+
     def mark(self, layer: int, name: str) -> str:
+        if name in EXPERTS:
+            return f"{self.codec.mark}{name}:" + _digest(
+                self._banks[layer].sample().to(self.dtype), self.shape(layer, name)
+            )
         key, rows = self._find(layer, name)
         shape = self.checkpoint.tensors[key].shape
         if prequantized(self.checkpoint, key):
@@ -163,15 +211,3 @@ class CheckpointWeights:
 
     def _codec_of(self, key: str) -> Codec:
         return stored_codec(self.checkpoint, key, self.codec, self.dtype)
-
-
-def weight_key(checkpoint: TensorFiles, name: str) -> str:
-    """The checkpoint's key of a parameter; a base model saved without its LM head lacks the ``model.`` in front.
-
-    Raises:
-        CorruptFileError: there is none.
-    """
-    for key in (name, name.removeprefix("model.")):
-        if key in checkpoint.tensors:
-            return key
-    raise CorruptFileError(f"{checkpoint.folder} has no tensor {name!r}: it is not a whole checkpoint of this model")

@@ -60,6 +60,12 @@ class FFN:
     def module(self) -> nn.Module:
         return getattr(self.parent, self.attribute) if self.attribute else self.parent
 
+    @classmethod
+    def gated(cls, path: str, parent: nn.Module, names: tuple[str, str, str], activation: Callable[..., Any]) -> FFN:
+        """With gate, up and down apart, called ``names`` in ``parent``'s child at the end of ``path``."""
+        apart: Parts = {name: (name, None) for name in _CANONICAL[:2]}
+        return cls(path, parent, path.rpartition(".")[2], "gated", dict(zip(_CANONICAL, names)), apart, activation)
+
 
 def find_ffn(layer: nn.Module) -> FFN | str:
     """The FFN of a decoder layer, or why there is none."""
@@ -126,6 +132,6 @@ def _read(path: str, parent: nn.Module, attribute: str) -> FFN | str:
                 parts = {name: ("gate_up_proj", rows) for name, rows in zip(order, halves)}
                 return FFN(path, parent, attribute, "gated", dict(zip(_FUSED, own)), parts, candidate)
         elif computes_gated(module, own, candidate):
-            apart: Parts = {name: (name, None) for name in _CANONICAL[:2]}
-            return FFN(path, parent, attribute, "gated", dict(zip(_CANONICAL, own)), apart, candidate)
+            gate, up, down_name = own
+            return FFN.gated(path, parent, (gate, up, down_name), candidate)
     return f"{what} computes something else than down(act(gate(x)) * up(x))"

@@ -9,12 +9,14 @@ from typing import Any
 from torch import nn
 
 from ..method.channels import SCORED, HeadGeometry
-from .attention import Attention, find_attention
-from .ffn import FFN, find_ffn
+from .attention import Attention
+from .experts import Experts, find_experts
+from .ffn import FFN
 from .names import Rows, UnsupportedModelError, base_linear, causal_lm
+from .registry import find_attention, find_ffn
 from .tried import first_child
 
-GROUPS = ("ffn", "qk", "vo")
+GROUPS = ("ffn", "qk", "vo", "experts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +29,9 @@ class DecoderLayer:
     module: nn.Module
     ffn: FFN | None
     attention: Attention | None
+    experts: Experts | None
     missing: Mapping[str, str]
-    """Group (``ffn``, ``qk``, ``vo``) -> why this layer cannot have it."""
+    """Group (``ffn``, ``qk``, ``vo``, ``experts``) -> why this layer cannot have it."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -77,6 +80,8 @@ class DecoderLayer:
             counts["ffn"] = self.matrix("down_proj").in_features
         if self.attention:
             counts |= {"qk": self.attention.heads.qk_channels, "vo": self.attention.heads.vo_channels}
+        if self.experts:
+            counts["experts"] = self.experts.count * self.experts.width
         return counts
 
     @property
@@ -85,7 +90,7 @@ class DecoderLayer:
 
         Not beside experts: a router's loss reads every position.
         """
-        if self.attention is None or self.ffn is None or self.ffn.parent is not self.module:
+        if self.attention is None or self.ffn is None or self.experts or self.ffn.parent is not self.module:
             return ()
         if not self.ffn.attribute or not self.ffn.reads_alone:
             return ()
@@ -116,21 +121,6 @@ def check_config(config: Any) -> str:
             f"{_what(config)} is an encoder and a decoder; supported are causal language models, decoders alone"
         )
     return getattr(config, "model_type", None) or "unknown"
-
-
-# What a run does beside the sparse layers (rows packed in a line, loss inside the head, files read by name) is right for.
-RUNS = ("llama", "mistral", "qwen2", "qwen3")
-
-
-def check_run(config: Any) -> str:
-    """The ``model_type``; raises UnsupportedModelError where a run, of ``launch/train.py``, is not known to be right."""
-    family = check_config(config)
-    if family not in RUNS:
-        raise UnsupportedModelError(
-            f"{_what(config)} is not supported in a run; supported families: {', '.join(RUNS)}. Many more work with "
-            "apply_sparselora and the Hugging Face Trainer (docs/models.md)"
-        )
-    return family
 
 
 def _what(config: Any) -> str:
@@ -184,7 +174,7 @@ def check_known(model: nn.Module, layers: list[DecoderLayer]) -> None:
 
 
 def _layer(index: int, path: str, module: nn.Module, config: Any) -> DecoderLayer:
-    ffn, attention = find_ffn(module), find_attention(module, config)
+    ffn, attention, experts = find_ffn(module), find_attention(module, config), find_experts(module)
     missing: dict[str, str] = {}
     if isinstance(ffn, str):
         missing["ffn"] = ffn
@@ -192,12 +182,15 @@ def _layer(index: int, path: str, module: nn.Module, config: Any) -> DecoderLaye
         missing |= dict.fromkeys(("qk", "vo"), attention)
     else:
         missing |= attention.missing
+    if isinstance(experts, str):
+        missing["experts"] = experts
     return DecoderLayer(
         index,
         path,
         module,
         ffn if isinstance(ffn, FFN) else None,
         attention if isinstance(attention, Attention) else None,
+        experts if isinstance(experts, Experts) else None,
         missing,
     )
 

@@ -84,3 +84,11 @@ def test_nothing_is_whole_between_forward_and_backward(sharded: Any, step: str) 
         assert seen["saved"] > 50
         # Activations are smaller than the smallest slice of kept rows, so size alone tells a weight.
         assert seen["large"] == []
+
+
+def test_a_sharded_model_has_the_names_of_its_family(fsdp2: Any) -> None:
+    """In state dicts, whole or of shards, and in those that are loaded."""
+    seen = fsdp2[0]["family names"]  # A whole one is rank 0's.
+    for expected, got in (("plain", "whole"), ("plain", "shards"), ("other", "loaded")):
+        assert seen[expected].keys() == seen[got].keys()
+        assert all(torch.equal(value, seen[got][name]) for name, value in seen[expected].items())

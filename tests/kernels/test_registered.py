@@ -71,6 +71,19 @@ def joined_arguments(sparse: bool, quantised: bool, every: bool = False) -> tupl
     return x, *a, *b, parts, layouts, biases, [0.5, 1.0, 2.0], *lists
 
 
+def grouped_arguments(transposed: bool, sparse: bool, quantised: bool) -> tuple:
+    weight = torch.randn(3 * 6, 70)
+    stored = nf4(weight)[0] if quantised else kernels.EncodedWeight((weight,))
+    kept = torch.cat([expert * 6 + some(6, 4) for expert in range(3)]) if sparse else None
+    x = torch.randn(9, (4 if sparse else 6) if transposed else 70, requires_grad=True)
+    return x, list(stored.parts), list(stored.layout), torch.tensor([2, 2, 9], dtype=torch.int32), kept, transposed
+
+
+def trained_bank() -> tuple:
+    x, weight = torch.randn(9, 7, requires_grad=True), torch.randn(3, 5, 7, requires_grad=True)
+    return x, weight, torch.tensor([2, 2, 9], dtype=torch.int32)
+
+
 def frozen_branch(arguments: tuple) -> tuple:
     return *arguments[:4], arguments[4].detach(), arguments[5].detach(), *arguments[6:]
 
@@ -88,6 +101,10 @@ CASES: dict[str, tuple[str, Callable[[], tuple]]] = {
     "gate and up": ("gated_up", lambda: gated_arguments(0, 3)),
     "gate and up with LoRA": ("gated_up", lambda: gated_arguments(2, 3)),
     "gate and up, no dense token": ("gated_up", lambda: gated_arguments(2, 0)),
+    "experts": ("grouped_linear", lambda: grouped_arguments(False, True, False)),
+    "experts, down, NF4": ("grouped_linear", lambda: grouped_arguments(True, True, True)),
+    "experts, whole": ("grouped_linear", lambda: grouped_arguments(False, False, True)),
+    "experts, trained": ("grouped_product", trained_bank),
     "gate and up in one": ("gated_up", halves_arguments),
     "up": ("ffn_up", lambda: up_arguments(0, 3)),
     "up with LoRA": ("ffn_up", lambda: up_arguments(2, 3)),

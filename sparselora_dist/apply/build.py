@@ -78,8 +78,16 @@ def build_model(
 
 
 def drops(model: nn.Module) -> bool:
-    """Whether some dropout of the model, its attention or its adapters can draw random numbers in training."""
+    """Whether some dropout of the model, its attention or its adapters can draw random numbers in training.
+
+    Many families keep its probability as a number (``attention_dropout``, ``residual_dropout``, a router's
+    ``jitter_noise``): who has one is taken to draw.
+    """
     return any(
-        (isinstance(module, _DropoutNd) and module.p > 0) or getattr(module, "attention_dropout", 0.0) > 0
+        (isinstance(module, _DropoutNd) and module.p > 0)
+        or any(
+            isinstance(value, float) and value > 0 and ("drop" in key or "jitter" in key)
+            for key, value in vars(module).items()
+        )
         for module in model.modules()
     )

@@ -11,6 +11,7 @@ import torch
 from sparselora_dist.apply.build import build_model, drops
 from sparselora_dist.config.run import RunConfig
 from sparselora_dist.sharding.placement import Placement
+from support.every_type import tiny_model
 from support.models import tiny_base, tiny_lora
 
 
@@ -19,6 +20,14 @@ from support.models import tiny_base, tiny_lora
 )
 def test_who_draws(options: dict[str, Any], expected: bool) -> None:
     assert drops(tiny_lora(**options)) is expected
+
+
+def test_a_probability_that_is_a_number_of_the_layer_draws() -> None:
+    """OPT drops what its layers give by ``functional.dropout``."""
+    assert not drops(tiny_model("opt"))
+    for layer in (model := tiny_model("opt")).model.decoder.layers:
+        layer.dropout = 0.1
+    assert drops(model)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -114,7 +114,8 @@ def test_checkpointing_changes_nothing(family: str, reentrant: bool) -> None:
 
 @layouts
 def test_it_compiles_without_a_graph_break(family: str) -> None:
-    model = sparse(tiny_lora(family, FUSED[family]))
+    layers = {group: {"0-1": 0.5} for group in LAYERS}
+    model = sparse(tiny_lora(family, FUSED[family], num_hidden_layers=2), layers=layers)
     expected, inputs = copy.deepcopy(model), batch()
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

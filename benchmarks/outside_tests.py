@@ -4,7 +4,10 @@
     python benchmarks/outside_tests.py TRL_CHECKOUT/tests/test_dpo_trainer.py -k peft
 
 The tests are run three times: plain; with ``apply_sparselora`` and ``enabled: false`` on every model that PEFT makes; and
-with sparsity 0 in every group. Models that are not supported are left alone. The models that the tests load by name are
+with sparsity 0 in every group. Models that are not supported are left alone. As their users do, every Trainer of a sparse
+model gets a SparseLoRACallback. The tests loop over ``named_parameters`` and take every name that the plain model does not
+have for one that training must change; they are given the names that the model's state dict has, in which a frozen matrix
+is its family's and estimators, frozen as well, are not. The models that the tests load by name are
 made here, tiny and random, in a folder that looks like the hub's cache, and so are the rows of the data set that TRL's
 tests load, so that no network is needed; a test of another model fails in all three and does not count. This file is
 runner and pytest plugin in one.
@@ -20,6 +23,7 @@ import sys
 import tempfile
 import xml.etree.ElementTree as ET
 from collections import Counter
+from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
@@ -142,8 +146,10 @@ def pytest_configure(config: Any) -> None:
     if mode is None:
         return
     from peft import PeftModel
+    from transformers import Trainer
 
-    from sparselora_dist import SparseLoRAConfig, apply_sparselora
+    from sparselora_dist import SparseLoRACallback, SparseLoRAConfig, apply_sparselora
+    from sparselora_dist.apply import find_state
 
     settings = SparseLoRAConfig.from_dict({"layers": ALL, **mode})
     made = PeftModel.__init__
@@ -153,6 +159,7 @@ def pytest_configure(config: Any) -> None:
         made(self, *args, **kwargs)
         try:
             apply_sparselora(self, settings)
+            name_as_the_family(self)
             word = "sparse"
         except (ValueError, AttributeError) as error:
             word = f"left alone: {type(error).__name__}: {str(error)[:120]}"
@@ -160,6 +167,36 @@ def pytest_configure(config: Any) -> None:
             file.write(word + "\n")
 
     PeftModel.__init__ = init
+    built = Trainer.__init__
+
+    @functools.wraps(built)
+    def build(self: Any, *args: Any, **kwargs: Any) -> None:
+        built(self, *args, **kwargs)
+        if find_state(self.model) is not None:
+            self.add_callback(SparseLoRACallback())
+
+    Trainer.__init__ = build
+
+
+def name_as_the_family(model: Any) -> None:
+    """This model's ``named_parameters`` and ``get_parameter`` by the names of its state dict; frozen matrices as stored."""
+    from sparselora_dist.codecs.linear import FrozenLinear
+    from sparselora_dist.layers.estimator import AttentionEstimator, FFNEstimator
+
+    named = model.named_parameters
+
+    def named_parameters(*args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+        modules = dict(model.named_modules())
+        for name, parameter in named(*args, **kwargs):
+            parent, _, own = name.rpartition(".")
+            module = modules.get(parent)
+            if isinstance(module, FrozenLinear) and own == "rows":
+                name = f"{parent}.weight"
+            if not isinstance(module, (AttentionEstimator, FFNEstimator)):
+                yield name, parameter
+
+    model.named_parameters = named_parameters
+    model.get_parameter = lambda name: dict(named_parameters())[name]
 
 
 def run(mode: str, arguments: list[str], hub: Path, folder: Path) -> tuple[dict[str, str], Counter[str]]:

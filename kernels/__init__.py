@@ -10,6 +10,7 @@ Face package.
 from .activations import activation_name
 from .expert_score import expert_score
 from .ffn_down import ffn_down
+from .ffn_up import ffn_up
 from .gated_ffn import gated_up
 from .gated_product import gated_product
 from .grouped import grouped_linear, grouped_product
@@ -18,9 +19,9 @@ from .lora_joined import lora_joined
 from .lora_linear import lora_linear, lora_order
 from .nf4 import nf4_rows
 from .routing import Pairs, collect, expert_pairs, spread
-from .score import gated_ffn_score, projection_score, projection_scores
+from .score import ffn_score, gated_ffn_score, projection_score, projection_scores
 from .select import kept_count, kept_per_expert, select_channels, select_checked, select_grouped
-from .stored import EncodedWeight, Weight, nf4_layout
+from .stored import EncodedWeight, Weight, nf4_layout, rows_of
 
 __all__ = [
     "EncodedWeight",
@@ -32,6 +33,8 @@ __all__ = [
     "expert_pairs",
     "expert_score",
     "ffn_down",
+    "ffn_score",
+    "ffn_up",
     "gated_ffn_score",
     "gated_product",
     "gated_up",
@@ -49,6 +52,7 @@ __all__ = [
     "projection_score",
     "projection_scores",
     "row_bytes",
+    "rows_of",
     "scores_of",
     "select_channels",
     "select_checked",

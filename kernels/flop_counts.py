@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from . import ffn_down, gated_ffn, grouped, lora_joined  # noqa: F401  (registered when imported)
+from . import ffn_down, ffn_up, gated_ffn, grouped, lora_joined  # noqa: F401  (registered when imported)
 from .lora_linear import lora_order
-from .stored import PLAIN
+from .stored import PLAIN, split_layout
 
 Shape = Any
 _OPS = torch.ops.sparselora
@@ -24,7 +24,8 @@ flop_registry.setdefault(torch.ops.aten.addmm_, flop_registry[torch.ops.aten.add
 
 def _matrix(parts: list[Shape], layout: list[int]) -> tuple[int, int]:
     """(channels, length)."""
-    return parts[0][0], parts[0][1] if len(layout) == len(PLAIN) else layout[0]
+    own, rows = split_layout(layout)
+    return rows[1] if rows else parts[0][0], own[0] or parts[0][1]
 
 
 def _base(tokens: int, matrix: tuple[int, int], dense: Shape, context: Shape, kept: Shape) -> int:
@@ -129,6 +130,25 @@ def _gated_up_backward(
     base = 2 * _base(tokens, _matrix(gate, gate_layout), *lists) if needs_input else 0
     # The gradients of both factors.
     return base + 2 * (_update(gate_low, gate_b, *lists) + _update(up_low, up_b, *lists))
+
+
+@register_flop_formula(_OPS.ffn_up)
+def _ffn_up(
+    x: Shape, parts: Any, layout: Any, bias: Shape, low: Shape, b: Shape, dense: Shape, context: Shape, kept: Shape,
+    **_: Any,
+) -> int:  # fmt: skip
+    lists = dense, context, kept
+    return _base(x[0], _matrix(parts, layout), *lists) + _update(low, b, *lists)
+
+
+@register_flop_formula(_OPS.ffn_up_backward)
+def _ffn_up_backward(
+    grad: Shape, parts: Any, layout: Any, low: Shape, b: Shape, dense: Shape, context: Shape, kept: Shape, tokens: int,
+    needs_input: bool, **_: Any,
+) -> int:  # fmt: skip
+    lists = dense, context, kept
+    base = _base(tokens, _matrix(parts, layout), *lists) if needs_input else 0
+    return base + 2 * _update(low, b, *lists)
 
 
 @register_flop_formula(_OPS.ffn_down)

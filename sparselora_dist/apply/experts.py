@@ -12,12 +12,14 @@ from sparselora_kernels import kept_per_expert
 from ..codecs import PlainCodec
 from ..codecs.linear import FrozenMatrix
 from ..io.factors import FactorSet
+from ..layers.context import SparseContext
 from ..layers.estimator import ExpertsEstimator
 from ..layers.experts import BIASES, GROUP, MergingExperts, SparseExperts, ThroughWrappers
 from ..layers.lora import PLAIN_ONLY, cannot_merge
-from ..layouts import DecoderLayer, Experts, UnsupportedModelError
+from ..layouts import BY_ROWS, DecoderLayer, Experts, UnsupportedModelError, decoder_layers
 from ..method.channels import EXPERTS
 from ..sharding.parameters import full_tensor, is_dtensor, shard_like
+from ..sync.masks import MaskSync
 from .state import SparseState
 
 _MATRICES = ("gate_up_proj", "down_proj")
@@ -44,20 +46,23 @@ def check_experts(layer: DecoderLayer) -> None:
 
 
 def replace_experts(layer: DecoderLayer, state: SparseState, factors: FactorSet) -> None:
-    """Put a :class:`SparseExperts` where the configuration has one."""
-    sparsity = state.sparsity.get(GROUP, {}).get(layer.index)
-    if sparsity is None:
+    """Put a :class:`SparseExperts` where the configuration has one, and where a run has loaded the matrices by rows."""
+    sparsity, layout = state.sparsity.get(GROUP, {}).get(layer.index), layer.experts
+    if layout is None:
         return
-    layout = layer.experts
-    assert layout is not None
     family = layout.module
-    values = {name: getattr(family, name) for name in _MATRICES}
-    first = values["down_proj"]
-    device = (first.parts[0] if isinstance(first, FrozenMatrix) else first).device
-    pairs = [factors[layer.index, name] for name in EXPERTS]
-    estimator = ExpertsEstimator(*((a, b) if device.type == "meta" else (a.to(device), b.to(device)) for a, b in pairs))
+    by_rows = family.__dict__.get(BY_ROWS, {})
+    values = {name: by_rows.get(name) or getattr(family, name) for name in _MATRICES}
+    first, estimator = values["down_proj"], None
+    if sparsity is None and not isinstance(first, FrozenMatrix):
+        return
     matrices = {name: _freeze(value, name, layout) for name, value in values.items()}
-    shard_like(estimator.parameters(), matrices["down_proj"].parts[0])
+    if sparsity is not None:
+        device = (first.parts[0] if isinstance(first, FrozenMatrix) else first).device
+        pairs = [factors[layer.index, name] for name in EXPERTS]
+        moved = [(a, b) if device.type == "meta" else (a.to(device), b.to(device)) for a, b in pairs]
+        estimator = ExpertsEstimator(*moved)
+        shard_like(estimator.parameters(), matrices["down_proj"].parts[0])
     sparse = SparseExperts(
         family,
         layout,
@@ -66,7 +71,7 @@ def replace_experts(layer: DecoderLayer, state: SparseState, factors: FactorSet)
         context=state.context,
         layer=layer.index,
         estimator=estimator,
-        keep=kept_per_expert(layout.width, sparsity),
+        keep=kept_per_expert(layout.width, sparsity or 0.0),
         lora_branch=state.config.lora_branch,
     )
     for name in (*_MATRICES, *BIASES):
@@ -81,6 +86,20 @@ def replace_experts(layer: DecoderLayer, state: SparseState, factors: FactorSet)
     if wrappers:
         wrappers[0].__dict__["forward"] = ThroughWrappers(wrappers[0], sparse)
         wrappers[0].__dict__["gathers_together"] = True
+
+
+def whole_experts(model: nn.Module) -> None:
+    """Let the experts of a model that :func:`sparselora_dist.io.load.load_base` gave compute, all channels of all tokens.
+
+    For who runs such a model without :func:`~.model.apply_sparselora`.
+    """
+    for layer in decoder_layers(model):
+        layout = layer.experts
+        by_rows = layout.module.__dict__.get(BY_ROWS) if layout else None
+        if layout and by_rows:
+            context = SparseContext(MaskSync("local", 1, None, 1.0))
+            matrices = [by_rows[name] for name in _MATRICES]
+            layout.replace(SparseExperts(layout.module, layout, *matrices, context=context, layer=layer.index))
 
 
 def _freeze(value: Any, name: str, layout: Experts) -> FrozenMatrix:
@@ -101,7 +120,8 @@ def restore_experts(state: SparseState) -> None:
         own = {"gate_up_proj": layout.gate_up_family, "down_proj": layout.down_family}
         for name, as_family in own.items():
             matrix: FrozenMatrix = getattr(sparse, name)
-            if name not in family._parameters:  # It was stored like this.
+            if name in family.__dict__.get(BY_ROWS, {}):
+                family._parameters[name] = matrix.__dict__["placeholder"]
                 continue
             (rows,) = matrix.parts
             family._parameters[name] = nn.Parameter(as_family(full_tensor(rows)), requires_grad=False)

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 from ..codecs import PlainCodec
 from ..codecs.linear import FrozenLinear, FrozenMatrix
-from ..layers.estimator import AttentionEstimator, ExpertsEstimator, FFNEstimator
+from ..layers.estimator import AttentionEstimator, ExpertsEstimator, FFNEstimator, PlainFFNEstimator
 from ..layers.experts import SparseExperts
 from ..layers.lora import cannot_merge, merge_by_layout, set_base_linear
 from ..layouts import causal_lm, decoder_layers
+from ..sharding.parameters import distribute_like, is_dtensor
+
+_ESTIMATORS = (FFNEstimator, PlainFFNEstimator, AttentionEstimator, ExpertsEstimator)
 
 
 def _check(model: nn.Module) -> None:
@@ -123,7 +126,10 @@ class _FromFamilyNames:
         for parent, linear in frozen.items():
             if f"{parent}.weight" in state:
                 value: Tensor = state.pop(f"{parent}.weight")
-                state[f"{parent}.rows"] = value.t() if linear.transposed else value
+                value, own = value.t() if linear.transposed else value, linear.parts[0]
+                # A whole state dict for a sharded model: its parts are dealt by the names of parameters.
+                whole = is_dtensor(own) and not is_dtensor(value)
+                state[f"{parent}.rows"] = distribute_like(value, own) if whole else value
         for parent, estimator in estimators.items():
             for name, parameter in estimator.named_parameters(recurse=False):
                 state.setdefault(f"{parent}.{name}", parameter.detach())
@@ -141,8 +147,7 @@ def _parts(module: nn.Module) -> tuple[dict[str, FrozenLinear], dict[str, tuple[
         if isinstance(one, SparseExperts) and isinstance(one.down_proj.codec, PlainCodec):
             experts[f"{name}.gate_up_proj"] = one.layout.gate_up_family, one.layout.gate_up_rows
             experts[f"{name}.down_proj"] = one.layout.down_family, one.layout.down_rows
-    kinds = (FFNEstimator, AttentionEstimator, ExpertsEstimator)
-    return plain, experts, {n: m for n, m in named.items() if isinstance(m, kinds)}
+    return plain, experts, {n: m for n, m in named.items() if isinstance(m, _ESTIMATORS)}
 
 
 def merge_as_the_family(model: nn.Module, remove: Callable[[nn.Module], nn.Module]) -> list[Any]:

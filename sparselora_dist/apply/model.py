@@ -31,8 +31,9 @@ from ..sync.masks import MaskSync
 from .experts import replace_experts
 from .factors import estimator_factors
 from .merging import merge_as_the_family
-from .replace import check_frozen, fuse_branches, replace_attention, replace_ffn, restore
+from .replace import check_frozen, fuse_branches, replace_attention, replace_ffn, restore, take_over
 from .state import STATE, SparseState, find_state, state_of
+from .tuners import check_methods, other_methods
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +63,9 @@ def apply_sparselora(
 
     Raises:
         UnsupportedModelError: unknown family or layout, or no causal language model.
-        ValueError: already applied, weights on several devices, trainable base weights, DoRA, a layer range that does
-            not fit, factors that do not match.
+        ValueError: already applied, weights on several devices, trainable base weights, another method than plain LoRA
+            in a sparse module (DoRA, VeRA, ...), prompt learning or X-LoRA anywhere, a layer range that does not fit,
+            factors that do not match.
 
     Whatever it raises, the model is as it was.
     """
@@ -73,10 +75,15 @@ def apply_sparselora(
         raise ValueError("deepspeed.initialize already has this model: call apply_sparselora before it")
     layers = decoder_layers(model)
     check_causal(model)
+    check_methods(model)
     _check_one_device(layers)
+    sparsity: dict[str, dict[int, float]] = {}
     if config.enabled:
-        check_known(model, layers)
-    sparsity = _sparsity(config, layers) if config.enabled else {}
+        try:
+            check_known(model, layers)
+            sparsity = _sparsity(config, layers)
+        except UnsupportedModelError as error:
+            raise other_methods(layers, error) from None
     active = {group: by_layer for group, by_layer in sparsity.items() if by_layer}
     for layer in layers:
         check_frozen(layer, active)
@@ -92,7 +99,7 @@ def apply_sparselora(
     state = SparseState(config=config, context=context, sparsity=active)
     factors: FactorSet = {}
     if active:
-        factors = estimator_factors(model, active, config, weights or ModelWeights(model), process_group)
+        factors = estimator_factors(model, active, config, weights or ModelWeights(model), process_group, layers)
     try:
         _apply(model, layers, state, factors)
     except BaseException:
@@ -111,6 +118,7 @@ def _apply(model: nn.Module, layers: list[DecoderLayer], state: SparseState, fac
         replace_experts(layer, state, factors)
     for layer in layers:
         fuse_branches(layer, state)
+    take_over(state)
     for module in _units(model, layers):
         mark_unit(module)
     last = layers[-1]
@@ -157,9 +165,9 @@ def _sparsity(config: SparseLoRAConfig, layers: list[DecoderLayer]) -> dict[str,
 
 def _sums(layer: DecoderLayer, active: dict[str, dict[int, float]]) -> int:
     """The most score sums that the layer sends at once."""
-    width: int = layer.matrix("gate_proj").out_features if layer.ffn else 0
     experts = layer.channels["experts"] if layer.index in active.get("experts", {}) else 0
-    return max(width, 4 * layer.attention.heads.qk_channels if layer.attention else 0, experts)
+    attention = 4 * layer.attention.heads.qk_channels if layer.attention else 0
+    return max(layer.channels.get("ffn", 0), attention, experts)
 
 
 def _undo(model: nn.Module, layers: list[DecoderLayer], state: SparseState) -> None:

@@ -100,6 +100,16 @@ class Experts:
         return split.transpose(1, 2).flatten(1, 2)
 
 
+BY_ROWS = "matrices_by_rows"
+"""Of a family's module whose matrices a run has loaded by rows of channels: these, by the parameter's name."""
+
+
+def placeholder(shape: tuple[int, ...], like: Tensor) -> nn.Parameter:
+    """In the place of such a parameter, for who asks for its shape, dtype and device: of one element, not a number."""
+    one = torch.full((), torch.nan, dtype=like.dtype, device=like.device)
+    return nn.Parameter(one.expand(shape), requires_grad=False)
+
+
 def innermost(module: Any) -> Any:
     """Without PEFT's wrappers around it."""
     return ([module] + [wrapper.base_layer for wrapper in _wrappers(module)])[-1]

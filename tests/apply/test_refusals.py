@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    RandLoraConfig,
+    VeraConfig,
+    XLoraConfig,
+    get_peft_model,
+)
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    BlipConfig,
+    BlipForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
     T5Config,
@@ -20,7 +36,8 @@ from sparselora_dist import apply_sparselora
 from sparselora_dist.apply import find_state
 from sparselora_dist.layouts import UnsupportedModelError
 from support.applied import assert_identical, config, outputs, refuse, sparse_model
-from support.models import ALL_LINEAR, FAMILIES, batch, tiny_base, tiny_config, tiny_lora
+from support.compare import assert_close
+from support.models import ALL_LINEAR, FAMILIES, batch, gradients, tiny_base, tiny_config, tiny_lora
 
 
 def test_layers_in_which_nothing_is_known() -> None:
@@ -29,9 +46,19 @@ def test_layers_in_which_nothing_is_known() -> None:
     refuse(model, match, UnsupportedModelError)
 
 
-def test_an_encoder_with_its_decoder() -> None:
+@pytest.mark.parametrize("options", [{}, {"enabled": False}])
+def test_an_encoder_with_its_decoder(options: dict[str, bool]) -> None:
     config = T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
-    refuse(T5ForConditionalGeneration(config), r"'t5'\) is an encoder and a decoder", UnsupportedModelError)
+    match = r"'t5'\) is an encoder and a decoder"
+    refuse(T5ForConditionalGeneration(config), match, UnsupportedModelError, **options)
+    lora = LoraConfig(target_modules=["q"], task_type="SEQ_2_SEQ_LM")
+    refuse(get_peft_model(T5ForConditionalGeneration(config), lora), match, UnsupportedModelError, **options)
+
+
+def test_images_whose_decoder_is_of_another_kind() -> None:
+    small = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BlipConfig(text_config={**small, "vocab_size": 32}, vision_config={**small, "image_size": 28, "patch_size": 14})
+    refuse(BlipForConditionalGeneration(config), "BlipForConditionalGeneration has no decoder", UnsupportedModelError)
 
 
 class Scaled(LlamaMLP):
@@ -111,9 +138,65 @@ def test_a_replica_of_data_parallel() -> None:
     assert not find_state(model).context.in_forward
 
 
-def test_dora() -> None:
-    model = get_peft_model(tiny_base(), LoraConfig(target_modules=["v_proj"], use_dora=True, task_type="CAUSAL_LM"))
-    refuse(model, r"layers.1.v_proj uses a LoRA variant \(DoRA")
+TARGETS = {"target_modules": ["v_proj"], "task_type": "CAUSAL_LM"}
+INSIDE = {
+    "DoRA": (LoraConfig(use_dora=True, **TARGETS), r"layers\.1\.v_proj uses a LoRA variant \(DoRA\)"),
+    "aLoRA": (LoraConfig(alora_invocation_tokens=[3], **TARGETS), r"layers\.1\.v_proj uses a LoRA variant \(ALoraLinear\)"),
+    "AdaLoRA": (AdaLoraConfig(total_step=9, **TARGETS), r"layers\.1\.v_proj carries a SVDLinear of peft\.tuners\.adalora"),
+    "RandLoRA": (RandLoraConfig(r=4, **TARGETS), r"layers\.1\.v_proj carries a Linear of peft\.tuners\.randlora"),
+    "VeRA": (VeraConfig(r=4, **TARGETS), r"v_proj carries a Linear of peft\.tuners\.vera"),
+    "LoHa": (LoHaConfig(r=4, **TARGETS), r"v_proj carries a Linear of peft\.tuners\.loha"),
+    "IA3": (IA3Config(feedforward_modules=[], **TARGETS), r"v_proj carries a Linear of peft\.tuners\.ia3"),
+    "whole": (
+        LoraConfig(target_modules=["q_proj"], modules_to_save=["v_proj"], task_type="CAUSAL_LM"),
+        r"v_proj is trained whole \(ModulesToSaveWrapper\)",
+    ),
+    "parameters": (
+        LoraConfig(target_modules=[], target_parameters=["self_attn.v_proj.weight"], task_type="CAUSAL_LM"),
+        r"layers\.1\.v_proj carries a ParamWrapper \(target_parameters\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("method", INSIDE)
+def test_another_method_than_plain_lora(method: str) -> None:
+    """Inside a sparse module; where nothing is sparse it is the family's and PEFT's."""
+    settings, match = INSIDE[method]
+    model = get_peft_model(tiny_base(), settings).train()
+    refuse(model, f"{match}.*plain LoRA is supported in sparse layers", layers={"ffn": {"0-1": 0.5}, "vo": {"1": 0.5}})
+    whole = loss_and_gradients(model)
+    apply_sparselora(model, config(layers={"ffn": {"0-1": 0.0}}))
+    for name, expected, got in compared(whole, loss_and_gradients(model)):
+        assert_close(name, expected, got, rtol=1e-4, atol=1e-6)
+
+
+def loss_and_gradients(model: PeftModel) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss = model(**batch()).loss
+    loss.backward()
+    return {"loss": loss.detach(), **gradients(model)}
+
+
+def compared(
+    expected: dict[str, torch.Tensor], got: dict[str, torch.Tensor]
+) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    assert expected.keys() == got.keys() and len(expected) > 1
+    return [(name, expected[name], got[name]) for name in expected]
+
+
+@pytest.mark.parametrize("options", [{}, {"enabled": False}])
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_tokens_that_are_not_the_batch_s(kind: type, options: dict[str, bool]) -> None:
+    model = get_peft_model(tiny_base(), kind(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+    refuse(model, "_TUNING puts tokens of its own before the batch's.*plain LoRA", **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"enabled": False}])
+def test_x_lora(options: dict[str, bool], tmp_path: Path) -> None:
+    get_peft_model(tiny_base(), LoraConfig(**TARGETS)).save_pretrained(tmp_path)
+    settings = XLoraConfig(task_type="CAUSAL_LM", hidden_size=48, adapters={"0": str(tmp_path)})
+    model = get_peft_model(tiny_base(use_cache=False), settings)
+    refuse(model, "X-LoRA runs the model twice.*one by one", **options)
 
 
 def test_twice() -> None:

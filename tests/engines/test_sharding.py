@@ -75,12 +75,20 @@ def test_bf16_keeps_frozen_weights_and_factors_in_bf16(zero3: Any, fsdp2: Any) -
             assert trained == ({torch.bfloat16} if engine is zero3 else {torch.float32})
 
 
-@pytest.mark.parametrize("step", ["memory", "memory dense"])
+@pytest.mark.parametrize("step", ["memory", "memory dense", "memory fused"])
 def test_nothing_is_whole_between_forward_and_backward(sharded: Any, step: str) -> None:
     for rank in sharded:
         seen = rank["sharding"][step]
-        assert seen["sparse"] == (step == "memory")
+        assert seen["sparse"] == (step != "memory dense")
         assert seen["whole between"] == [] and seen["gathered"] == []
         assert seen["saved"] > 50
         # Activations are smaller than the smallest slice of kept rows, so size alone tells a weight.
         assert seen["large"] == []
+
+
+def test_a_sharded_model_has_the_names_of_its_family(fsdp2: Any) -> None:
+    """In state dicts, whole or of shards, and in those that are loaded."""
+    seen = fsdp2[0]["family names"]  # A whole one is rank 0's.
+    for expected, got in (("plain", "whole"), ("plain", "shards"), ("other", "loaded")):
+        assert seen[expected].keys() == seen[got].keys()
+        assert all(torch.equal(value, seen[got][name]) for name, value in seen[expected].items())

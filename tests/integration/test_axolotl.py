@@ -6,6 +6,7 @@ The calls are those of its ``PluginManager``, ``merge_input_args``, ``ModelLoade
 from __future__ import annotations
 
 import importlib
+import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -15,12 +16,15 @@ import pytest
 import yaml
 from peft import LoraConfig, get_peft_model
 from pydantic import BaseModel, ConfigDict, ValidationError
-from transformers import AutoModelForCausalLM, Trainer
+from safetensors.torch import load_file
+from transformers import Trainer
 
 from sparselora_dist import SparseLoRACallback, SparseLoRAConfig, apply_sparselora, selection
 from sparselora_dist.apply import find_state
 from support.harness import ROOT
 from support.models import tiny_base
+from support.stand_ins import axolotl_train
+from support.trainer_pages import blocks, clone
 from support.trainer_workers import arguments, trainer_rows
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -119,17 +123,38 @@ def test_a_callback_with_a_configuration_trains_as_the_three_lines_do(expected: 
     same_run(expected, trained(peft_model(tiny_base()), tmp_path, [callback]))
 
 
-def test_the_example_fits_its_model(plugin: Any) -> None:
-    cfg = read(plugin, example())
-    base = AutoModelForCausalLM.from_pretrained(ROOT / cfg.base_model)
-    lora = LoraConfig(r=cfg.lora_r, target_modules=list(cfg.lora_target_modules), task_type="CAUSAL_LM")
-    model = get_peft_model(base, lora)
-    plugin.post_model_load(cfg, model)
-    assert {g: set(by_layer) for g, by_layer in find_state(model).sparsity.items()} == {
+def test_the_page_s_command(plugin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file that it names, whose plugin this is, by its own keys from its data to its adapter."""
+    (command,) = blocks("axolotl.md")
+    program, verb, file = shlex.split(command)
+    assert (program, verb) == ("axolotl", "train")
+    monkeypatch.chdir(clone(tmp_path, rows=80))
+    cfg = read(plugin, yaml.safe_load(Path(file).read_text(encoding="utf-8")))
+
+    def before(model: Any) -> list[Any]:
+        plugin.post_model_load(cfg, model)
+        return plugin.add_callbacks_pre_trainer(cfg=cfg, model=model)
+
+    trainer = axolotl_train(cfg, before)
+    assert {g: set(by_layer) for g, by_layer in find_state(trainer.model).sparsity.items()} == {
         "ffn": {1, 2, 3, 4},
         "qk": {2, 3, 4},
         "vo": {2, 3, 4},
     }
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    assert [row["sparsity/active"] for row in logged] == [0] + [1] * 19
+    assert logged[-1]["loss"] < logged[0]["loss"] - 1
+    assert len(load_file(tmp_path / cfg.output_dir / "adapter_model.safetensors")) == 40
+
+
+def test_the_page_s_section(plugin: Any) -> None:
+    """On a model of as many layers as it names."""
+    (section,) = blocks("axolotl.md", "yaml")
+    written = yaml.safe_load(section)
+    assert written["plugins"] == example()["plugins"] and written["adapter"] == "lora"
+    model = peft_model(tiny_base(num_hidden_layers=32))
+    plugin.post_model_load(read(plugin, written), model)
+    assert find_state(model).sparsity == {"ffn": dict.fromkeys(range(3, 31), 0.99)}
 
 
 def test_without_the_section_nothing_happens(plugin: Any) -> None:

@@ -7,8 +7,9 @@ margins and KL are 0, and nothing is clipped. At sparsity 0 every loss is that o
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from sparselora_dist import SparseLoRACallback, SparseLossMixin
 from sparselora_dist.apply import find_state
-from sparselora_dist.integrations.objectives import check_reference
+from sparselora_dist.integrations.objectives import begin_objective, check_reference
 from support.models import tiny_base
 from support.trainer_workers import arguments, make_sparse, trainer_rows, watch
 
@@ -214,3 +215,27 @@ def test_a_reference_that_is_computed_before_is_refused(tiny: Tiny, tmp_path: Pa
         SparseLoRACallback().on_train_begin(args, None, None, model=model)
     context.sparse_references = False
     check_reference(args, context)
+
+
+@pytest.mark.parametrize(("loss", "whole"), [("nll", True), ("chunked_nll", False)])
+def test_an_sft_trainer_that_reads_every_logit_gets_them(loss: str, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As TRL's did before 1.16, for its metrics."""
+
+    class SFTTrainer:
+        def compute_loss(self, outputs: Any) -> Any:
+            return entropy_from_logits(outputs.logits)  # type: ignore[name-defined]  # noqa: F821
+
+    class SFTConfig:
+        loss_type, use_liger_kernel = loss, False
+
+    older: Any = ModuleType("trl.trainer.sft_trainer")
+    older.SFTTrainer = SFTTrainer
+    monkeypatch.setitem(sys.modules, older.__name__, older)
+    model = make_sparse(tiny_base())
+    context = find_state(model).context
+    begin_objective(arguments("unused", use_cpu=True), context)
+    assert context.skip_unused_logits
+    begin_objective(SFTConfig(), context)
+    assert context.skip_unused_logits != whole
+    data = {name: torch.tensor(column)[None] for name, column in trainer_rows()[0].items()}
+    assert (model(**data).logits.shape[:2] == data["labels"].shape) == whole

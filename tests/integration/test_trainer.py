@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from sparselora_dist import SparseLoRACallback, selection
 from sparselora_dist.apply import find_state
+from sparselora_dist.method.tokens import partition_tokens
 from support.compare import assert_close
 from support.harness import run_ranks
 from support.models import tiny_base
@@ -28,6 +29,8 @@ from .conftest import Tiny, task_rows
 pytestmark = pytest.mark.usefixtures("alone")
 # The tiny model's groups by layer.
 CHOSEN = {1: {"ffn", "qk"}, 2: {"vo"}}
+# Who says which column of a row.
+SAYS = {"user": "prompt", "assistant": "completion"}
 
 
 def rows(history: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -243,7 +246,9 @@ def test_with_deepspeed_on_two_ranks(
         assert_close("logits", plain[0].model.eval()(input_ids=ids).logits, reloaded(input_ids=ids).logits, 1e-2, 1e-2)
 
 
-def sft(tiny: Tiny, folder: Path, **settings: Any) -> tuple[list[dict[str, float]], list[dict], set[str]]:
+def sft(
+    tiny: Tiny, folder: Path, data: list[dict[str, Any]] | None = None, template: str | None = None, **settings: Any
+) -> tuple[list[dict[str, float]], list[dict], set[str]]:
     """A sparse run of TRL's SFTTrainer: its history, the masks of its steps, and what the model was called with."""
     trl = pytest.importorskip("trl")
     from datasets import Dataset
@@ -273,11 +278,13 @@ def sft(tiny: Tiny, folder: Path, **settings: Any) -> tuple[list[dict[str, float
         | settings
     )
     watcher = watch()
+    tokenizer = AutoTokenizer.from_pretrained(tiny.model)
+    tokenizer.chat_template = template
     trainer = trl.SFTTrainer(
         model=model,
         args=training,
-        train_dataset=Dataset.from_list(task_rows(64, seed=0)),
-        processing_class=AutoTokenizer.from_pretrained(tiny.model),
+        train_dataset=Dataset.from_list(data or task_rows(64, seed=0)),
+        processing_class=tokenizer,
         callbacks=[SparseLoRACallback(), watcher],
     )
     trainer.train()
@@ -305,3 +312,32 @@ def test_trl_packing(tiny: Tiny, tmp_path: Path) -> None:
     assert "position_ids" in given and "attention_mask" not in given
     check_schedule(history, masks)
     assert all(0 < row["sparsity/context_share"] < 1 for row in rows(history)[STEPS // 2 :])
+
+
+def test_trl_assistant_only_loss(tiny: Tiny, tmp_path: Path) -> None:
+    """Conversations: what the user says is context, wherever it stands. A first turn alone is prompt and completion."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}"
+        "{% else %}{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    asked = task_rows(8, seed=0)
+    turns = [[{"role": r, "content": row[c]} for r, c in SAYS.items()] for row in asked]
+    options: dict[str, Any] = {"template": template, "assistant_only_loss": True, "max_length": None}
+    plain, _, _ = sft(tiny, tmp_path / "plain", asked)
+    history, masks, _ = sft(tiny, tmp_path / "one", [{"messages": turn} for turn in turns], **options)
+    check_schedule(history, masks)
+    assert losses(history) == losses(plain)
+
+    both = [first + second for first, second in zip(turns, turns[1:] + turns[:1])]
+    history, masks, _ = sft(tiny, tmp_path / "two", [{"messages": said} for said in both], **options)
+    check_schedule(history, masks)
+    tokenizer = AutoTokenizer.from_pretrained(tiny.model)
+    dense = context = 0
+    for said in both:  # A batch has no context in its padding, so rows can be counted one by one.
+        labels: list[int] = []
+        for turn in said:
+            ids = tokenizer(turn["content"], add_special_tokens=False)["input_ids"]
+            labels += [-100] * len(ids) if turn["role"] == "user" else [*ids, tokenizer.eos_token_id]
+        tokens = partition_tokens(torch.tensor([labels]))
+        dense, context = dense + tokens.dense.numel(), context + tokens.context.numel()
+    assert rows(history)[-1]["sparsity/context_share"] == pytest.approx(context / (dense + context))

@@ -40,10 +40,22 @@ def gated_arguments(rank: int, dense: int) -> tuple:
     return x, *weights, None, torch.randn(7), *updates, *split(dense, 4, 2), some(7, 3), "silu"
 
 
+def halves_arguments() -> tuple:
+    x, _, _, _, _, *rest = gated_arguments(2, 3)
+    both = torch.randn(14, 5)
+    return x, [both], [0, 0, 7], [both], [0, 7, 7], *rest
+
+
 def down_arguments(rank: int) -> tuple:
     h = torch.randn(3, 7, requires_grad=True), torch.randn(4, 2, requires_grad=True)
     updates = [torch.randn(n, rank, requires_grad=True) for n in (3, 4, 5)] if rank else [None] * 3
     return *h, [torch.randn(7, 5)], [0], torch.randn(5), *updates, *split(3, 4, 2), some(7, 2), 9
+
+
+def up_arguments(rank: int, dense: int) -> tuple:
+    x = torch.randn(dense + 6, 5, requires_grad=True)
+    update = [torch.randn(n, rank, requires_grad=True) for n in (dense + 6, 7)] if rank else [None] * 2
+    return x, [torch.randn(7, 5)], [0], torch.randn(7), *update, *split(dense, 4, 2), some(7, 3)
 
 
 def joined_arguments(sparse: bool, quantised: bool, every: bool = False) -> tuple:
@@ -93,6 +105,10 @@ CASES: dict[str, tuple[str, Callable[[], tuple]]] = {
     "experts, down, NF4": ("grouped_linear", lambda: grouped_arguments(True, True, True)),
     "experts, whole": ("grouped_linear", lambda: grouped_arguments(False, False, True)),
     "experts, trained": ("grouped_product", trained_bank),
+    "gate and up in one": ("gated_up", halves_arguments),
+    "up": ("ffn_up", lambda: up_arguments(0, 3)),
+    "up with LoRA": ("ffn_up", lambda: up_arguments(2, 3)),
+    "up, no dense token": ("ffn_up", lambda: up_arguments(2, 0)),
     "down": ("ffn_down", lambda: down_arguments(0)),
     "down with LoRA": ("ffn_down", lambda: down_arguments(2)),
 }

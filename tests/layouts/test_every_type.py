@@ -89,14 +89,20 @@ def drop(model: PeftModel, masks: dict[int, dict[str, Tensor]], data: dict[str, 
         if "experts" in chosen:
             experts: Any = layer.experts
             experts.module.forward = NarrowExperts(experts, chosen["experts"], context)
+        outputs: dict[str, Tensor] = {}
         if "qk" in chosen:
-            for name, owned in (("q_proj", heads.q_rows), ("k_proj", heads.k_rows)):
-                linear = layer.matrix(name)
-                linear.register_forward_hook(kept(linear.out_features, owned(chosen["qk"])).after)
+            outputs |= {"q_proj": heads.q_rows(chosen["qk"]), "k_proj": heads.k_rows(chosen["qk"])}
         if "vo" in chosen:
-            v, o = layer.matrix("v_proj"), layer.matrix("o_proj")
-            v.register_forward_hook(kept(v.out_features, heads.v_rows(chosen["vo"])).after)
+            outputs["v_proj"] = heads.v_rows(chosen["vo"])
+            o = layer.matrix("o_proj")
             o.register_forward_pre_hook(kept(o.in_features, heads.o_columns(chosen["vo"])).before)
+        for name, owned in outputs.items():
+            stored, rows = layer.within(name)
+            linear = layer.matrix(stored)
+            if rows is not None:  # Whatever else is in the matrix is whole.
+                everything = torch.arange(linear.out_features)
+                owned = torch.cat([everything[~torch.isin(everything, rows)], rows[owned]])
+            linear.register_forward_hook(kept(linear.out_features, owned).after)
     return model
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from sparselora_dist import SparseLoRAConfig, apply_sparselora, remove_sparselora, selection
 from sparselora_dist.engines import Engine
-from sparselora_dist.sharding.parameters import is_dtensor, is_zero3
+from sparselora_dist.sharding.parameters import full_tensor, is_dtensor, is_zero3
 
 from .engine_parts import SPARSE, close, make_engine, refusal, run_config, train_step
-from .models import ATTENTION, batch, tiny_base, tiny_lora
+from .models import ATTENTION, FUSED, batch, tiny_base, tiny_lora
 
 # Weights far larger than any activation, so that size alone tells them apart; all widths but one are odd.
 WIDE = {
@@ -30,9 +33,10 @@ KEPT_AT_LEAST = 24 * 99
 """Elements of the smallest slice of kept rows (k: 0.75 of 32 rows)."""
 
 
-def wide_model(dtype: torch.dtype = torch.float32, autocast: bool = True) -> Any:
-    base = tiny_base(dtype=dtype, **WIDE)
-    lora = LoraConfig(r=3, lora_alpha=6, target_modules=ATTENTION, task_type="CAUSAL_LM")
+def wide_model(dtype: torch.dtype = torch.float32, autocast: bool = True, fused: bool = False) -> Any:
+    base = tiny_base("phi3" if fused else "llama", dtype=dtype, **WIDE)
+    targets = FUSED["phi3"] if fused else ATTENTION
+    lora = LoraConfig(r=3, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM")
     model = get_peft_model(base, lora, autocast_adapter_dtype=autocast).train()
     for name, p in model.named_parameters():
         if "lora_B" in name:
@@ -138,6 +142,11 @@ def sharding(name: str) -> dict[str, Any]:
     ):
         seen[label] = refusal(call)
     close(engine)
+    engine = make_engine(run_config(name))
+    model = wide_model(fused=True)
+    engine.prepare(model)
+    seen["memory fused"] = memory(engine, model, sparse=True)
+    close(engine)
     engine = make_engine(run_config(name, dtype="bfloat16"))
     model = wide_model(torch.bfloat16, autocast=name != "zero3")
     engine.prepare(model)
@@ -154,3 +163,21 @@ def apply_after_fully_shard() -> str:
     message = refusal(lambda: apply_sparselora(model, SparseLoRAConfig.from_dict(SPARSE)))
     close(engine)
     return message
+
+
+def family_names() -> dict[str, Any]:
+    """State dicts of a sharded model without a wrapper, whole and in shards, and another's loaded into it."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+
+    plain, other = (tiny_base(seed=seed).requires_grad_(False) for seed in (0, 5))
+    model = apply_sparselora(copy.deepcopy(plain).train(), SparseLoRAConfig.from_dict(SPARSE))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh)
+    whole = StateDictOptions(full_state_dict=True)
+    seen = {"plain": plain.state_dict(), "whole": get_model_state_dict(model, options=whole)}
+    seen["shards"] = {name: full_tensor(value) for name, value in get_model_state_dict(model).items()}
+    seen["other"] = other.state_dict()
+    set_model_state_dict(model, copy.deepcopy(other.state_dict()), options=whole)
+    seen["loaded"] = get_model_state_dict(model, options=whole)
+    return seen

@@ -38,10 +38,16 @@ class Command:
         return Command(launcher, tuple(script))
 
 
+def blocks(page: str, language: str = "") -> list[str]:
+    """What stands between fences on a page; ``language`` is that of the fence, none for commands."""
+    text = (PAGES / page).read_text(encoding="utf-8")
+    return [block for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M) if kind == language]
+
+
 def commands(page: str) -> list[Command]:
     """Every command of a page that starts a script in examples/."""
     found = []
-    for block in re.findall(r"^```\w*\n(.*?)^```", (PAGES / page).read_text(encoding="utf-8"), re.S | re.M):
+    for block in blocks(page):
         for line in block.replace("\\\n", " ").splitlines():
             words = tuple(shlex.split(line))
             at = next((i for i, word in enumerate(words) if word.startswith("examples/") and word.endswith(".py")), None)

@@ -37,6 +37,8 @@ def dtype_of(implementation: str) -> torch.dtype:
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
 @pytest.mark.parametrize("stored", ["plain", "NF4", "all of it"])
 def test_frozen(case: tuple, transposed: bool, stored: str, implementation: str) -> None:
+    if (stored, implementation) == ("NF4", "triton") and case is not CASES[0]:
+        pytest.skip("decoding has tests of its own, and Triton's interpreter is slow")
     rows, channels, kept, length = case
     dtype = dtype_of(implementation)
     weight: Any = torch.randn(EXPERTS * channels, length).to(dtype)

@@ -168,6 +168,9 @@ class _RandomFactors:
     def get(self, layer: int, name: str) -> Tensor:
         raise AssertionError(f"no factors of layers.{layer}.{name} in the file")
 
+    def blocks(self, layer: int, name: str) -> int:
+        return 1
+
     def mark(self, layer: int, name: str) -> str:
         return "random"
 

@@ -8,26 +8,38 @@ Face package.
 """
 
 from .activations import activation_name
+from .expert_score import expert_score
 from .ffn_down import ffn_down
+from .ffn_up import ffn_up
 from .gated_ffn import gated_up
 from .gated_product import gated_product
+from .grouped import grouped_linear, grouped_product
 from .label_loss import chunk_rows, label_loss, label_scores, row_bytes, scores_of
 from .lora_joined import lora_joined
 from .lora_linear import lora_linear, lora_order
 from .nf4 import nf4_rows
-from .score import gated_ffn_score, projection_score, projection_scores
-from .select import kept_count, select_channels, select_checked
-from .stored import EncodedWeight, Weight, nf4_layout
+from .routing import Pairs, collect, expert_pairs, spread
+from .score import ffn_score, gated_ffn_score, projection_score, projection_scores
+from .select import kept_count, select_channels, select_checked, select_grouped
+from .stored import EncodedWeight, Weight, nf4_layout, rows_of
 
 __all__ = [
     "EncodedWeight",
+    "Pairs",
     "Weight",
     "activation_name",
     "chunk_rows",
+    "collect",
+    "expert_pairs",
+    "expert_score",
     "ffn_down",
+    "ffn_score",
+    "ffn_up",
     "gated_ffn_score",
     "gated_product",
     "gated_up",
+    "grouped_linear",
+    "grouped_product",
     "kept_count",
     "label_loss",
     "label_scores",
@@ -39,7 +51,10 @@ __all__ = [
     "projection_score",
     "projection_scores",
     "row_bytes",
+    "rows_of",
     "scores_of",
     "select_channels",
     "select_checked",
+    "select_grouped",
+    "spread",
 ]

@@ -15,7 +15,7 @@ from torch import Tensor
 from .indexed_linear import add_update, indexed_nn, indexed_nt, linear, matmul
 from .operands import NNOperands, NTOperands
 from .operator import held, hold, register, register_with_gradient
-from .stored import EncodedWeight, Weight, refuse_trainable, unpack
+from .stored import Weight, refuse_trainable, unpack, weight_of
 
 
 def _forward(
@@ -33,7 +33,7 @@ def _forward(
     tokens: int,
 ) -> Tensor:
     some_dense = dense_rows.numel() > 0
-    weight = EncodedWeight(parts, layout).once(some_dense, h_context.dtype)
+    weight = weight_of(parts, layout).once(some_dense, h_context.dtype)
     covered = dense_rows.numel() + context_rows.numel()
     y = (h_context.new_empty if covered == tokens else h_context.new_zeros)(tokens, weight.length)
     if some_dense:
@@ -43,7 +43,7 @@ def _forward(
 
 def _forward_fake(h_dense: Tensor, h_context: Tensor, parts: list[Tensor], layout: list[int], *rest: Any) -> Tensor:
     tokens: int = rest[-1]
-    return h_context.new_empty(tokens, EncodedWeight(parts, layout).length)
+    return h_context.new_empty(tokens, weight_of(parts, layout).length)
 
 
 def _backward(
@@ -59,7 +59,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``h_dense``, ``h_context``, ``low_dense``, ``low_context``, ``b``; the last three may be empty."""
     some_dense = dense_rows.numel() > 0
-    weight = EncodedWeight(parts, layout).once(some_dense, grad.dtype)
+    weight = weight_of(parts, layout).once(some_dense, grad.dtype)
     dense = grad.index_select(0, dense_rows)
     wide = linear(dense, weight.parts[0]) if some_dense else grad.new_empty(0, weight.channels)
     kept = indexed_nt(NTOperands(grad, context_rows, channels), weight)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from . import ffn_down, gated_ffn, lora_joined  # noqa: F401  (registered when imported)
+from . import ffn_down, ffn_up, gated_ffn, grouped, lora_joined  # noqa: F401  (registered when imported)
 from .lora_linear import lora_order
-from .stored import PLAIN
+from .stored import PLAIN, split_layout
 
 Shape = Any
 _OPS = torch.ops.sparselora
@@ -24,7 +24,8 @@ flop_registry.setdefault(torch.ops.aten.addmm_, flop_registry[torch.ops.aten.add
 
 def _matrix(parts: list[Shape], layout: list[int]) -> tuple[int, int]:
     """(channels, length)."""
-    return parts[0][0], parts[0][1] if len(layout) == len(PLAIN) else layout[0]
+    own, rows = split_layout(layout)
+    return rows[1] if rows else parts[0][0], own[0] or parts[0][1]
 
 
 def _base(tokens: int, matrix: tuple[int, int], dense: Shape, context: Shape, kept: Shape) -> int:
@@ -131,6 +132,25 @@ def _gated_up_backward(
     return base + 2 * (_update(gate_low, gate_b, *lists) + _update(up_low, up_b, *lists))
 
 
+@register_flop_formula(_OPS.ffn_up)
+def _ffn_up(
+    x: Shape, parts: Any, layout: Any, bias: Shape, low: Shape, b: Shape, dense: Shape, context: Shape, kept: Shape,
+    **_: Any,
+) -> int:  # fmt: skip
+    lists = dense, context, kept
+    return _base(x[0], _matrix(parts, layout), *lists) + _update(low, b, *lists)
+
+
+@register_flop_formula(_OPS.ffn_up_backward)
+def _ffn_up_backward(
+    grad: Shape, parts: Any, layout: Any, low: Shape, b: Shape, dense: Shape, context: Shape, kept: Shape, tokens: int,
+    needs_input: bool, **_: Any,
+) -> int:  # fmt: skip
+    lists = dense, context, kept
+    base = _base(tokens, _matrix(parts, layout), *lists) if needs_input else 0
+    return base + 2 * _update(low, b, *lists)
+
+
 @register_flop_formula(_OPS.ffn_down)
 def _ffn_down(
     h_dense: Shape, h_context: Shape, parts: Any, layout: Any, bias: Shape, low_dense: Shape, low_context: Shape,
@@ -147,3 +167,25 @@ def _ffn_down_backward(
 ) -> int:  # fmt: skip
     base = _base(grad[0], _matrix(parts, layout), dense, context, kept)
     return base if b is None else base + 4 * (dense[0] + context[0]) * b[0] * b[1]
+
+
+def _grouped_linear(x: Shape, parts: Any, layout: Any, ends: Shape, kept: Shape, transposed: bool, **_: Any) -> int:
+    """Every row with one expert's kept rows, whatever experts there are."""
+    channels, length = _matrix(parts, layout)
+    return 2 * x[0] * (channels if kept is None else kept[0]) // ends[0] * length
+
+
+register_flop_formula(_OPS.grouped_linear)(_grouped_linear)
+register_flop_formula(_OPS.grouped_linear_backward)(_grouped_linear)
+
+
+@register_flop_formula(_OPS.grouped_product)
+def _grouped_product(x: Shape, weight: Shape, ends: Shape, **_: Any) -> int:
+    return 2 * x[0] * weight[1] * weight[2]
+
+
+@register_flop_formula(_OPS.grouped_product_backward)
+def _grouped_product_backward(
+    grad: Shape, x: Shape, weight: Shape, ends: Shape, needs_input: bool, needs_weight: bool, **_: Any
+) -> int:
+    return 2 * grad[0] * weight[1] * weight[2] * (needs_input + needs_weight)

@@ -20,7 +20,7 @@ from .gated_product import product, product_gradient
 from .indexed_linear import add_update, linear, matmul, triton_choice, vendor_nt
 from .operands import NTOperands
 from .operator import held, hold, is_traced, register, register_with_gradient
-from .stored import EncodedWeight, Weight, refuse_trainable, unpack
+from .stored import EncodedWeight, Weight, refuse_trainable, unpack, weight_of
 
 
 def _up(
@@ -45,8 +45,8 @@ def _up(
     Called directly, ``channels`` may be a function that gives them, once the dense tokens are under way.
     """
     some_dense = dense_rows.numel() > 0
-    gate = EncodedWeight(gate_parts, gate_layout).once(some_dense, x.dtype)
-    up = EncodedWeight(up_parts, up_layout).once(some_dense, x.dtype)
+    gate = weight_of(gate_parts, gate_layout).once(some_dense, x.dtype)
+    up = weight_of(up_parts, up_layout).once(some_dense, x.dtype)
     if some_dense:
         dense = x.index_select(0, dense_rows)
         g_d = add_update(linear(dense, gate.parts[0], gate_bias), _at(gate_low, dense_rows), gate_b)
@@ -87,7 +87,7 @@ def _up(
 
 def _up_fake(x: Tensor, gate_parts: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
     dense_rows, context_rows, channels = rest[-4:-1]
-    wide = x.new_empty(dense_rows.shape[0], gate_parts[0].shape[0])
+    wide = x.new_empty(dense_rows.shape[0], weight_of(gate_parts, rest[0]).channels)
     kept = x.new_empty(context_rows.shape[0], channels.shape[0])
     return wide, kept, *(torch.empty_like(t) for t in (wide, wide, kept, kept))
 
@@ -124,8 +124,8 @@ def _up_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``x``, ``gate_low``, ``gate_b``, ``up_low``, ``up_b``; empty where there is none."""
     some_dense = grad_dense is not None and grad_dense.shape[0] > 0
-    gate = EncodedWeight(gate_parts, gate_layout)
-    up = EncodedWeight(up_parts, up_layout)
+    gate = weight_of(gate_parts, gate_layout)
+    up = weight_of(up_parts, up_layout)
     length, dtype = gate.length, g_c.dtype
     covered = (dense_rows.numel() if some_dense else 0) + (0 if grad_context is None else context_rows.numel())
     grad_x = g_c.new_empty(0)
@@ -177,7 +177,7 @@ def _zeros(like: Tensor | None, rows: int) -> Tensor:
 def _up_backward_fake(*args: Any) -> tuple[Tensor, ...]:
     g_c, gate_parts, gate_layout = args[4], args[6], args[7]
     tokens, needs_input = args[18], args[19]
-    width = EncodedWeight(gate_parts, gate_layout).length
+    width = weight_of(gate_parts, gate_layout).length
     like = (g_c.new_empty(0) if t is None else torch.empty_like(t) for t in args[10:14])
     return g_c.new_empty(tokens, width) if needs_input else g_c.new_empty(0), *like
 

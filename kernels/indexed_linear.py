@@ -61,7 +61,8 @@ def triton_matrix(weight: EncodedWeight, channels: Tensor | None, x: Tensor) -> 
 
     codes, scales = weight.parts
     length, double_quant = weight.layout
-    return NF4Matrix(codes, row_absmax(scales, channels, length, bool(double_quant)), levels(codes.device), length)
+    absmax = row_absmax(scales, channels, length, bool(double_quant), weight.first)
+    return NF4Matrix(codes, absmax, levels(codes.device), length)
 
 
 @lru_cache(4096)  # Layers ask for the same again and again.

@@ -42,7 +42,14 @@ def row_bytes(dtype: torch.dtype) -> int:
     return 4 if dtype == torch.float32 else 4 + dtype.itemsize
 
 
-def label_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+def label_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    scale: float = 1.0,
+    cap: float | None = None,
+) -> Tensor:
     """Sum of the cross entropies, () fp32; differentiable with respect to ``hidden``.
 
     Args:
@@ -50,17 +57,24 @@ def label_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tens
         weight: (V, H) in the dtype of ``hidden``; it gets no gradient.
         bias: (V,), or ``None``; it gets none either.
         labels: (n,) int64 in [0, V).
+        scale, cap: the logits are ``scale * z``, or ``cap * tanh(scale * z / cap)``.
     """
-    return _LabelLoss.apply(hidden, weight, bias, labels)
+    return _LabelLoss.apply(hidden, weight, bias, labels, scale, cap)
 
 
 @torch.no_grad()
-def label_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+def label_scores(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    scale: float = 1.0,
+    cap: float | None = None,
+) -> Tensor:
     """(n, 2) fp32: each label's cross entropy, and 1 where it is the most likely word, else 0. Carries no gradient."""
     with torch.autocast(hidden.device.type, enabled=False):
         found = [
-            scores_of(torch.nn.functional.linear(hidden[rows], weight, bias), labels[rows])
-            for rows in _chunks(hidden, weight)
+            scores_of(_logits(hidden[rows], weight, bias, scale, cap), labels[rows]) for rows in _chunks(hidden, weight)
         ]
     return torch.cat(found) if found else hidden.new_zeros((0, 2), dtype=torch.float32)
 
@@ -88,26 +102,56 @@ def _softmax(logits: Tensor, largest: Tensor, wanted: Tensor) -> tuple[Tensor, T
     return total.log() - target, shares.div_(total)
 
 
-def _chunk_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, grad: Tensor | None) -> Tensor:
-    """Loss of one chunk; its gradient is written into ``grad``. Nothing of the chunk outlives the call."""
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float | None) -> Tensor:
+    """(m, V) fp32, scaled and capped in place."""
     logits = torch.nn.functional.linear(hidden, weight, bias).float()
+    factor = scale if cap is None else scale / cap
+    if factor != 1.0:
+        logits.mul_(factor)
+    return logits if cap is None else logits.tanh_().mul_(cap)
+
+
+def _chunk_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    grad: Tensor | None,
+    scale: float,
+    cap: float | None,
+) -> Tensor:
+    """Loss of one chunk; its gradient is written into ``grad``. Nothing of the chunk outlives the call."""
+    logits = _logits(hidden, weight, bias, scale, cap)
     wanted = labels[:, None]
+    slope = None if cap is None or grad is None else (logits / cap).square_().neg_().add_(1.0)
     loss, shares = _softmax(logits, logits.amax(1, keepdim=True), wanted)
     if grad is not None:
         shares.scatter_(1, wanted, shares.gather(1, wanted) - 1.0)
+        if slope is not None:
+            shares.mul_(slope)
+        if scale != 1.0:
+            shares.mul_(scale)
         torch.mm(shares.to(weight.dtype), weight, out=grad)
     return loss.sum()
 
 
 class _LabelLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        scale: float,
+        cap: float | None,
+    ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         grad = torch.empty_like(hidden, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in _chunks(hidden, weight):
                 into = None if grad is None else grad[rows]
-                total += _chunk_loss(hidden[rows], weight, bias, labels[rows], into)
+                total += _chunk_loss(hidden[rows], weight, bias, labels[rows], into, scale, cap)
         if grad is not None:
             ctx.save_for_backward(grad)
         return total
@@ -116,4 +160,4 @@ class _LabelLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, loss_grad: Tensor) -> Any:
         (grad,) = ctx.saved_tensors
-        return grad * loss_grad, None, None, None
+        return grad * loss_grad, None, None, None, None, None

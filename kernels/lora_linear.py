@@ -22,7 +22,7 @@ from .indexed_linear import indexed_nn, indexed_nt, linear, matmul
 from .masters import cast
 from .operands import NNOperands, NTOperands
 from .operator import held, hold, register, register_with_gradient
-from .stored import EncodedWeight, Weight, refuse_trainable, unpack
+from .stored import EncodedWeight, Weight, refuse_trainable, unpack, weight_of
 
 Backward = Literal["through_rank", "through_weight"]
 
@@ -77,7 +77,7 @@ def _forward(
     merge: bool,
 ) -> tuple[Tensor, Tensor]:
     """``y`` (T, out) and ``x·Aᵀ`` (T, r), empty where the backward does not read it."""
-    weight = EncodedWeight(parts, layout)
+    weight = weight_of(parts, layout)
     low = x.new_empty(0)
     merged = False
     if a is not None and b is not None:
@@ -119,7 +119,7 @@ def _forward(
 
 def _forward_fake(x: Tensor, parts: list[Tensor], layout: list[int], *rest: Any) -> tuple[Tensor, Tensor]:
     _, a, b, _, _, context_rows, _, transposed, merge = rest
-    weight = EncodedWeight(parts, layout)
+    weight = weight_of(parts, layout)
     out = weight.length if transposed else weight.channels
     kept = False
     if a is not None:
@@ -145,7 +145,7 @@ def _backward(
     needs_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``x``, ``a`` and ``b``; empty where there is none."""
-    weight = EncodedWeight(parts, layout)
+    weight = weight_of(parts, layout)
     # Results of a registered operator must not share memory: an empty tensor for each.
     none, grad_a, grad_b = (grad.new_empty(0) for _ in range(3))
     z, trained = none, x is not None
@@ -197,7 +197,7 @@ def _backward_fake(
     grad: Tensor, x: Tensor | None, low: Tensor, parts: list[Tensor], layout: list[int], *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     a, b, transposed, needs_input = rest[0], rest[1], rest[-3], rest[-1]
-    weight = EncodedWeight(parts, layout)
+    weight = weight_of(parts, layout)
     width = weight.channels if transposed else weight.length
     return (
         grad.new_empty(grad.shape[0], width) if needs_input else grad.new_empty(0),

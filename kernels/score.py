@@ -2,6 +2,7 @@
 
     projection_score    s_j = Σ_t (B A x_t)_j²                                   (out,)
     gated_ffn_score     s_j = Σ_t [ act((B_g A_g x_t)_j) · (B_u A_u x_t)_j ]²     (I,)
+    ffn_score           s_j = Σ_t act((B A x_t)_j + b_j)²                         (I,)
 
 with ``A`` (r, in) and ``B`` (out, r), ``W ≈ B·A``. A tensor of tokens × channels is never written. On the CPU a linear
 projection needs only the r × r Gram matrix of ``A x`` (``Σ_t (b·p_t)² = bᵀ (Σ_t p_t p_tᵀ) b``), and the gated FFN is
@@ -29,6 +30,8 @@ Factors = tuple[Tensor, Tensor]
 
 # Tokens per block of the FFN score: 64 × 4096 channels × 4 bytes is 1 MiB, which stays in a core's L2 cache.
 _TOKEN_BLOCK = 64
+# On a GPU launches count: 2048 × 16384 channels × 4 bytes is 128 MiB.
+_GPU_BLOCK = 2048
 
 
 def projection_scores(x: Tensor, rows: Tensor, factors: Sequence[Factors]) -> list[Tensor]:
@@ -76,6 +79,35 @@ def gated_ffn_score(
             assert callable(activation)
             return _gated_blocks(x, rows, gate, up, activation)
         return _run_gated_ffn(x, rows, *gate, *up, name)
+
+
+def ffn_score(
+    x: Tensor, rows: Tensor, up: Factors, activation: Callable[[Tensor], Tensor], bias: Tensor | None = None
+) -> Tensor:
+    """Σ over ``rows`` of act(B A x + b)², of an FFN without a gate.
+
+    This score is ours: the authors' code knows gated FFNs only. It is computed by torch on every device, because the
+    activation may be any module, with parameters of its own.
+
+    Args:
+        x: (T, H), any floating dtype.
+        rows: int64 rows of ``x`` to sum over; may be empty, then the result is zero.
+        up: factors ``(A, B)``, (r, H) and (I, r).
+        activation: elementwise; called with (tokens, I) fp32.
+        bias: (I,). It decides on which side of the activation's bend a neuron is.
+
+    Returns:
+        (I,) fp32.
+    """
+    step = _TOKEN_BLOCK if x.device.type == "cpu" else _GPU_BLOCK
+    with torch.no_grad(), _without_autocast(x):
+        (p,) = _low(x, rows, up[:1])
+        bt = up[1].float().t()
+        shift = bt.new_zeros(bt.shape[1]) if bias is None else bias.float()
+        scores = torch.zeros_like(shift)
+        for start in range(0, rows.shape[0], step):
+            scores += activation(torch.addmm(shift, p[start : start + step], bt)).square().sum(0)
+        return scores
 
 
 # --- operators --------------------------------------------------------------------------------------------------------

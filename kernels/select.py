@@ -67,3 +67,12 @@ def _select_fake(scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
 
 
 _run = register("select_channels", _select, _select_fake)
+
+
+def select_grouped(scores: Tensor, experts: int, keep: int) -> tuple[Tensor, Tensor]:
+    """The ``keep`` largest of each expert: (E·W,) fp32 -> (E·keep,) int64 ascending, and the flag of
+    :func:`select_checked`. Among equal scores, as of an expert that no token reached, the lowest index wins."""
+    flag = scores.sum(0, keepdim=True, dtype=torch.float64).mul_(0.0).float()
+    table = scores.masked_fill(scores.isnan(), -math.inf).view(experts, -1)
+    order = torch.sort(table, stable=True, dim=1, descending=True).indices[:, :keep].sort(1).values
+    return (order + torch.arange(experts, device=scores.device)[:, None] * table.shape[1]).flatten(), flag

@@ -24,6 +24,8 @@ class EncodedWeight(NamedTuple):
     parts: Sequence[Tensor]
     layout: Sequence[int] = PLAIN
     """:data:`PLAIN` for one tensor of values, :func:`nf4_layout` for codes and scales."""
+    first: int = 0
+    """Number of the parts' first row in the matrix that was encoded."""
 
     @property
     def plain(self) -> bool:
@@ -48,7 +50,9 @@ class EncodedWeight(NamedTuple):
             return (rows if channels is None else rows.index_select(0, channels)).to(dtype)
         codes, scales = self.parts
         length, double_quant = self.layout
-        return nf4_rows(codes, scales, channels, dtype, length=length, double_quant=bool(double_quant))
+        return nf4_rows(
+            codes, scales, channels, dtype, length=length, double_quant=bool(double_quant), first=self.first
+        )
 
     def once(self, whole: bool, dtype: torch.dtype) -> EncodedWeight:
         """The matrix as several products read it: decoded here where one of them is ``whole``, else as it is stored."""
@@ -56,6 +60,32 @@ class EncodedWeight(NamedTuple):
 
 
 Weight: TypeAlias = "Tensor | EncodedWeight"
+
+
+def rows_of(weight: Weight, rows: slice) -> EncodedWeight:
+    """Rows ``start:stop`` of a stored matrix as a matrix: a gate inside a matrix that holds gate and up.
+
+    Nothing is cut here. The parts stay whole, and the layout says which rows are meant: what an operation keeps for
+    backward is then the parameter itself, which an engine may take away and bring back, and no view of its memory.
+    """
+    stored = unpack(weight)
+    first, stop, _ = rows.indices(stored.channels)
+    return EncodedWeight(stored.parts, (*stored.layout, first, stop - first))
+
+
+def weight_of(parts: Sequence[Tensor], layout: Sequence[int]) -> EncodedWeight:
+    """The matrix of an operation's arguments; one of :func:`rows_of` has views in the place of its parts."""
+    own, rows = split_layout(layout)
+    if not rows:
+        return EncodedWeight(parts, own)
+    first, count = rows
+    return EncodedWeight([part[first : first + count] for part in parts], own, first)
+
+
+def split_layout(layout: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+    """How a matrix is stored, and ``(first, count)`` where only some of its rows are meant."""
+    own = len(PLAIN) if layout[0] == PLAIN[0] else len(nf4_layout(1, True))
+    return layout[:own], layout[own:]
 
 
 def nf4_layout(length: int, double_quant: bool) -> tuple[int, ...]:

@@ -1,21 +1,28 @@
 """The plain formula of every operation: dense compute with masks, differentiable by autograd, written to be read."""
 
 from .ffn_down import ffn_down
+from .ffn_up import ffn_up
 from .gated_ffn import gated_up
 from .gated_product import gated_product
+from .grouped import expert_score, grouped_linear, grouped_product
 from .indexed_linear import indexed_nn, indexed_nt
 from .label_loss import label_loss, label_scores
 from .lora_joined import lora_joined
 from .lora_linear import lora_linear
 from .nf4 import nf4_rows
-from .score import gated_ffn_score, projection_score
+from .score import ffn_score, gated_ffn_score, projection_score
 from .select import select_channels
 
 __all__ = [
+    "expert_score",
     "ffn_down",
+    "ffn_score",
+    "ffn_up",
     "gated_ffn_score",
     "gated_product",
     "gated_up",
+    "grouped_linear",
+    "grouped_product",
     "indexed_nn",
     "indexed_nt",
     "label_loss",

@@ -25,3 +25,15 @@ def gated_ffn_score(
 ) -> Tensor:
     """See :func:`sparselora_kernels.gated_ffn_score`."""
     return (activation(_estimate(x, rows, *gate)) * _estimate(x, rows, *up)).square().sum(0).float()
+
+
+def ffn_score(
+    x: Tensor,
+    rows: Tensor,
+    up: tuple[Tensor, Tensor],
+    activation: Callable[[Tensor], Tensor],
+    bias: Tensor | None = None,
+) -> Tensor:
+    """See :func:`sparselora_kernels.ffn_score`."""
+    y = _estimate(x, rows, *up)
+    return activation(y if bias is None else y + bias.double()).square().sum(0).float()

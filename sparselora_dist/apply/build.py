@@ -49,7 +49,9 @@ def build_model(
         local_ranks=local_ranks,
         progress=progress and not config.train.disable_tqdm,
     )
-    use_packed_attention(base.model)
+    # A family that has no SDPA was given its own attention; rows in a line need ours.
+    own = ("eager",) if config.packing and config.model.attn_implementation == "sdpa" else ()
+    use_packed_attention(base.model, ("sdpa", *own))
     with warnings.catch_warnings():
         # PEFT asks Transformers for a name that it is about to drop.
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)

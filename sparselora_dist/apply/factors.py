@@ -10,8 +10,7 @@ from torch import nn
 from ..config.sparse import SparseLoRAConfig
 from ..io.factors import FactorSet, Matrix, load_or_build
 from ..io.weights import WeightSource
-from ..layouts import causal_lm
-from ..method.channels import SCORED
+from ..layouts import DecoderLayer, causal_lm, decoder_layers
 
 _ARCHITECTURE_KEYS = (
     "model_type",
@@ -30,10 +29,15 @@ def estimator_factors(
     config: SparseLoRAConfig,
     weights: WeightSource,
     group: dist.ProcessGroup | None = None,
+    layers: list[DecoderLayer] | None = None,
 ) -> FactorSet:
-    """Factors of every matrix that the ``active`` groups and layers are scored with; see :func:`load_or_build`."""
+    """Factors of every matrix that the ``active`` groups and layers are scored with; see :func:`load_or_build`.
+
+    ``layers`` are those of the model, where they have been looked for.
+    """
+    layers = decoder_layers(model) if layers is None else layers
     matrices: list[Matrix] = sorted(
-        (layer, name) for group_name, by_layer in active.items() for layer in by_layer for name in SCORED[group_name]
+        (layer, name) for what, by_layer in active.items() for layer in by_layer for name in layers[layer].scored(what)
     )
     base_config: Any = causal_lm(model).config
     return load_or_build(

@@ -13,17 +13,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..codecs import PlainCodec
-from ..codecs.linear import FrozenLinear
-from ..layers.estimator import AttentionEstimator, FFNEstimator
+from ..codecs.linear import FrozenLinear, FrozenMatrix
+from ..layers.estimator import AttentionEstimator, ExpertsEstimator, FFNEstimator, PlainFFNEstimator
+from ..layers.experts import SparseExperts
 from ..layers.lora import cannot_merge, merge_by_layout, set_base_linear
 from ..layouts import causal_lm, decoder_layers
 from ..sharding.parameters import distribute_like, is_dtensor
+
+_ESTIMATORS = (FFNEstimator, PlainFFNEstimator, AttentionEstimator, ExpertsEstimator)
 
 
 def _check(model: nn.Module) -> None:
     """Raises ValueError, with the remedy, where some frozen weight is not whole and plain."""
     for module in model.modules():
-        if isinstance(module, FrozenLinear) and module.obstacle:
+        if isinstance(module, FrozenMatrix) and module.obstacle:
             raise ValueError(cannot_merge(module.obstacle))
 
 
@@ -95,7 +98,7 @@ class _FamilyNames:
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
         if prefix:
             return
-        frozen, estimators = _parts(module)
+        frozen, experts, estimators = _parts(module)
         items = list(state.items())
         state.clear()
         for key, value in items:
@@ -104,16 +107,22 @@ class _FamilyNames:
                 continue
             if parent in frozen and name == "rows":
                 key, value = f"{parent}.weight", value.t().contiguous() if frozen[parent].transposed else value
+            elif parent in experts and name == "rows":
+                key, value = parent, experts[parent][0](value)
             state[key] = value
 
 
 class _FromFamilyNames:
     """The way back, before the causal LM loads a state dict. The estimator stays that of the weights before."""
 
-    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *unused: object) -> None:
         if prefix:
             return
-        frozen, estimators = _parts(module)
+        frozen, experts, estimators = _parts(module)
+        for parent, (_, as_rows) in experts.items():
+            if parent in state:
+                rows: Tensor = state.pop(parent)
+                state[f"{parent}.rows"] = as_rows(rows)
         for parent, linear in frozen.items():
             if f"{parent}.weight" in state:
                 value: Tensor = state.pop(f"{parent}.weight")
@@ -126,11 +135,19 @@ class _FromFamilyNames:
                 state.setdefault(f"{parent}.{name}", parameter.detach())
 
 
-def _parts(module: nn.Module) -> tuple[dict[str, FrozenLinear], dict[str, nn.Module]]:
-    """Plain frozen linears, and estimators, by name."""
+_Way = Callable[[Tensor], Tensor]
+
+
+def _parts(module: nn.Module) -> tuple[dict[str, FrozenLinear], dict[str, tuple[_Way, _Way]], dict[str, nn.Module]]:
+    """By name: plain frozen linears; plain matrices of experts, with the way to the family's layout and back; estimators."""
     named = dict(module.named_modules())
     plain = {n: m for n, m in named.items() if isinstance(m, FrozenLinear) and isinstance(m.codec, PlainCodec)}
-    return plain, {n: m for n, m in named.items() if isinstance(m, (FFNEstimator, AttentionEstimator))}
+    experts: dict[str, tuple[_Way, _Way]] = {}
+    for name, one in named.items():
+        if isinstance(one, SparseExperts) and isinstance(one.down_proj.codec, PlainCodec):
+            experts[f"{name}.gate_up_proj"] = one.layout.gate_up_family, one.layout.gate_up_rows
+            experts[f"{name}.down_proj"] = one.layout.down_family, one.layout.down_rows
+    return plain, experts, {n: m for n, m in named.items() if isinstance(m, _ESTIMATORS)}
 
 
 def merge_as_the_family(model: nn.Module, remove: Callable[[nn.Module], nn.Module]) -> list[Any]:

@@ -28,9 +28,10 @@ from ..layouts import (
 from ..sharding.parameters import is_dtensor, is_initialized_zero3, is_zero3
 from ..sharding.units import mark_unit, unmark_unit
 from ..sync.masks import MaskSync
+from .experts import replace_experts
 from .factors import estimator_factors
 from .merging import merge_as_the_family
-from .replace import check_frozen, fuse_branches, replace_attention, replace_ffn, restore
+from .replace import check_frozen, fuse_branches, replace_attention, replace_ffn, restore, take_over
 from .state import STATE, SparseState, find_state, state_of
 from .tuners import check_methods, other_methods
 
@@ -87,7 +88,7 @@ def apply_sparselora(
     for layer in layers:
         check_frozen(layer, active)
     context = SparseContext(
-        MaskSync(config.mask_sync, max(map(_sums, layers)), process_group, timeout),
+        MaskSync(config.mask_sync, max(_sums(layer, active) for layer in layers), process_group, timeout),
         config.start_step,
         config.end_step,
         config.interval,
@@ -98,7 +99,7 @@ def apply_sparselora(
     state = SparseState(config=config, context=context, sparsity=active)
     factors: FactorSet = {}
     if active:
-        factors = estimator_factors(model, active, config, weights or ModelWeights(model), process_group)
+        factors = estimator_factors(model, active, config, weights or ModelWeights(model), process_group, layers)
     try:
         _apply(model, layers, state, factors)
     except BaseException:
@@ -114,8 +115,10 @@ def _apply(model: nn.Module, layers: list[DecoderLayer], state: SparseState, fac
     for layer in layers:
         replace_ffn(layer, state, factors)
         replace_attention(layer, state, factors)
+        replace_experts(layer, state, factors)
     for layer in layers:
         fuse_branches(layer, state)
+    take_over(state)
     for module in _units(model, layers):
         mark_unit(module)
     last = layers[-1]
@@ -160,10 +163,11 @@ def _sparsity(config: SparseLoRAConfig, layers: list[DecoderLayer]) -> dict[str,
     return sparsity
 
 
-def _sums(layer: DecoderLayer) -> int:
+def _sums(layer: DecoderLayer, active: dict[str, dict[int, float]]) -> int:
     """The most score sums that the layer sends at once."""
-    width: int = layer.matrix("gate_proj").out_features if layer.ffn else 0
-    return max(width, 4 * layer.attention.heads.qk_channels if layer.attention else 0)
+    experts = layer.channels["experts"] if layer.index in active.get("experts", {}) else 0
+    attention = 4 * layer.attention.heads.qk_channels if layer.attention else 0
+    return max(layer.channels.get("ffn", 0), attention, experts)
 
 
 def _undo(model: nn.Module, layers: list[DecoderLayer], state: SparseState) -> None:
@@ -201,8 +205,8 @@ def remove_sparselora(model: nn.Module) -> nn.Module:
         ValueError: nothing was applied, or an engine has sharded the weights meanwhile.
     """
     state = state_of(model)
-    for parent, name, _ in state.linears:
-        part = base_linear(getattr(parent, name)).parts[0]
+    parts = [base_linear(getattr(parent, name)).parts[0] for parent, name, _ in state.linears]
+    for part in [*parts, *(sparse.down_proj.parts[0] for sparse in state.experts)]:
         if is_zero3(part) or is_dtensor(part):
             raise ValueError(
                 "remove_sparselora needs whole weights, but an engine has sharded them: save the adapter and load it "
@@ -215,7 +219,8 @@ def remove_sparselora(model: nn.Module) -> nn.Module:
 def selection(model: nn.Module) -> dict[int, dict[str, Tensor]]:
     """Kept channels of the last training forward: ``{layer: {group: (k,) sorted int64}}``; empty if it was dense.
 
-    ``ffn``: neuron ``j``; ``qk``: ``h * (D/2) + pair``; ``vo``: ``h * D + d``; ``h`` a key/value head.
+    ``ffn``: neuron ``j``; ``qk``: ``h * (D/2) + pair``; ``vo``: ``h * D + d``; ``h`` a key/value head;
+    ``experts``: ``e * W + j``, as many of every expert ``e``.
     """
     batch = state_of(model).context.last
     chosen: dict[int, dict[str, Tensor]] = {}

@@ -9,6 +9,8 @@ from torch import nn
 
 from ..config.sparse import SparseLoRAConfig
 from ..layers.context import SparseContext
+from ..layers.experts import SparseExperts
+from ..layers.plain_ffn import PlainFFN
 
 STATE = "_sparselora"
 """Attribute of the model, and of the causal LM inside it, that holds the :class:`SparseState`."""
@@ -29,8 +31,12 @@ class SparseState:
     """(parent, name, original) of every frozen linear that was replaced."""
     mlps: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
     """(parent, name, original) of every FFN that was replaced."""
-    attentions: list[nn.Module] = field(default_factory=list)
-    """Attention modules that were given an estimator."""
+    plain: list[PlainFFN] = field(default_factory=list)
+    """FFNs without a gate."""
+    estimated: list[nn.Module] = field(default_factory=list)
+    """Modules that were given an estimator as a child: attentions, and what holds an FFN without a gate."""
+    experts: list[SparseExperts] = field(default_factory=list)
+    """The modules of experts that were put in."""
     fused: list[nn.Module] = field(default_factory=list)
     """LoRA layers that compute base and branch together."""
 

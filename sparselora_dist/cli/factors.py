@@ -11,13 +11,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..config import ConfigError, RunConfig
 from ..config.engine import EngineSection
+from ..config.sparse import GROUPS
 from ..data import collate, load_dataset_tokens, padding_id
 from ..engines import make_engine
 from ..io.adapter import is_adapted
 from ..io.factors import write_factors
 from ..io.load import check_model, load_base, load_tokenizer
-from ..layouts import causal_lm
-from ..method.channels import SCORED
+from ..layouts import decoder_layers
 from ..method.estimator import low_rank_factors
 from ..train.moments import second_moments
 
@@ -57,7 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
     batches = (collate(data, list(some), pad) for some in rows)
     moments = second_moments(model, ({n: t.to(engine.device) for n, t in batch.items()} for batch in batches))
     rank = config.sparse_lora.rank
-    matrices = [(k, n) for k in range(causal_lm(model).config.num_hidden_layers) for g in SCORED for n in SCORED[g]]
+    layers = decoder_layers(model)
+    matrices = [(x.index, n) for x in layers for g in GROUPS if g not in x.missing for n in x.scored(g)]
     factors = {
         matrix: low_rank_factors(base.weights.get(*matrix), rank, second_moment=moments[matrix]) for matrix in matrices
     }

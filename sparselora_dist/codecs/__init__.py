@@ -5,7 +5,7 @@ import torch
 from ..config.quantization import QuantizationSection
 from ..config.run import ModelSection
 from .base import Codec, Part
-from .linear import FrozenLinear
+from .linear import FrozenLinear, FrozenMatrix
 from .nf4 import NF4Codec
 from .plain import PlainCodec
 
@@ -17,4 +17,4 @@ def codec_of(model: ModelSection, quantization: QuantizationSection) -> Codec:
     return PlainCodec(getattr(torch, model.dtype))
 
 
-__all__ = ["Codec", "FrozenLinear", "NF4Codec", "Part", "PlainCodec", "codec_of"]
+__all__ = ["Codec", "FrozenLinear", "FrozenMatrix", "NF4Codec", "Part", "PlainCodec", "codec_of"]

@@ -55,7 +55,48 @@ class _Turned(Tensor):
         self.stored.data.copy_(value.t())
 
 
-class FrozenLinear(nn.Linear):
+class FrozenMatrix(nn.Module):
+    """A frozen matrix as a codec stores it, with the channel as dim 0.
+
+    Args:
+        codec: how it is stored.
+        parts: the codec's parameters, (channels, ...) each.
+        row_length: values of a channel.
+    """
+
+    def __init__(self, codec: Codec, parts: Mapping[str, nn.Parameter], row_length: int) -> None:
+        nn.Module.__init__(self)
+        self.codec, self.row_length = codec, row_length
+        self.part_names = tuple(codec.parts(row_length))
+        for name in self.part_names:
+            self.register_parameter(name, parts[name])
+
+    @property
+    def parts(self) -> tuple[nn.Parameter, ...]:
+        """The stored parameters, in the codec's order."""
+        return tuple(getattr(self, name) for name in self.part_names)
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why the family's own weight cannot be asked for now; ``None`` where it can."""
+        first = self.parts[0]
+        if not isinstance(self.codec, PlainCodec):
+            return f"the base weights are stored as {self.codec.name}"
+        if is_zero3(first) or is_dtensor(first) or waiting_rows(first) is not None:
+            return "an engine has sharded the base weights"
+        return None
+
+    @property
+    def stored(self) -> Weight:
+        """As the kernels take it."""
+        return self.codec.stored(self.parts, self.row_length)
+
+    def rows_of(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """The channels (C, length) that whole (gathered) parts hold."""
+        return unpack(self.codec.stored(tuple(parts), self.row_length)).decode(None, dtype)
+
+
+class FrozenLinear(FrozenMatrix, nn.Linear):
     """Takes the place of a frozen ``nn.Linear``.
 
     It is one by type, because PEFT asks; it never holds a trainable ``weight``.
@@ -79,13 +120,9 @@ class FrozenLinear(nn.Linear):
         *,
         transposed: bool,
     ) -> None:
-        nn.Module.__init__(self)
+        FrozenMatrix.__init__(self, codec, parts, out_features if transposed else in_features)
         self.in_features, self.out_features = in_features, out_features
-        self.codec, self.transposed = codec, transposed
-        self.row_length = out_features if transposed else in_features
-        self.part_names = tuple(codec.parts(self.row_length))
-        for name in self.part_names:
-            self.register_parameter(name, parts[name])
+        self.transposed = transposed
         self.register_parameter("bias", bias)
 
     @classmethod
@@ -98,11 +135,6 @@ class FrozenLinear(nn.Linear):
         return frozen.train(linear.training)
 
     @property
-    def parts(self) -> tuple[nn.Parameter, ...]:
-        """The stored parameters, in the codec's order."""
-        return tuple(getattr(self, name) for name in self.part_names)
-
-    @property
     def weight(self) -> Tensor:
         """For PEFT, which puts adapters where a base layer's weight is: a view of the plain weight, or the codes."""
         first = self.parts[0]
@@ -111,16 +143,6 @@ class FrozenLinear(nn.Linear):
         if not self.transposed or not isinstance(self.codec, PlainCodec):
             return first
         return first.t() if self.obstacle else _Turned.of(first)
-
-    @property
-    def obstacle(self) -> str | None:
-        """Why :meth:`plain` cannot be asked for now; ``None`` where it can."""
-        first = self.parts[0]
-        if not isinstance(self.codec, PlainCodec):
-            return f"the base weights are stored as {self.codec.name}"
-        if is_zero3(first) or is_dtensor(first) or waiting_rows(first) is not None:
-            return "an engine has sharded the base weights"
-        return None
 
     def plain(self) -> nn.Linear:
         """The family's own linear with this weight; its memory is shared where it is not stored transposed."""
@@ -139,14 +161,9 @@ class FrozenLinear(nn.Linear):
             with torch.no_grad():
                 own.copy_(weight.t() if self.transposed else weight)
 
-    @property
-    def stored(self) -> Weight:
-        """The weight as the kernels take it."""
-        return self.codec.stored(self.parts, self.row_length)
-
     def matrix(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """The weight (out, in) that whole (gathered) parts hold."""
-        rows = unpack(self.codec.stored(tuple(parts), self.row_length)).decode(None, dtype)
+        rows = self.rows_of(parts, dtype)
         return rows.t() if self.transposed else rows
 
     def forward(self, x: Tensor) -> Tensor:

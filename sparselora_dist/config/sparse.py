@@ -16,7 +16,7 @@ from .model import Section, section
 from .official import FOLDER_FILES, is_official, read_official
 from .ranges import RANGES_SCHEMA, check_ranges, resolve_ranges
 
-GROUPS = ("ffn", "qk", "vo")
+GROUPS = ("ffn", "qk", "vo", "experts")
 
 Step = Annotated[Share | NonNegative, Says("a float in [0, 1] (fraction of the run) or an integer from 0 (step)")]
 _LAYERS = WithJsonSchema(
@@ -51,9 +51,9 @@ class SparseLoRAConfig(Section):
     layers: Annotated[dict[str, dict[str, float]], BeforeValidator(_check_layers), _LAYERS] = field(
         default_factory=dict
     )
-    """Per channel group (``ffn``, ``qk``, ``vo``): layer ranges (``"5"``, ``"3-30"``, ``"14-19,21-23"``, ends included;
-    ``"auto"`` is every layer that can) and their sparsity in [0, 1), the share of channels left out. Layers that are not
-    named are dense."""
+    """Per channel group (``ffn``, ``qk``, ``vo``, and ``experts``, the routed ones of a mixture): layer ranges (``"5"``,
+    ``"3-30"``, ``"14-19,21-23"``, ends included; ``"auto"`` is every layer that can) and their sparsity in [0, 1), the share
+    of channels left out, of every expert for ``experts``. Layers that are not named are dense."""
 
     start_step: Step = 0.0
     """Training is dense before this. A float is a fraction of the run in [0, 1]; an int is a step number."""
@@ -122,7 +122,7 @@ class SparseLoRAConfig(Section):
     def sparsity(
         self, num_layers: int, able: Mapping[str, Collection[int]] | None = None
     ) -> dict[str, dict[int, float]]:
-        """``{group: {layer: sparsity}}`` for a model with ``num_layers`` layers, with all three groups as keys.
+        """``{group: {layer: sparsity}}`` for a model with ``num_layers`` layers, with all groups as keys.
 
         What ``layers`` says, whether ``enabled`` or not. A range that the model does not have is a ConfigError. ``able``
         are the layers by group that ``"auto"`` stands for, by default all.

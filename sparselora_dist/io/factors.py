@@ -109,7 +109,7 @@ def load_or_build(
                         raise ValueError(
                             f"{matrix_name(*matrix)}.weight of {model_id} holds NaN or Inf: no factors can be made of it"
                         )
-                    found[matrix] = low_rank_factors(weight, rank, seed=_seed(matrix))
+                    found[matrix] = _decompose(weight, weights.blocks(*matrix), rank, _seed(matrix))
 
     _together(build, ranks, group)
     if len(ranks) > 1:
@@ -153,6 +153,12 @@ def _together(work: Callable[[], Any], ranks: Sequence[int], group: dist.Process
         if message is not None:
             raise OtherRankError(f"rank {rank} could not go on: {message}")
     return [value for _, value in told]
+
+
+def _decompose(weight: Tensor, blocks: int, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Factors of each of the matrices that stand one below another: ``A`` (blocks · r, in) and ``B`` (out, r)."""
+    pairs = [low_rank_factors(block, rank, seed=seed) for block in weight.chunk(blocks)]
+    return pairs[0] if len(pairs) == 1 else (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs]))
 
 
 def _seed(matrix: Matrix) -> int:
@@ -259,8 +265,9 @@ def _check_shapes(path: Path, factors: FactorSet, weights: WeightSource, rank: i
     """A hash can be made to fit whatever a file holds; the products would fail at the first sparse step."""
     for matrix, pair in factors.items():
         out, length = weights.shape(*matrix)
-        kept = min(rank, out, length)
-        for side, tensor, shape in zip("ab", pair, ((kept, length), (out, kept))):
+        blocks = weights.blocks(*matrix)
+        kept = min(rank, out // blocks, length)
+        for side, tensor, shape in zip("ab", pair, ((blocks * kept, length), (out, kept))):
             if (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
                 raise FactorMismatchError(
                     f"{path}: {matrix_name(*matrix)}.{side} is {tuple(tensor.shape)} {_name(tensor.dtype)}, but the matrix "

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ..codecs import Codec, codec_of
-from ..codecs.linear import FrozenLinear
 from ..config.quantization import QuantizationSection
 from ..config.run import ModelSection
-from ..layouts import DecoderLayer, check_known, check_run, decoder_layers
-from ..method.channels import TRANSPOSED
-from ..sharding.placement import OtherRankError, Placement
-from .manifest import CorruptFileError
+from ..layouts import check_config, check_known, decoder_layers
+from ..sharding.placement import Placement
 from .memory import check_fits, peak_bytes, trim_heap
-from .prequantized import check_quantization_config, prequantized, stored_codec
+from .prequantized import check_quantization_config
 from .pretrained import read_config, read_tokenizer
 from .shard_files import TensorFiles
-from .weights import CheckpointWeights, checkpoint_folder, weight_key
+from .stored_names import find_names
+from .stream import Stream
+from .weights import CheckpointWeights, checkpoint_folder
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +41,7 @@ def load_tokenizer(section: ModelSection) -> Any:
 def check_model(section: ModelSection) -> Any:
     """The model's config, refused early where the family is not supported."""
     config = read_config(section.name_or_path)
-    check_run(config)
+    check_config(config)
     return config
 
 
@@ -115,14 +113,12 @@ def load_base(
         check_quantization_config(config, codec, section.name_or_path)
         config.__dict__.pop("quantization_config", None)
         checkpoint = TensorFiles.of_model(checkpoint_folder(section.name_or_path))
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=section.attn_implementation, trust_remote_code=False
-            )
+        model = _without_weights(config, dtype, section.attn_implementation)
         model.requires_grad_(False)
         layers = decoder_layers(model)
         check_known(model, layers)
-        stream = _Stream(checkpoint, codec, dtype, placement)
+        find_names(model, checkpoint)
+        stream = Stream(checkpoint, codec, dtype, placement)
         jobs = [*stream.matrices(layers), *stream.others(model, layers, whole)]
         check_fits(sum(job.kept for job in jobs), placement.home, local_ranks, placement.rank)
     with placement.together(), tqdm(jobs, "loading", disable=not progress, leave=False, unit="tensor") as bar:
@@ -143,134 +139,16 @@ def load_base(
     return LoadedBase(model, CheckpointWeights(checkpoint, codec, dtype, layers), report)
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """One tensor to read."""
-
-    kept: int
-    """Bytes of it that this rank keeps."""
-    fill: Callable[[], None]
-
-
-class _Stream:
-    """Fills a model on the meta device, tensor by tensor."""
-
-    def __init__(self, checkpoint: TensorFiles, codec: Codec, dtype: torch.dtype, placement: Placement) -> None:
-        self.checkpoint, self.codec, self.dtype, self.placement = checkpoint, codec, dtype, placement
-        self.kept = 0
-
-    # --- the matrices of the decoder layers -----------------------------------------------------------------------
-
-    def matrices(self, layers: list[DecoderLayer]) -> Iterator[_Job]:
-        for layer in layers:
-            for name in layer.names:
-                linear: Any = layer.matrix(name)
-                parent, own = layer.slot(name)
-                key = weight_key(self.checkpoint, f"{layer.path_of(name)}.weight")
-                found = prequantized(self.checkpoint, key)
-                shape = found.shape if found else self.checkpoint.tensors[key].shape
-                self._check_shape(key, shape, tuple(linear.weight.shape))
-                codec = stored_codec(self.checkpoint, key, self.codec, self.dtype)
-                transposed = name in TRANSPOSED
-                channels, length = tuple(linear.weight.shape)[:: -1 if transposed else 1]
-                kept = channels * sum(part.row_bytes for part in codec.parts(length).values()) // self.placement.size
-
-                def fill(
-                    parent: Any = parent,
-                    own: str = own,
-                    linear: Any = linear,
-                    key: str = key,
-                    codec: Codec = codec,
-                    transposed: bool = transposed,
-                ) -> None:
-                    setattr(parent, own, self._frozen(linear, key, codec, transposed))
-
-                yield _Job(kept, fill)
-
-    def _frozen(self, linear: nn.Linear, key: str, codec: Codec, transposed: bool) -> FrozenLinear:
-        channels, length = tuple(linear.weight.shape)[:: -1 if transposed else 1]
-        widths = codec.parts(length)
-        row_widths = [part.width for part in widths.values()]
-        start, stop = self.placement.rows(channels, row_widths)
-        encoded = self._encode(key, codec, start, stop, transposed, self.placement.share(channels, row_widths))
-        parts = {}
-        for name, part in widths.items():
-            rows = encoded[name].to(self.placement.device)
-            parts[name] = self.placement.parameter(rows, start, torch.Size((channels, part.width)))
-            self.kept += rows.nbytes
-        return FrozenLinear(
-            linear.in_features, linear.out_features, linear.bias, codec, parts, transposed=transposed
-        ).train(linear.training)
-
-    def _encode(
-        self, key: str, codec: Codec, start: int, stop: int, transposed: bool, share: Callable[[Tensor], Tensor]
-    ) -> dict[str, Tensor]:
-        found = prequantized(self.checkpoint, key)
-        if found and not transposed:
-            return found.encoded(start, stop)
-        if found:  # Blocks run along the stored rows: down and o are quantised again in the other direction.
-            rows = found.columns(start, stop)
-        elif transposed:
-            rows = self.checkpoint.read_columns(key, slice(start, stop))
-        else:
-            rows = self.checkpoint.read(key, slice(start, stop))
-        rows = rows.to(self.dtype).contiguous().to(self.placement.device)
-        self.checkpoint.check_finite(key, rows)
+def _without_weights(config: Any, dtype: torch.dtype, implementation: str | None) -> Any:
+    """The model with its parameters on the meta device. One whose family has no SDPA gets the family's own attention."""
+    with init_empty_weights(include_buffers=False):
         try:
-            return codec.encode(rows, start, share)
-        except OtherRankError:
-            raise
-        except ValueError as error:
-            raise CorruptFileError(f"{key} of {self.checkpoint.folder}: {error}") from error
-
-    # --- embedding, LM head, norms, biases ------------------------------------------------------------------------
-
-    def others(self, model: nn.Module, layers: list[DecoderLayer], whole: Callable[[str], bool]) -> Iterator[_Job]:
-        tied = model.config.tie_word_embeddings and model.get_output_embeddings() is not None
-        head = model.get_output_embeddings() if tied else None
-        names = {module: path for path, module in model.named_modules()}
-        # What PEFT copies from the LM head is the embedding where the two are tied.
-        also = {names[model.get_input_embeddings()]: names[head]} if tied else {}
-        matrices = {id(layer.matrix(name)) for layer in layers for name in layer.names}
-        for path, module in model.named_modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                if parameter.device.type != "meta" or (id(module) in matrices and name == "weight"):
-                    continue
-                if module is head:
-                    yield _Job(0, lambda: self._tie(model))
-                    continue
-                key = weight_key(self.checkpoint, f"{path}.{name}")
-                self._check_shape(key, self.checkpoint.tensors[key].shape, tuple(parameter.shape))
-                copied = whole(path) or whole(also.get(path, path))
-                kept = parameter.numel() * self.dtype.itemsize // (1 if copied else self.placement.size)
-
-                def fill(
-                    path: str = path,
-                    name: str = name,
-                    key: str = key,
-                    shape: torch.Size = parameter.shape,
-                    copied: bool = copied,
-                ) -> None:
-                    parameter = self._parameter(key, shape, copied)
-                    model.get_submodule(path).register_parameter(name, parameter)
-
-                yield _Job(kept, fill)
-
-    def _parameter(self, key: str, shape: torch.Size, whole: bool) -> nn.Parameter:
-        placement = Placement(self.placement.device) if whole else self.placement
-        start, stop = placement.rows(shape[0], [shape[1:].numel()])
-        rows = self.checkpoint.read(key, slice(start, stop)).to(self.placement.device, self.dtype)
-        self.checkpoint.check_finite(key, rows)
-        self.kept += rows.nbytes
-        return placement.parameter(rows, start, shape)
-
-    @staticmethod
-    def _tie(model: Any) -> None:
-        model.get_output_embeddings().weight = model.get_input_embeddings().weight
-
-    def _check_shape(self, key: str, have: tuple[int, ...], want: tuple[int, ...]) -> None:
-        if tuple(have) != tuple(want):
-            raise CorruptFileError(
-                f"{key} of {self.checkpoint.folder} has shape {tuple(have)}, but config.json asks for {tuple(want)}: the "
-                "files belong to different models"
+            return AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=implementation, trust_remote_code=False
+            )
+        except ValueError:
+            if implementation != "sdpa":
+                raise
+            return AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation="eager", trust_remote_code=False
             )

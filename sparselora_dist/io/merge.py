@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ..codecs import NF4Codec
 from .manifest import publish
 from .merge_adapter import Adapter
-from .merge_base import EMBEDDING, HEAD, BaseWeights
+from .merge_base import BaseWeights
 from .shard_files import INDEX_FILE
 
 log = logging.getLogger(__name__)
@@ -99,8 +99,8 @@ def merge_adapter(
         raise FileNotFoundError(f"--adapter {adapter} is not a folder")
     lora = Adapter(adapter)
     weights = BaseWeights(base, NF4Codec(double_quant=double_quant) if load_in_4bit else None, DTYPES[dtype])
-    has_head = HEAD in weights.shapes
-    lora.resolve(weights.shapes if has_head else {**weights.shapes, HEAD: weights.shapes[EMBEDDING]})
+    has_head = weights.head in weights.shapes
+    lora.resolve(weights.shapes if has_head else {**weights.shapes, weights.head: weights.shapes[weights.embedding]})
     untied = _resolve_tied(weights, lora, has_head)
     _warn_about_another_base(weights, lora)
     return _write(weights, lora, output, dtype, untied)
@@ -108,20 +108,21 @@ def merge_adapter(
 
 def _resolve_tied(weights: BaseWeights, lora: Adapter, has_head: bool) -> bool:
     """Whether the output's LM head is no longer the embedding, because the adapter has trained one of them alone."""
-    if not weights.tied or not (lora.touches(HEAD) or lora.touches(EMBEDDING)):
+    head, embedding = weights.head, weights.embedding
+    if not weights.tied or not (lora.touches(head) or lora.touches(embedding)):
         return False
     if has_head:
         raise ValueError(
-            f"{weights.folder}: config.json says 'tie_word_embeddings', but the files hold {HEAD!r} too, and the adapter "
+            f"{weights.folder}: config.json says 'tie_word_embeddings', but the files hold {head!r} too, and the adapter "
             "changes one of them: it is not clear which one it was trained on"
         )
-    keys = [lora.replaced[name] for name in (EMBEDDING, HEAD) if name in lora.replaced]
+    keys = [lora.replaced[name] for name in (embedding, head) if name in lora.replaced]
     same = len(keys) == 2 and torch.equal(lora.files.get(keys[0]), lora.files.get(keys[1]))
-    if HEAD not in lora.deltas and (lora.config.ensure_weight_tying or same):
+    if head not in lora.deltas and (lora.config.ensure_weight_tying or same):
         if len(keys) == 2 and not same:
             raise ValueError(f"{lora.path}: 'ensure_weight_tying' is true, but {keys[0]!r} and {keys[1]!r} differ")
-        lora.replaced[EMBEDDING] = keys[0]
-        lora.replaced.pop(HEAD, None)
+        lora.replaced[embedding] = keys[0]
+        lora.replaced.pop(head, None)
         return False
     weights.untie()
     return True

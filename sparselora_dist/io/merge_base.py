@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ..codecs import NF4Codec
-from ..layouts import check_run, decoder_layers
+from ..layouts import UnsupportedModelError, check_config, decoder_layers
 from ..method.channels import TRANSPOSED
 from .manifest import CorruptFileError
 from .shard_files import TensorFiles, read_json
+from .stored_names import find_names
 
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 FLOATS = ("F64", "F32", "F16", "BF16")
 _STATE = ".quant_state.bitsandbytes__"
 
@@ -46,10 +46,15 @@ class BaseWeights:
             raise FileNotFoundError(f"--base {folder} is not a folder; download the model first")
         self.folder, self.codec, self.dtype = folder, codec, dtype
         self.raw_config = read_json(folder / "config.json")
-        config, self._expected, self._decoder = _expected(folder)
+        config, model = _without_weights(folder)
         self.tied = bool(getattr(config, "tie_word_embeddings", False))
         self._check_quantization()
         self.files = TensorFiles.of_model(folder)
+        find_names(model, self.files)
+        names = {module: f"{path}.weight" for path, module in model.named_modules()}
+        self.head = self._key(names[model.get_output_embeddings()])
+        self.embedding = self._key(names[model.get_input_embeddings()])
+        self._expected, self._decoder = self._named(model)
         self._encoded = self._find_encoded()
         if (self._encoded or codec is not None) and find_spec("bitsandbytes") is None:
             raise ValueError("4-bit weights need bitsandbytes: pip install 'sparselora-dist[quantization]'")
@@ -63,13 +68,13 @@ class BaseWeights:
     def shards(self) -> dict[str, list[str]]:
         shards: dict[str, list[str]] = {}
         for name in self.shapes:
-            source = EMBEDDING if name == HEAD and self._head_is_embedding else name
+            source = self.embedding if name == self.head and self._head_is_embedding else name
             shards.setdefault(self.files.tensors[source].file, []).append(name)
         return shards
 
     def is_float(self, name: str) -> bool:
         """Whether a tensor is cast to the output's dtype: the model's own are, a leftover buffer in the files is not."""
-        if name in self._encoded or (name == HEAD and self._head_is_embedding):
+        if name in self._encoded or (name == self.head and self._head_is_embedding):
             return True
         return name in self._expected and self._stored(name) in FLOATS
 
@@ -83,12 +88,12 @@ class BaseWeights:
     def untie(self) -> None:
         """Give the LM head, which a tied model shares with the embedding, a matrix of its own."""
         self._head_is_embedding = True
-        self.shapes[HEAD] = self.shapes[EMBEDDING]
+        self.shapes[self.head] = self.shapes[self.embedding]
 
     def get(self, name: str) -> Tensor:
         """One tensor, whole; a 4-bit one in the training dtype, any other as the file has it."""
-        if name == HEAD and self._head_is_embedding:
-            return self.files.get(EMBEDDING)
+        if name == self.head and self._head_is_embedding:
+            return self.files.get(self.embedding)
         value = self._decode(name) if name in self._encoded else self.files.get(name)
         kind = self._decoder.get(name)
         if self.codec is None or kind is None or (name in self._encoded and kind not in TRANSPOSED):
@@ -102,6 +107,27 @@ class BaseWeights:
             return self.codec.roundtrip(value)
         except ValueError as error:
             raise ValueError(f"{self.folder / self.files.tensors[name].file}: {name!r}: {error}") from error
+
+    def _key(self, name: str) -> str:
+        """What the files call a parameter of the model."""
+        return self.files.renamed.get(name, name)
+
+    def _named(self, model: Any) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+        """Of what the files must hold, the shapes; and what those of the decoder's matrices are."""
+        layers = decoder_layers(model)
+        if self.codec is not None and any(layer.experts for layer in layers):
+            raise UnsupportedModelError(
+                f"{self.folder}: --load-in-4bit of a mixture of experts: what 4-bit storage makes of its experts is not "
+                "merged into. Load the adapter with PEFT instead"
+            )
+        matrices = {self._key(f"{layer.path_of(name)}.weight"): name for layer in layers for name in layer.names}
+        expected: dict[str, tuple[int, ...]] = {}
+        for name, tensor in model.state_dict().items():
+            if stack := self.files.stacks.get(name):
+                expected |= {key: self.files.tensors[key].shape for keys in stack.keys for key in keys}
+            else:
+                expected[self._key(name)] = tuple(tensor.shape)
+        return expected, matrices
 
     # --- checks ------------------------------------------------------------------------------------------------------
 
@@ -150,7 +176,7 @@ class BaseWeights:
     def _check(self) -> None:
         for name, shape in self._expected.items():
             if name not in self.shapes:
-                if name == HEAD and self.tied:
+                if name == self.head and self.tied:
                     continue
                 raise CorruptFileError(f"{self.folder} has no tensor {name!r}, which its config.json asks for")
             if self.shapes[name] != shape:
@@ -180,18 +206,16 @@ class BaseWeights:
             raise CorruptFileError(f"{where}: {name!r} is not what bitsandbytes writes: {error!r}") from error
 
 
-def _expected(folder: Path) -> tuple[Any, dict[str, tuple[int, ...]], dict[str, str]]:
-    """The model's config, the shape of every tensor, and what those of the decoder's matrices are, without making any."""
+def _without_weights(folder: Path) -> tuple[Any, Any]:
+    """The model's config, and the model on the meta device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'} is not a config that Transformers knows: {error!r}") from error
-    check_run(config)
+    check_config(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    matrices = {f"{layer.path_of(name)}.weight": name for layer in decoder_layers(model) for name in layer.names}
-    return config, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, matrices
+        return config, AutoModelForCausalLM.from_config(config, trust_remote_code=False)

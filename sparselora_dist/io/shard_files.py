@@ -77,16 +77,34 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise CorruptFileError(f"{path} is not a valid safetensors file: {error}") from error
 
 
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A parameter (E, rows, columns) whose experts the files hold one by one, each as one matrix or several to be joined."""
+
+    keys: tuple[tuple[str, ...], ...]
+    """Of each expert, its matrices in the order of their rows."""
+    shape: tuple[int, ...]
+
+    def read(self, files: TensorFiles, experts: slice) -> Tensor:
+        """(experts, rows, columns), in memory of its own."""
+        joined = [torch.cat([files.read(key) for key in keys]) for keys in self.keys[experts]]
+        return torch.stack(joined) if joined else torch.empty((0, *self.shape[1:]))
+
+
 class TensorFiles:
     """The tensors of one or more safetensors files of a folder.
 
     Attributes:
         tensors: what the headers say, by tensor name, in the order of the files.
         sharded: whether an index names the files.
+        renamed: what the files call a model's parameter, where they use another name.
+        stacks: a model's parameters that are many tensors in the files.
     """
 
     def __init__(self, folder: Path, files: list[str], sharded: bool = False) -> None:
         self.folder, self.sharded = folder, sharded
+        self.renamed: dict[str, str] = {}
+        self.stacks: dict[str, Stack] = {}
         self.tensors: dict[str, TensorInfo] = {}
         for file in files:
             for name, info in read_header(folder / file).items():
@@ -192,6 +210,19 @@ def _spread(opened: Any, name: str, shape: tuple[int, ...], starts: int, values:
     rows = max(1, values // max(1, math.prod(shape[1:])))
     places = sorted({number * max(0, total - rows) // max(1, starts - 1) for number in range(starts)})
     return torch.cat([view[start : start + rows].flatten() for start in places])
+
+
+def weight_key(checkpoint: TensorFiles, name: str) -> str:
+    """The checkpoint's key of a parameter: its name, an older one (``renamed``), or without the ``model.`` in
+    front, of a base model that was saved without its LM head.
+
+    Raises:
+        CorruptFileError: there is none.
+    """
+    for key in (name, checkpoint.renamed.get(name, name), name.removeprefix("model.")):
+        if key in checkpoint.tensors:
+            return key
+    raise CorruptFileError(f"{checkpoint.folder} has no tensor {name!r}: it is not a whole checkpoint of this model")
 
 
 def is_finite(tensor: Tensor) -> bool:

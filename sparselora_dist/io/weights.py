@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs import Codec
-from ..codecs.linear import FrozenLinear
-from ..layouts import DecoderLayer, causal_lm, decoder_layers, matrix_name
+from ..codecs.linear import FrozenLinear, FrozenMatrix
+from ..layouts import BY_ROWS, DecoderLayer, Experts, Rows, causal_lm, decoder_layers, matrix_name
+from ..method.channels import EXPERTS
 from ..sharding.parameters import full_tensor
-from .manifest import CorruptFileError
+from .bank import BankFiles
 from .prequantized import prequantized, stored_codec
-from .shard_files import TensorFiles, spaced
+from .shard_files import TensorFiles, spaced, weight_key
 
 
 def checkpoint_folder(name_or_path: str) -> Path:
@@ -41,6 +42,18 @@ def _digest(sample: Tensor, shape: tuple[int, ...]) -> str:
     return hashlib.sha256(f"{shape}".encode() + values.numpy().tobytes()).hexdigest()[:32]
 
 
+def _count(rows: Rows | None, stored: int) -> int:
+    """How many ``rows`` are of a matrix of ``stored``."""
+    if rows is None:
+        return stored
+    return len(range(stored)[rows]) if isinstance(rows, slice) else len(rows)
+
+
+def _part_mark(mark: str, name: str, rows: Rows | None) -> str:
+    """The mark of a matrix inside the stored one that ``mark`` is of."""
+    return mark if rows is None else f"{mark}:{name}"
+
+
 class WeightSource(Protocol):
     """Gives frozen matrices by layer and name, as they are computed with."""
 
@@ -56,6 +69,10 @@ class WeightSource(Protocol):
 
     def shape(self, layer: int, name: str) -> tuple[int, int]:
         """(out, in) of the matrix, without reading it."""
+        ...
+
+    def blocks(self, layer: int, name: str) -> int:
+        """How many matrices stand in it one below another: the experts of a mixture."""
         ...
 
     def mark(self, layer: int, name: str) -> str:
@@ -75,24 +92,61 @@ class ModelWeights:
 
     def get(self, layer: int, name: str) -> Tensor:
         """Raises ValueError where the weight is not there: a rank that fails here alone is seen by its launcher."""
+        if name in EXPERTS:
+            return _there(self._bank(layer, name), layer, name)
+        stored, rows = self._layers[layer].within(name)
+        weight = self._stored(layer, stored)
+        return weight if rows is None else weight[rows]
+
+    def _stored(self, layer: int, name: str) -> Tensor:
         linear: Any = self._layers[layer].matrix(name)
         if isinstance(linear, FrozenLinear):
             weight = linear.matrix([full_tensor(part) for part in linear.parts], self.dtype)
         else:
             weight = full_tensor(linear.weight)
-        if weight.is_meta:
-            raise ValueError(
-                f"layers.{layer}.{name} is on the meta device, and the estimator's factors are made of it: load the weights "
-                "on every rank before apply_sparselora (cpu_ram_efficient_loading of FSDP may keep them on one: turn it off)"
-            )
-        return weight
+        return _there(weight, layer, name)
 
     def shape(self, layer: int, name: str) -> tuple[int, int]:
-        linear: Any = self._layers[layer].matrix(name)
-        return linear.out_features, linear.in_features
+        if name in EXPERTS:
+            experts = self._experts(layer)
+            return experts.count * experts.width, experts.hidden
+        stored, rows = self._layers[layer].within(name)
+        linear: Any = self._layers[layer].matrix(stored)
+        return _count(rows, linear.out_features), linear.in_features
+
+    def blocks(self, layer: int, name: str) -> int:
+        return self._experts(layer).count if name in EXPERTS else 1
+
+    def _experts(self, layer: int) -> Experts:
+        experts = self._layers[layer].experts
+        assert experts is not None, f"layers.{layer} has no experts"
+        return experts
+
+    def _bank(self, layer: int, name: str) -> Tensor:
+        """Of all experts, one after another, gate or up: (E·W, H)."""
+        experts = self._experts(layer)
+        module: Any = experts.module
+        stored: Any = module.__dict__.get(BY_ROWS, {}).get("gate_up_proj", module.gate_up_proj)
+        if isinstance(stored, FrozenMatrix):
+            rows = stored.rows_of([full_tensor(part) for part in stored.parts], self.dtype)
+        else:
+            rows = experts.gate_up_rows(full_tensor(stored))
+        return rows.view(experts.count, 2, experts.width, -1)[:, EXPERTS.index(name)].flatten(0, 1)
 
     def mark(self, layer: int, name: str) -> str:
-        return fingerprint(self.get(layer, name))
+        if name in EXPERTS:
+            return fingerprint(self.get(layer, name))
+        stored, rows = self._layers[layer].within(name)
+        return _part_mark(fingerprint(self._stored(layer, stored)), name, rows)
+
+
+def _there(weight: Tensor, layer: int, name: str) -> Tensor:
+    if weight.is_meta:
+        raise ValueError(
+            f"layers.{layer}.{name} is on the meta device, and the estimator's factors are made of it: load the weights "
+            "on every rank before apply_sparselora (cpu_ram_efficient_loading of FSDP may keep them on one: turn it off)"
+        )
+    return weight
 
 
 class CheckpointWeights:
@@ -108,25 +162,48 @@ class CheckpointWeights:
     ) -> None:
         self.checkpoint, self.codec, self.dtype = checkpoint, codec, dtype
         self._paths = {(layer.index, name): layer.path_of(name) for layer in layers for name in layer.names}
+        self._layers = {layer.index: layer for layer in layers}
+        self._banks = {layer.index: BankFiles.of(checkpoint, layer) for layer in layers if layer.experts}
 
     def get(self, layer: int, name: str) -> Tensor:
-        key = self._key(layer, name)
+        if name in EXPERTS:
+            return self._banks[layer].scored(name, self.codec, self.dtype)
+        key, rows = self._find(layer, name)
         if found := prequantized(self.checkpoint, key):
-            return found.rows(0, found.shape[0]).to(self.dtype)
-        return self._codec_of(key).roundtrip(self.checkpoint.read(key).to(self.dtype))
+            weight = found.rows(0, found.shape[0]).to(self.dtype)
+        else:
+            weight = self._codec_of(key).roundtrip(self.checkpoint.read(key).to(self.dtype))
+        return weight if rows is None else weight[rows]
 
     def shape(self, layer: int, name: str) -> tuple[int, int]:
-        key = self._key(layer, name)
+        if name in EXPERTS:
+            layout = self._banks[layer].layout
+            return layout.count * layout.width, layout.hidden
+        key, rows = self._find(layer, name)
         found = prequantized(self.checkpoint, key)
-        rows, columns = found.shape if found else self.checkpoint.tensors[key].shape
-        return rows, columns
+        count, columns = found.shape if found else self.checkpoint.tensors[key].shape
+        return _count(rows, count), columns
+
+    def blocks(self, layer: int, name: str) -> int:
+        return self._banks[layer].layout.count if name in EXPERTS else 1
 
     def mark(self, layer: int, name: str) -> str:
-        key = self._key(layer, name)
+        if name in EXPERTS:
+            return f"{self.codec.mark}{name}:" + _digest(
+                self._banks[layer].sample().to(self.dtype), self.shape(layer, name)
+            )
+        key, rows = self._find(layer, name)
         shape = self.checkpoint.tensors[key].shape
         if prequantized(self.checkpoint, key):
-            return f"bitsandbytes:{_digest(self.checkpoint.sample(key), shape)}"
-        return self._codec_of(key).mark + _digest(self.checkpoint.sample(key).to(self.dtype), shape)
+            mark = f"bitsandbytes:{_digest(self.checkpoint.sample(key), shape)}"
+        else:
+            mark = self._codec_of(key).mark + _digest(self.checkpoint.sample(key).to(self.dtype), shape)
+        return _part_mark(mark, name, rows)
+
+    def _find(self, layer: int, name: str) -> tuple[str, Rows | None]:
+        """The key of the stored matrix that the matrix ``name`` is in, and its rows there."""
+        stored, rows = self._layers[layer].within(name) if layer in self._layers else (name, None)
+        return self._key(layer, stored), rows
 
     def _key(self, layer: int, name: str) -> str:
         path = self._paths.get((layer, name)) or f"model.{matrix_name(layer, name)}"
@@ -134,15 +211,3 @@ class CheckpointWeights:
 
     def _codec_of(self, key: str) -> Codec:
         return stored_codec(self.checkpoint, key, self.codec, self.dtype)
-
-
-def weight_key(checkpoint: TensorFiles, name: str) -> str:
-    """The checkpoint's key of a parameter; a base model saved without its LM head lacks the ``model.`` in front.
-
-    Raises:
-        CorruptFileError: there is none.
-    """
-    for key in (name, name.removeprefix("model.")):
-        if key in checkpoint.tensors:
-            return key
-    raise CorruptFileError(f"{checkpoint.folder} has no tensor {name!r}: it is not a whole checkpoint of this model")

@@ -11,7 +11,14 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from sparselora_kernels import activation_name, gated_ffn_score, projection_scores
+from sparselora_kernels import (
+    Pairs,
+    activation_name,
+    expert_score,
+    ffn_score,
+    gated_ffn_score,
+    projection_scores,
+)
 
 from ..method.channels import HeadGeometry
 
@@ -26,6 +33,7 @@ def _register(module: nn.Module, name: str, factors: Factors) -> None:
 class FFNEstimator(nn.Module):
     """Σ_t [act((B_g A_g x_t)_j) · (B_u A_u x_t)_j]² over the given rows: ``forward(x (T, H), rows) -> ((I,),)`` fp32."""
 
+    is_estimator: ClassVar[bool] = True
     gate_a: nn.Parameter
     gate_b: nn.Parameter
     up_a: nn.Parameter
@@ -40,6 +48,53 @@ class FFNEstimator(nn.Module):
 
     def forward(self, x: Tensor, rows: Tensor) -> tuple[Tensor]:
         return (gated_ffn_score(x, rows, (self.gate_a, self.gate_b), (self.up_a, self.up_b), self.activation),)
+
+
+class ExpertsEstimator(nn.Module):
+    """Scores of the neurons of all experts from each expert's own factors: ``A`` (E·r, H) and ``B`` (E·W, r) of gate and
+    of up, expert after expert; see :func:`sparselora_kernels.expert_score`."""
+
+    gate_a: nn.Parameter
+    gate_b: nn.Parameter
+    up_a: nn.Parameter
+    up_b: nn.Parameter
+
+    def __init__(self, gate: Factors, up: Factors) -> None:
+        super().__init__()
+        _register(self, "gate", gate)
+        _register(self, "up", up)
+
+    def forward(
+        self,
+        x: Tensor,
+        pairs: Pairs,
+        weights: Tensor,
+        combine: Callable[[Tensor, Tensor], Tensor],
+        biases: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor]:
+        """``x`` (S, H) and the router's ``weights`` (S,) by pair -> ((E·W,),) fp32."""
+        gate, up = (self.gate_a, self.gate_b), (self.up_a, self.up_b)
+        return (expert_score(x, pairs.ends, weights, gate, up, combine, biases),)
+
+
+class PlainFFNEstimator(nn.Module):
+    """Σ_t act((B A x_t)_j + b_j)² over the given rows, of an FFN without a gate: ``forward(x (T, H), rows, b) -> ((I,),)``.
+
+    The score is ours (:func:`sparselora_kernels.ffn_score`).
+    """
+
+    is_estimator: ClassVar[bool] = True
+    up_a: nn.Parameter
+    up_b: nn.Parameter
+
+    def __init__(self, up: Factors, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        _register(self, "up", up)
+        # The family's own, which has its place in the model already: in a tuple it is no child of this module.
+        self.activation = (activation,)
+
+    def forward(self, x: Tensor, rows: Tensor, bias: Tensor | None = None) -> tuple[Tensor]:
+        return (ffn_score(x, rows, (self.up_a, self.up_b), self.activation[0], bias),)
 
 
 class AttentionEstimator(nn.Module):

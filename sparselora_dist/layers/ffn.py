@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sparselora_kernels import ffn_down, gated_product, gated_up, lora_linear, select_checked
+from sparselora_kernels import Weight, ffn_down, gated_product, gated_up, rows_of
 from sparselora_kernels.activations import activation_name
 
 from ..codecs.linear import FrozenLinear, compute_input
-from ..layouts import base_linear
+from ..layouts import Parts, base_linear
 from ..method.tokens import TokenPartition
-from ..sync.masks import Site
 from .context import SparseContext
 from .estimator import FFNEstimator
-from .lora import active_branches, kept_update, low_rank_update
-from .micro_batch import MicroBatch
-from .traced import Handle, kept
+from .lora import kept_update, low_rank_update
+from .neurons import Chosen, NeuronChooser, known, project
 
-Chosen: TypeAlias = "Tensor | Callable[[], Tensor]"
-"""Kept channels; or what waits for the other ranks' scores and gives them, always the same."""
+_GATED = ("gate_proj", "up_proj")
 
 
-def _known(chosen: Chosen) -> Tensor:
-    return chosen if isinstance(chosen, Tensor) else chosen()
-
-
-class SparseFFN(nn.Module):
+class SparseFFN(NeuronChooser, nn.Module):
     """Takes the place of a family's gated MLP and keeps its children under their names (``family_names``).
 
+    Gate and up may be halves of one matrix (``family_parts``): then they share the first product of its LoRA branch.
     Its frozen children are :class:`FrozenLinear`. For context tokens the intermediate is ``keep`` neurons wide. With
     ``lora_branch="kept"`` a dropped neuron is dropped whole, the LoRA contribution of gate, up and down included;
     with ``"dense"`` (the paper) only the frozen branch is sparse and the intermediate is as wide as the LoRA branch.
@@ -44,6 +38,7 @@ class SparseFFN(nn.Module):
         self,
         mlp: nn.Module,
         names: dict[str, str],
+        parts: Parts,
         activation: Callable[[Tensor], Tensor],
         *,
         estimator: FFNEstimator,
@@ -53,7 +48,7 @@ class SparseFFN(nn.Module):
         lora_branch: Literal["kept", "dense"],
     ) -> None:
         super().__init__()
-        self.family_names = names
+        self.family_names, self.family_parts = names, parts
         for own in names.values():
             setattr(self, own, getattr(mlp, own))
         self.act_fn = activation
@@ -61,92 +56,61 @@ class SparseFFN(nn.Module):
         assert name is not None, activation  # The layout was checked.
         self.activation = name
         self.estimator = estimator
-        self.context = context
-        self.site = Site(layer, "ffn")
-        self.keep = keep
-        self.lora_branch = lora_branch
-        self.handle = Handle(self)
+        self.set_up(context, layer, keep, lora_branch)
         self.train(mlp.training)
 
     @property
-    def projections(self) -> tuple[Any, Any, Any]:
-        """Gate, up and down, in their LoRA layers where they carry adapters."""
-        gate, up, down = (getattr(self, own) for own in self.family_names.values())
-        return gate, up, down
+    def projections(self) -> list[Any]:
+        """Gate, up and down, or both in one and down, in their LoRA layers where they carry adapters."""
+        return [getattr(self, own) for own in self.family_names.values()]
+
+    def _half(self, name: str) -> tuple[int, slice | None]:
+        """Which of :attr:`projections` holds gate or up, and its rows there; ``None`` where these are all."""
+        stored, rows = self.family_parts[name]
+        assert not isinstance(rows, Tensor)
+        return list(self.family_names).index(stored), rows
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (..., H) -> (..., H)."""
         batch = self.context.active(self.site.layer, "ffn")
         if batch is None:
-            gate, up, down = self.projections
-            return down(gated_product(gate(x), up(x), self.activation))
+            *first, down = self.projections
+            gate, up = self._gate_and_up([module(x) for module in first])
+            return down(gated_product(gate, up, self.activation))
         assert batch.partition is not None
         flat = compute_input(x).reshape(-1, x.shape[-1])
-        if torch.compiler.is_compiling():
-            keep = self.context.keep(self.site.layer, "ffn", self.keep)
-            channels: Chosen = kept(self.handle, "ffn", flat, batch, keep)
-        else:
-            channels = self._choose(flat, batch)
-        compute = self._whole_branch if self._branch_is_whole else self._kept
-        return compute(flat, batch.partition, channels).view(*x.shape[:-1], -1)
+        compute = self._whole_branch if self.branch_is_whole(*self.projections) else self._kept
+        return compute(flat, batch.partition, self.neurons(flat, batch)).view(*x.shape[:-1], -1)
 
-    def _choose(self, x: Tensor, batch: MicroBatch) -> Chosen:
-        finish = self.context.choose(batch, self.site, ("ffn",), lambda: self._select(x, batch))
-
-        def later() -> Tensor:
-            assert finish is not None
-            finish()
-            return batch.masks[self.site.layer, "ffn"]
-
-        return later if finish else batch.masks[self.site.layer, "ffn"]
-
-    def kept(self, role: str, x: Tensor, batch: MicroBatch) -> Tensor:
-        """The kept neurons, (k,) int64; ``x`` (T, H) is read where the mask is new."""
-        return _known(self._choose(x, batch))
-
-    def _select(self, x: Tensor, batch: MicroBatch) -> Callable[[], dict[str, Tensor]]:
-        assert batch.partition is not None
-        sync = self.context.sync
-        reduction = sync.start(self.site, *self.estimator(x, batch.partition.context))
-
-        def masks() -> dict[str, Tensor]:
-            keep = self.context.keep(self.site.layer, "ffn", self.keep)
-            (sums,) = reduction.wait()
-            channels, flag = select_checked(sums, keep)
-            sync.watch(self.site, flag)
-            return {"ffn": channels}
-
-        return masks
-
-    @property
-    def _branch_is_whole(self) -> bool:
-        modules = self.projections
-        return self.lora_branch == "dense" and any(next(active_branches(module), None) for module in modules)
+    def _gate_and_up(self, outputs: list[Tensor]) -> list[Tensor]:
+        """From what the matrices before down gave."""
+        halves = (self._half(name) for name in _GATED)
+        return [outputs[i] if rows is None else outputs[i][..., rows] for i, rows in halves]
 
     def _kept(self, x: Tensor, tokens: TokenPartition, chosen: Chosen) -> Tensor:
         """``x`` (T, H) -> (T, H), the intermediate of context tokens as wide as what is ``chosen``; dense tokens are
         computed while the ranks' scores are on their way."""
-        outer = self.projections
-        gate, up, down = (base_linear(module) for module in outer)
-        gate_low, gate_b = low_rank_update(outer[0], x)
-        up_low, up_b = low_rank_update(outer[1], x)
+        *first, outer = self.projections
+        low = [low_rank_update(module, x) for module in first]
+        gate, up = (_operands(first[i], low[i], rows) for i, rows in map(self._half, _GATED))
         hidden = gated_up(
             x,
-            gate.stored,
-            up.stored,
+            gate.weight,
+            up.weight,
             tokens.dense,
             tokens.context,
             chosen,
             gate_bias=gate.bias,
             up_bias=up.bias,
-            gate_low=gate_low,
-            gate_b=gate_b,
-            up_low=up_low,
-            up_b=up_b,
+            gate_low=gate.low,
+            gate_b=gate.b,
+            up_low=up.low,
+            up_b=up.b,
             activation=self.activation,
         )
-        channels = _known(chosen)
-        low_dense, low_context, b = kept_update(outer[2], *hidden, channels)
+        down: FrozenLinear = base_linear(outer)
+        channels = known(chosen)
+        low_dense, low_context, b = kept_update(outer, *hidden, channels)
         return ffn_down(
             *hidden,
             down.stored,
@@ -162,15 +126,32 @@ class SparseFFN(nn.Module):
 
     def _whole_branch(self, x: Tensor, tokens: TokenPartition, chosen: Chosen) -> Tensor:
         """``x`` (T, H) -> (T, H), sparse in the frozen branch alone."""
-        lists = {"dense_rows": tokens.dense, "context_rows": tokens.context, "channels": _known(chosen)}
-        gate, up, down = self.projections
-        inner = self.act_fn(_project(gate, x, lists)) * _project(up, x, lists)
-        return _project(down, inner, lists)
+        *first, down = self.projections
+        lists = {"dense_rows": tokens.dense, "context_rows": tokens.context, "channels": known(chosen)}
+        starts: list[list[int]] = [[] for _ in first]
+        for i, rows in map(self._half, _GATED):
+            starts[i].append(0 if rows is None else rows.start)
+        outputs = []
+        for module, at in zip(first, starts):
+            own = [lists["channels"] + start for start in sorted(at)]
+            outputs.append(project(module, x, {**lists, "channels": own[0] if len(own) == 1 else torch.cat(own)}))
+        gate, up = self._gate_and_up(outputs)
+        return project(down, self.act_fn(gate) * up, lists)
 
 
-def _project(module: nn.Module, x: Tensor, lists: dict[str, Tensor]) -> Tensor:
-    """The frozen linear for these tokens and channels, and every branch whole: (T, in) -> (T, out)."""
-    base: FrozenLinear = base_linear(module)
-    y = lora_linear(compute_input(x), base.stored, base.bias, transposed=base.transposed, **lists)
-    low, b = low_rank_update(module, x)
-    return y if low is None or b is None else torch.addmm(y, low, b.t())
+class _Operands(NamedTuple):
+    """Gate or up."""
+
+    weight: Weight
+    bias: Tensor | None
+    low: Tensor | None
+    """(T, R) first product of its LoRA branch; gate and up in one matrix share it."""
+    b: Tensor | None
+
+
+def _operands(module: Any, low: tuple[Any, Any], rows: slice | None) -> _Operands:
+    base, (first, b) = base_linear(module), low
+    if rows is None:
+        return _Operands(base.stored, base.bias, first, b)
+    bias, b = (None if t is None else t[rows] for t in (base.bias, b))
+    return _Operands(rows_of(base.stored, rows), bias, first, b)

@@ -36,8 +36,9 @@ class _PutRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, y: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
         ctx.rows = rows
-        whole = y.new_zeros(shape.numel(), y.shape[-1]).index_copy_(0, rows, y.squeeze(0))
-        return whole.view(*shape, y.shape[-1])
+        whole = y.new_zeros(*shape, y.shape[-1])  # No view of something: a family may add to it in place.
+        whole.flatten(0, -2).index_copy_(0, rows, y.squeeze(0))
+        return whole
 
     @staticmethod
     @once_differentiable

@@ -6,7 +6,7 @@ attention code runs unchanged on full-width tensors. The LoRA branch is whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -76,9 +76,18 @@ class AttentionChannels:
 
 
 class SparseProjection(FrozenLinear):
-    """A frozen q, k, v or o: whole for dense tokens, kept channels for context tokens, nothing for padding."""
+    """A frozen q, k, v or o: whole for dense tokens, kept channels for context tokens, nothing for padding.
 
-    def __init__(self, frozen: FrozenLinear, *, role: Role, channels: AttentionChannels) -> None:
+    Args:
+        frozen: the matrix as it is stored.
+        places: what of it is sparse: role -> its rows in the stored matrix, (n,) int64, or ``None`` where it is all of it.
+            q, k and v may be in one matrix; rows of no role (another group's, a gate's) are whole for context tokens.
+        channels: chooses.
+    """
+
+    def __init__(
+        self, frozen: FrozenLinear, *, places: Mapping[Role, Tensor | None], channels: AttentionChannels
+    ) -> None:
         super().__init__(
             frozen.in_features,
             frozen.out_features,
@@ -88,19 +97,46 @@ class SparseProjection(FrozenLinear):
             transposed=frozen.transposed,
         )
         self.train(frozen.training)
-        self.role = role
+        self.roles = tuple(places)
+        self.places = dict(places)
         self.channels = channels
+        others = torch.ones(self.out_features, dtype=torch.bool)
+        for rows in self.places.values():
+            others[slice(None) if rows is None else rows] = False
+        self.others = others.nonzero().flatten()
 
     def lists(self, x: Tensor) -> dict[str, Tensor]:
-        batch = self.channels.context.active(self.channels.site.layer, _GROUP[self.role], self.role)
+        context, layer = self.channels.context, self.channels.site.layer
+        found = {role: context.active(layer, _GROUP[role], role) for role in self.roles}
+        batch = next(filter(None, found.values()), None)
         if batch is None:
             return {}
         assert batch.partition is not None
-        return {
-            "dense_rows": batch.partition.dense,
-            "context_rows": batch.partition.context,
-            "channels": self.channels.rows(self.role, x, batch),
-        }
+        if self.places[self.roles[0]] is None:
+            rows = self.channels.rows(self.roles[0], x, batch)
+        else:
+            rows = self._rows(x, batch, [role for role in self.roles if found[role]])
+        return {"dense_rows": batch.partition.dense, "context_rows": batch.partition.context, "channels": rows}
+
+    def _rows(self, x: Tensor, batch: MicroBatch, sparse: list[Role]) -> Tensor:
+        """Rows that context tokens take, (k,) int64 ascending, of a matrix that holds more than one thing."""
+        key = self.channels.site.layer, "+".join(self.roles)
+        if key in batch.rows and not torch.compiler.is_compiling():
+            return batch.rows[key]
+        own = [self.others.to(x.device, non_blocking=True)]
+        for role in self.roles:
+            rows = self.places[role]
+            assert rows is not None
+            rows = rows.to(x.device, non_blocking=True)
+            if role in sparse:
+                own.append(rows.index_select(0, self.channels.rows(role, x, batch)))
+            # In the last layer a query that is not dense is read by nobody.
+            elif batch.last_layer != self.channels.site.layer:
+                own.append(rows)
+        chosen = torch.cat(own).sort().values
+        if not torch.compiler.is_compiling():
+            batch.rows[key] = chosen
+        return chosen
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, role={self.role!r}, layer={self.channels.site.layer}"
+        return f"{super().extra_repr()}, roles={self.roles}, layer={self.channels.site.layer}"

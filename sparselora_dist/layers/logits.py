@@ -11,6 +11,9 @@ Who reads no logits says so, and they are made in chunks and never whole (:mod:`
 - ``context.evaluating`` (our evaluation, with labels): they are (n, 2) fp32, the cross entropy of each label, in the
   order of its position, and 1 where the greedy prediction is right.
 
+Where a family scales or caps its logits (:mod:`.head_trial`), so do the chunks, and what is given in the place of logits is
+in units of ``context.head_unit``. Where it does something else with them, both are the rows' logits, and its own loss.
+
 All of it happens inside the LM head's own forward, because that is where an engine has gathered its weight, once,
 however many labels a rank has. A head that is trained or carries an adapter gives the rows' logits, whole.
 """
@@ -29,6 +32,7 @@ from sparselora_kernels import label_loss, label_scores, scores_of
 from ..codecs.linear import compute_input
 from ..sharding.units import read_in_backward
 from .context import SparseContext
+from .head_trial import Shaping, logits_shaping
 
 
 class LogitsHook:
@@ -60,6 +64,8 @@ class PackedLoss:
         if wanted.head == "rows":
             return self.original(logits, labels, *args, **kwargs | {"shift_labels": wanted.labels.unsqueeze(0)})
         total = logits if wanted.head == "sum" else logits[:, 0].sum()
+        if self.context.head_unit != 1.0:
+            total = total / self.context.head_unit
         items = kwargs.get("num_items_in_batch")
         if isinstance(items, Tensor):
             items = items.to(total.device)
@@ -71,26 +77,30 @@ class ChunkedHead:
 
     Args:
         plain: the head is a linear without anything around it, and the loss the usual one.
+        shaping: what the model makes of the head's output; ``None`` where that is not known: the family then computes its
+            own loss from the rows' logits.
     """
 
-    def __init__(self, head: nn.Module, context: SparseContext, plain: bool) -> None:
-        self.head, self.context, self.plain = head, context, plain
+    def __init__(self, head: nn.Module, context: SparseContext, plain: bool, shaping: Shaping | None) -> None:
+        self.head, self.context, self.plain, self.shaping = head, context, plain, shaping
         self.own = head.__dict__.get("forward")
         self.original: Callable[..., Tensor] = head.forward
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        wanted, head = self.context.loss_positions, self.head
-        asked = wanted.asked if wanted is not None and wanted.head == "rows" else "rows"
+        wanted, head, shaping = self.context.loss_positions, self.head, self.shaping
+        asked = wanted.asked if wanted is not None and wanted.head == "rows" and shaping is not None else "rows"
         chunked = self.plain and asked != "rows" and not any(p.requires_grad for p in head.parameters(recurse=False))
         read_in_backward(head, not (chunked and asked == "sum"))
-        if wanted is None or asked == "rows" or (asked == "sum" and not chunked):
+        if wanted is None or shaping is None or asked == "rows" or (asked == "sum" and not chunked):
             return self.original(x, *args, **kwargs)
         wanted.head = asked
         if not chunked:
-            return scores_of(self.original(x, *args, **kwargs).squeeze(0), wanted.labels)
+            logits = self.original(x, *args, **kwargs).squeeze(0)
+            return shaping.reduced(scores_of(logits if shaping.plain else shaping(logits.float()), wanted.labels))
         x, weight = compute_input(x.squeeze(0)), compute_input(head.weight)
         bias = None if head.bias is None else compute_input(head.bias)
-        return (label_loss if asked == "sum" else label_scores)(x, weight, bias, wanted.labels)
+        function = label_loss if asked == "sum" else label_scores
+        return shaping.reduced(function(x, weight, bias, wanted.labels, shaping.scale, shaping.cap))
 
 
 def pack_logits(model: Any, context: SparseContext) -> list[Any]:
@@ -106,7 +116,9 @@ def pack_logits(model: Any, context: SparseContext) -> list[Any]:
     loss = PackedLoss(model, context)
     model.loss_function = loss
     bare = type(head) is nn.Linear and not head._forward_hooks and "forward" not in head.__dict__
-    chunked = ChunkedHead(head, context, plain=bare and loss.original is ForCausalLMLoss)
+    shaping = logits_shaping(model)
+    context.head_unit = shaping.unit if shaping else 1.0
+    chunked = ChunkedHead(head, context, bare and loss.original is ForCausalLMLoss, shaping)
     head.__dict__["forward"] = chunked
     return [hook, _Restore(model, "_loss_function", loss.own), _Restore(head, "forward", chunked.own)]
 

@@ -80,8 +80,8 @@ def merge_by_layout(module: nn.Module) -> None:
     for method in ("merge", "unmerge"):
         if isinstance(module.base_layer, FrozenLinear):
             module.__dict__[method] = _Merging(module, method)
-        else:
-            module.__dict__.pop(method, None)
+        elif isinstance(module.__dict__.get(method), _Merging):
+            del module.__dict__[method]
 
 
 def active_branches(module: nn.Module) -> Iterator[LoRABranch]:

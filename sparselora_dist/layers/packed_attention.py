@@ -49,11 +49,11 @@ class PackedRows:
         return ends | {"max_length_q": longest, "max_length_k": longest} if "flash" in implementation else {}
 
 
-def use_packed_attention(model: Any) -> None:
+def use_packed_attention(model: Any, instead_of: tuple[str, ...] = ("sdpa",)) -> None:
     """Give a model that runs SDPA this implementation, itself alone; others keep theirs."""
     AttentionInterface.register(IMPLEMENTATION, packed_attention)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
-    if model.config._attn_implementation == "sdpa":
+    if model.config._attn_implementation in instead_of:
         model.set_attn_implementation(IMPLEMENTATION)
 
 
@@ -67,16 +67,31 @@ def packed_attention(
     scaling: float | None = None,
     packed_rows: PackedRows | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface: ``query`` (B, Hq, T, D), ``key`` and ``value`` (B, Hkv, T, D) -> (B, T, Hq, D).
 
-    With ``packed_rows``, B is 1.
+    With ``packed_rows``, B is 1. ``softcap`` bounds the scores, ``s_aux`` (Hq,) are attention sinks: no fused kernel has
+    both, so rows of such a family are computed with their scores.
     """
-    if packed_rows is None:
+    dropout = dropout if module.training else 0.0
+    if packed_rows is None and softcap is None and s_aux is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, sliding_window=sliding_window, **kwargs
         )
+    if softcap is not None or s_aux is not None:
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if packed_rows is None:
+            mask = _causal(query, sliding_window) if attention_mask is None else attention_mask
+            return _scored(query, key, value, mask, dropout, scaling, softcap, s_aux).transpose(1, 2), None
+        parts = (x.split(packed_rows.lengths, dim=2) for x in (query, key, value))
+        scored = [
+            _scored(q, k, v, _causal(q, sliding_window), dropout, scaling, softcap, s_aux) for q, k, v in zip(*parts)
+        ]
+        return torch.cat(scored, dim=2).transpose(1, 2), None
+    assert packed_rows is not None
     if varlen := _varlen_kernel(query, dropout):
         longest, window = max(packed_rows.lengths), (-1 if sliding_window is None else sliding_window - 1, 0)
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
@@ -89,15 +104,40 @@ def packed_attention(
 
 
 def _row(q: Tensor, k: Tensor, v: Tensor, dropout: float, scaling: float | None, window: int | None) -> Tensor:
-    length = q.shape[2]
-    mask = None
-    if window is not None and length > window:
-        at = torch.arange(length, device=q.device)
-        mask = (at[:, None] >= at) & (at[:, None] - at < window)
+    mask = _causal(q, window) if window is not None and q.shape[2] > window else None
     grouped = q.shape[1] != k.shape[1]
     return scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
     )
+
+
+def _causal(q: Tensor, window: int | None) -> Tensor:
+    """(T, T) bool: what each position of a row sees."""
+    at = torch.arange(q.shape[2], device=q.device)
+    seen = at[:, None] >= at
+    return seen if window is None else seen & (at[:, None] - at < window)
+
+
+def _scored(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    dropout: float,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """(B, Hq, T, D) by its definition, softmax in fp32; ``mask`` is bool, or added."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = (q @ k.transpose(2, 3) * scaling).float()
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+    shares = scores.softmax(-1)[..., : k.shape[2]].to(q.dtype)
+    return torch.nn.functional.dropout(shares, dropout) @ v
 
 
 def _varlen_kernel(query: Tensor, dropout: float) -> Any:

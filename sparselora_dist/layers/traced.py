@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from itertools import count
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
@@ -26,8 +26,9 @@ class Chooser(Protocol):
 
     context: SparseContext
 
-    def kept(self, role: str, x: Tensor, batch: MicroBatch) -> Tensor:
-        """What context tokens take of ``role``, (k,) int64; ``x`` (T, in) is read where the mask is new."""
+    def kept(self, role: str, x: Any, batch: MicroBatch) -> Tensor:
+        """What context tokens take of ``role``, (k,) int64; ``x`` (T, in), or all that was given to :func:`kept`, is
+        read where the mask is new."""
         ...
 
 
@@ -47,19 +48,19 @@ class Handle:
         return Handle, (self.chooser,)
 
 
-def _kept(x: Tensor, ticket: Tensor, handle: int, role: str, length: int) -> Tensor:
+def _kept(x: list[Tensor], ticket: Tensor, handle: int, role: str, length: int) -> Tensor:
     chooser = _choosers[handle]
     # The result of an operation must not be what somebody else holds.
-    return chooser.kept(role, x, chooser.context.pending(int(ticket))).clone()
+    return chooser.kept(role, x[0] if len(x) == 1 else x, chooser.context.pending(int(ticket))).clone()
 
 
 _run = torch.library.custom_op("sparselora::kept", _kept, mutates_args=())
-_run.register_fake(lambda x, ticket, handle, role, length: x.new_empty(length, dtype=torch.int64))
+_run.register_fake(lambda x, ticket, handle, role, length: x[0].new_empty(length, dtype=torch.int64))
 
 
-def kept(handle: Handle, role: str, x: Tensor, batch: MicroBatch, length: int) -> Tensor:
+def kept(handle: Handle, role: str, x: Tensor | list[Tensor], batch: MicroBatch, length: int) -> Tensor:
     """:meth:`Chooser.kept` as one node of a graph; its ``length`` must be known."""
-    return _run(x, batch.ticket, handle.number, role, length)
+    return _run(x if isinstance(x, list) else [x], batch.ticket, handle.number, role, length)
 
 
 def lengths_vary(tensors: Iterable[Tensor]) -> None:

@@ -1,48 +1,70 @@
-"""FFNs: a module with a gate, an up and a down matrix, whatever it is called, that computes ``down(act(gate(x)) * up(x))``.
+"""FFNs of a decoder layer, whatever they are called: gated, with gate and up apart or in one matrix, and without a gate.
 
-That it does is not believed of a name but tried: the family's own ``forward`` runs once on matrices of a few elements.
+What a module computes is not believed of a name but tried (:mod:`.tried`).
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from torch import nn
 from torch.nn import functional
-from torch.nn.utils import skip_init
 
 from sparselora_kernels.activations import ACTIVATIONS, activation_name
 
-from .names import is_linear, shape
+from .names import Parts, is_linear, shape
+from .tried import computes_gated, computes_plain, fused_order
 
-# Children of an FFN, in the order gate, up, down.
-_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+Kind = Literal["gated", "plain"]
+
+# Children of an FFN: gate, up, down; or what comes before the activation, and what comes after it.
+_THREE = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+_TWO = (
+    ("gate_up_proj", "down_proj"),
+    ("up_proj", "down_proj"),
+    ("fc1", "fc2"),
+    ("c_fc", "c_proj"),
+    ("fc_in", "fc_out"),
+    ("dense_h_to_4h", "dense_4h_to_h"),
+    ("input_linear", "output_linear"),
+)
 _CANONICAL = ("gate_proj", "up_proj", "down_proj")
+_FUSED = ("gate_up_proj", "down_proj")
 _FUNCTIONS = (functional.silu, functional.gelu, functional.relu)
-_ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation")
+_ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation", "gelu_impl")
 
 
 @dataclass(frozen=True, slots=True)
 class FFN:
-    """Where the matrices of a gated FFN are."""
+    """Where the matrices of an FFN are."""
 
     path: str
-    """Its name in the decoder layer: ``mlp``, or ``mlp.shared_expert`` of a mixture of experts."""
+    """Its name in the layer: ``mlp``, ``mlp.shared_expert`` of a mixture of experts; empty where it is the layer itself."""
     parent: nn.Module
     """What holds it: the decoder layer, or the mixture of experts."""
     attribute: str
-    """Its name there."""
+    """Its name there; empty where it is the decoder layer."""
+    kind: Kind
+    """``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))``."""
     names: dict[str, str]
-    """``gate_proj``, ``up_proj``, ``down_proj`` -> the child's own name."""
+    """``gate_proj``, ``up_proj`` or ``gate_up_proj``, and ``down_proj`` -> the child's own name."""
+    parts: Parts
+    """Where ``gate_proj`` and ``up_proj`` are, of whose factors scores are made."""
     activation: Callable[..., Any]
+    reads_alone: bool = True
+    """Whether its module is given the hidden states and nothing else."""
 
     @property
     def module(self) -> nn.Module:
-        return getattr(self.parent, self.attribute)
+        return getattr(self.parent, self.attribute) if self.attribute else self.parent
+
+    @classmethod
+    def gated(cls, path: str, parent: nn.Module, names: tuple[str, str, str], activation: Callable[..., Any]) -> FFN:
+        """With gate, up and down apart, called ``names`` in ``parent``'s child at the end of ``path``."""
+        apart: Parts = {name: (name, None) for name in _CANONICAL[:2]}
+        return cls(path, parent, path.rpartition(".")[2], "gated", dict(zip(_CANONICAL, names)), apart, activation)
 
 
 def find_ffn(layer: nn.Module) -> FFN | str:
@@ -50,6 +72,8 @@ def find_ffn(layer: nn.Module) -> FFN | str:
     problems = []
     for path, parent in (("", layer), *((f"{name}.", child) for name, child in layer.named_children())):
         found = [_read(path + attribute, parent, attribute) for attribute in _children_with_matrices(parent)]
+        if parent is layer and _names_of(layer):
+            found.append(_read("", layer, ""))
         problems += [problem for problem in found if isinstance(problem, str)]
         whole = [ffn for ffn in found if isinstance(ffn, FFN)]
         if len(whole) > 1:
@@ -66,54 +90,48 @@ def _children_with_matrices(parent: nn.Module) -> Iterator[str]:
             yield attribute
 
 
-def _names_of(module: nn.Module) -> dict[str, str] | None:
+def _names_of(module: nn.Module) -> tuple[str, ...] | None:
+    """The children that are its matrices."""
     if known := getattr(module, "family_names", None):  # A sparse one.
-        return known
-    for names in _NAMES:
-        if all(is_linear(getattr(module, name, None)) for name in names):
-            return dict(zip(_CANONICAL, names))
-    return None
+        return tuple(known.values())
+    found = (names for names in (*_THREE, *_TWO) if all(is_linear(getattr(module, name, None)) for name in names))
+    return next(found, None)
 
 
 def _read(path: str, parent: nn.Module, attribute: str) -> FFN | str:
-    module: Any = getattr(parent, attribute)
-    names = _names_of(module)
-    assert names is not None
-    what = f"its {path}, a {type(module).__name__},"
-    gate, up, down = (shape(getattr(module, own)) for own in names.values())
-    if not gate == up == down[::-1]:
-        return f"{what} has matrices of {gate}, {up} and {down}, expected (width, hidden) twice and (hidden, width)"
+    module: Any = getattr(parent, attribute) if attribute else parent
+    own = _names_of(module)
+    assert own is not None
+    if names := getattr(module, "family_names", None):
+        return FFN(path, parent, attribute, "gated", names, module.family_parts, module.act_fn)
+    what = f"its {path or 'layer'}, a {type(module).__name__},"
+    first, *_, down = shapes = [shape(getattr(module, name)) for name in own]
+    fused = len(own) == 2 and first == (2 * down[1], down[0])
+    if not fused and any(found != down[::-1] for found in shapes[:-1]):
+        return (
+            f"{what} has matrices {', '.join(own)} of {', '.join(map(str, shapes))} (out, in), which do not fit an FFN"
+        )
     activation = next((getattr(module, name) for name in _ACTIVATIONS if callable(getattr(module, name, None))), None)
+    # Where the forward names its activation, it has no attribute.
+    candidates = _FUNCTIONS if activation is None else (activation,)
+    if len(own) == 2 and not fused:
+        names = dict(zip(_CANONICAL[1:], own))
+        for candidate in candidates:
+            if reads := computes_plain(module, own, candidate):
+                parts: Parts = {"up_proj": ("up_proj", None)}
+                return FFN(path, parent, attribute, "plain", names, parts, candidate, reads == "alone")
+        return f"{what} computes something else than down(act(up(x)))"
     if activation is not None and activation_name(activation) is None:
         return f"{what} has the activation {activation}; known: {', '.join(ACTIVATIONS)}"
-    # Where the forward names its activation, it has no attribute.
-    for candidate in _FUNCTIONS if activation is None else (activation,):
-        ffn = FFN(path, parent, attribute, names, candidate)
-        if hasattr(module, "family_names") or _computes_as_expected(module, ffn):
-            return ffn
+    for candidate in candidates:
+        if fused:
+            order = fused_order(module, own, candidate)
+            if order is not None:
+                width = down[1]
+                halves = (slice(0, width), slice(width, 2 * width))
+                parts = {name: ("gate_up_proj", rows) for name, rows in zip(order, halves)}
+                return FFN(path, parent, attribute, "gated", dict(zip(_FUSED, own)), parts, candidate)
+        elif computes_gated(module, own, candidate):
+            gate, up, down_name = own
+            return FFN.gated(path, parent, (gate, up, down_name), candidate)
     return f"{what} computes something else than down(act(gate(x)) * up(x))"
-
-
-@torch.no_grad()
-def _computes_as_expected(module: Any, ffn: FFN) -> bool:
-    """Run the family's ``forward`` on small matrices in the place of its own."""
-    if type(module).__module__.startswith("liger_kernel"):
-        return True  # The same formula in kernels that a CPU cannot run.
-    generator = torch.Generator().manual_seed(0)
-    # Not initialised: that would draw from the caller's random numbers.
-    options: dict[str, Any] = {"bias": False, "dtype": torch.float64}
-    linears = [skip_init(nn.Linear, a, b, **options) for a, b in ((4, 6), (4, 6), (6, 4))]
-    for linear in linears:
-        linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator, dtype=torch.float64))
-    gate, up, down = linears
-    x = torch.randn(1, 3, 4, generator=generator, dtype=torch.float64)
-    stand_in = copy.copy(module)
-    stand_in.__dict__ = {**module.__dict__, "_modules": {**module._modules}}
-    for name, linear in zip(ffn.names.values(), linears):
-        stand_in._modules[name] = linear
-    try:
-        got = type(module).forward(stand_in, x)
-    except Exception:
-        return False
-    expected = down(ffn.activation(gate(x)) * up(x))
-    return isinstance(got, torch.Tensor) and got.shape == expected.shape and torch.allclose(got, expected)

@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from ..method.channels import ATTENTION, HeadGeometry
-from .attention import Attention, find_attention
-from .ffn import FFN, find_ffn
-from .names import UnsupportedModelError, base_linear, causal_lm
+from ..method.channels import SCORED, HeadGeometry
+from .attention import Attention
+from .experts import Experts, find_experts
+from .ffn import FFN
+from .names import Rows, UnsupportedModelError, base_linear, causal_lm
+from .registry import find_attention, find_ffn
 
-GROUPS = ("ffn", "qk", "vo")
+GROUPS = ("ffn", "qk", "vo", "experts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,25 +28,39 @@ class DecoderLayer:
     module: nn.Module
     ffn: FFN | None
     attention: Attention | None
+    experts: Experts | None
     missing: Mapping[str, str]
-    """Group (``ffn``, ``qk``, ``vo``) -> why this layer cannot have it."""
+    """Group (``ffn``, ``qk``, ``vo``, ``experts``) -> why this layer cannot have it."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The frozen matrices it has: ``q_proj`` ... ``down_proj``."""
+        """The frozen matrices that are stored: ``q_proj`` ... ``down_proj``, or ``gate_up_proj`` and ``qkv_proj``."""
         return (*(self.attention.names if self.attention else ()), *(self.ffn.names if self.ffn else ()))
+
+    def _holder(self, name: str) -> Attention | FFN:
+        part = next(
+            (part for part in (self.attention, self.ffn) if part and (name in part.names or name in part.parts)), None
+        )
+        assert part is not None, f"layers.{self.index} has no {name}"
+        return part
 
     def slot(self, name: str) -> tuple[nn.Module, str]:
         """The module that holds the linear called ``name``, and what it is called there."""
-        part = self.attention if name in ATTENTION else self.ffn
-        assert part is not None, f"layers.{self.index} has no {name}"
+        part = self._holder(name)
         return part.module, part.names[name]
 
     def path_of(self, name: str) -> str:
         """The linear's name in the causal LM, ``model.layers.3.mlp.gate_proj``: what files call it."""
-        part = self.attention if name in ATTENTION else self.ffn
-        assert part is not None, f"layers.{self.index} has no {name}"
-        return f"{self.path}.{part.path}.{part.names[name]}"
+        part = self._holder(name)
+        return ".".join(filter(None, (self.path, part.path, part.names[name])))
+
+    def within(self, name: str) -> tuple[str, Rows | None]:
+        """The stored matrix that the matrix ``name`` is in, and its rows there; ``None``: it is stored by itself."""
+        return self._holder(name).parts.get(name, (name, None))
+
+    def scored(self, group: str) -> tuple[str, ...]:
+        """The matrices of whose factors the scores of ``group`` are made."""
+        return tuple(name for name in SCORED[group] if group != "ffn" or (self.ffn and name in self.ffn.parts))
 
     def linear(self, name: str) -> Any:
         """The linear called ``name``, in its LoRA layer where it carries an adapter."""
@@ -60,9 +76,11 @@ class DecoderLayer:
         """How many there are, by group."""
         counts: dict[str, int] = {}
         if self.ffn:
-            counts["ffn"] = self.matrix("gate_proj").out_features
+            counts["ffn"] = self.matrix("down_proj").in_features
         if self.attention:
             counts |= {"qk": self.attention.heads.qk_channels, "vo": self.attention.heads.vo_channels}
+        if self.experts:
+            counts["experts"] = self.experts.count * self.experts.width
         return counts
 
     @property
@@ -71,9 +89,12 @@ class DecoderLayer:
 
         Not beside experts: a router's loss reads every position.
         """
-        if self.attention is None or self.ffn is None or self.ffn.parent is not self.module:
+        if self.attention is None or self.ffn is None or self.experts or self.ffn.parent is not self.module:
             return ()
-        return self.linear("q_proj"), self.linear("o_proj"), self.ffn.module
+        if not self.ffn.attribute or not self.ffn.reads_alone:
+            return ()
+        names = [name for name in ("q_proj", "o_proj") if name in self.attention.names]
+        return *map(self.linear, names), self.ffn.module
 
     @property
     def entry(self) -> nn.Module:
@@ -96,21 +117,6 @@ def check_config(config: Any) -> str:
             f"{_what(config)} is an encoder and a decoder; supported are causal language models, decoders alone"
         )
     return getattr(config, "model_type", None) or "unknown"
-
-
-# What a run does beside the sparse layers (rows packed in a line, loss inside the head, files read by name) is right for.
-RUNS = ("llama", "mistral", "qwen2", "qwen3")
-
-
-def check_run(config: Any) -> str:
-    """The ``model_type``; raises UnsupportedModelError where a run, of ``launch/train.py``, is not known to be right."""
-    family = check_config(config)
-    if family not in RUNS:
-        raise UnsupportedModelError(
-            f"{_what(config)} is not supported in a run; supported families: {', '.join(RUNS)}. Many more work with "
-            "apply_sparselora and the Hugging Face Trainer (docs/models.md)"
-        )
-    return family
 
 
 def _what(config: Any) -> str:
@@ -164,7 +170,7 @@ def check_known(model: nn.Module, layers: list[DecoderLayer]) -> None:
 
 
 def _layer(index: int, path: str, module: nn.Module, config: Any) -> DecoderLayer:
-    ffn, attention = find_ffn(module), find_attention(module, config)
+    ffn, attention, experts = find_ffn(module), find_attention(module, config), find_experts(module)
     missing: dict[str, str] = {}
     if isinstance(ffn, str):
         missing["ffn"] = ffn
@@ -172,12 +178,15 @@ def _layer(index: int, path: str, module: nn.Module, config: Any) -> DecoderLaye
         missing |= dict.fromkeys(("qk", "vo"), attention)
     else:
         missing |= attention.missing
+    if isinstance(experts, str):
+        missing["experts"] = experts
     return DecoderLayer(
         index,
         path,
         module,
         ffn if isinstance(ffn, FFN) else None,
         attention if isinstance(attention, Attention) else None,
+        experts if isinstance(experts, Experts) else None,
         missing,
     )
 

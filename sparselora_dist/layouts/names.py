@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..method.channels import ATTENTION
+
+Rows: TypeAlias = "slice | Tensor"
+"""Rows of a stored matrix: one after another, or (n,) int64 on the CPU."""
+Parts: TypeAlias = dict[str, tuple[str, "Rows | None"]]
+"""Matrix that something is asked of -> the one that is stored, and its rows there; ``None``: it is stored by itself."""
 
 
 class UnsupportedModelError(ValueError):

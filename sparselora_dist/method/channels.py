@@ -21,9 +21,11 @@ from torch import Tensor
 # The frozen matrices of a decoder layer, by the names that they have here, whatever their family calls them.
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FFN = ("gate_proj", "up_proj", "down_proj")
+EXPERTS = ("experts.gate_proj", "experts.up_proj")
+"""Of the routed experts, what is scored: rows of all experts, one after another, (E·W, H)."""
 TRANSPOSED = ("o_proj", "down_proj")
 """Those whose channel is their input: stored as (in, out)."""
-SCORED = {"ffn": ("gate_proj", "up_proj"), "qk": ("q_proj", "k_proj"), "vo": ("v_proj",)}
+SCORED = {"ffn": ("gate_proj", "up_proj"), "qk": ("q_proj", "k_proj"), "vo": ("v_proj",), "experts": EXPERTS}
 """Whose factors a group's scores need."""
 
 

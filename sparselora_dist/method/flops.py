@@ -7,7 +7,7 @@ is not counted, nor is the recomputation of activation checkpointing, which scal
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sparselora_kernels import kept_count
@@ -25,25 +25,61 @@ class LayerShare:
     ffn: float = 1.0
     qk: float = 1.0
     vo: float = 1.0
+    experts: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerSize:
+    """Elements of one layer's frozen matrices, where the layers of a model are not all alike."""
+
+    query: int = 0
+    """Of q; as many as of o. Zero where the attention's channels are not known."""
+    key: int = 0
+    """Of k; as many as of v."""
+    gate: int = 0
+    """Of what stands beside the queries in their matrix, and is never sparse."""
+    fused: bool = False
+    """Whether q, k and v are one matrix: the last layer then runs its queries at all dense tokens."""
+    ffn: int = 0
+    """Of gate, up and down; of an FFN without a gate up and down."""
+    width: int = 0
+    """Neurons of that FFN."""
+    inputs: int = 2
+    """Matrices before its activation, which are scored: gate and up, or one."""
+    products: int = 0
+    """Width of the queries, all heads: what attention's two products cost by."""
+    experts: int = 0
+    """Elements of the routed experts that a token meets."""
+    active: int = 0
+    """How many of them."""
+    expert_width: int = 0
+    """Neurons of one."""
+    other: int = 0
+    """Elements of what is always dense that a token meets: routers, fused matrices, gates, experts of another layout."""
 
 
 def layer_shares(
-    layers: int, channels: Mapping[str, int], sparsity: Mapping[str, Mapping[int, float]]
+    layers: int,
+    channels: Mapping[str, int] | Sequence[Mapping[str, int]],
+    sparsity: Mapping[str, Mapping[int, float]],
 ) -> tuple[LayerShare, ...]:
     """Kept share of every group in every layer.
 
     Args:
         layers: how many there are.
-        channels: of a layer, by group.
+        channels: of a layer, by group; of each layer, where they differ.
         sparsity: group -> layer -> sparsity; what is not named is dense.
     """
+    of = [channels] * layers if isinstance(channels, Mapping) else channels
     return tuple(
-        LayerShare(**{g: kept_count(channels[g], by[layer]) / channels[g] for g, by in sparsity.items() if layer in by})
+        LayerShare(
+            **{g: kept_count(of[layer][g], by[layer]) / of[layer][g] for g, by in sparsity.items() if layer in by}
+        )
         for layer in range(layers)
     )
 
 
-TRIMMED = ("q_proj", "o_proj", *FFN)
+TRIMMED = ("q_proj", "o_proj", *FFN, "gate_up_proj")
 """Matrices that the last layer runs at the positions of the logits only, where the LM head does."""
 
 
@@ -61,6 +97,23 @@ class FlopModel:
     estimator_rank: int = 8
     lora_elements_trimmed: int = 0
     """Those of the last layer's :data:`TRIMMED` matrices."""
+    sizes: tuple[LayerSize, ...] = ()
+    """Of each layer; left out where all are of ``hidden``, ``width`` and ``heads``."""
+    trims: bool = True
+    """Whether the last layer runs them at those positions only."""
+
+    def __post_init__(self) -> None:
+        if self.sizes == (self._usual,) * len(self.layers):
+            object.__setattr__(self, "sizes", ())
+
+    @property
+    def _usual(self) -> LayerSize:
+        products = self.heads.heads * self.heads.head_dim
+        return LayerSize(query=self.query, key=self.key, ffn=self.ffn, width=self.width, products=products)
+
+    def size(self, layer: int) -> LayerSize:
+        """Of one layer; negative numbers count from the end."""
+        return self.sizes[layer] if self.sizes else self._usual
 
     @property
     def query(self) -> int:
@@ -77,24 +130,40 @@ class FlopModel:
         """Elements of gate, up and down."""
         return 3 * self.hidden * self.width
 
-    def layer_elements(self, share: LayerShare) -> float:
+    def layer_elements(self, layer: int, share: LayerShare) -> float:
         """Elements of a layer's matrices that a token meets."""
-        return (share.qk + share.vo) * (self.query + self.key) + share.ffn * self.ffn
+        size = self.size(layer)
+        sparse = (share.qk + share.vo) * (size.query + size.key) + share.ffn * size.ffn + share.experts * size.experts
+        return sparse + size.gate + size.other
 
     def trimmed_elements(self, share: LayerShare) -> float:
         """Those among them that the last layer leaves out at a position without logits."""
-        return (share.qk + share.vo) * self.query + share.ffn * self.ffn
+        size = self.size(-1)
+        if not self.trims:
+            return 0.0
+        # Of one matrix with k and v, queries are left out with the other rows that context tokens do not take.
+        whole = size.fused and share.qk == 1
+        queries = 0.0 if whole else share.qk * size.query + size.gate
+        return queries + share.vo * size.query + share.ffn * size.ffn
 
     def _per_token(self, length: float) -> float:
         """FLOPs per token outside the sparse matrices: attention products, LoRA, LM head."""
-        width = self.heads.heads * self.heads.head_dim
-        attention = len(self.layers) * 3 * 4 * width * length / 2
+        attention = self.products * 3 * 4 * length / 2
         return attention + _TRAINED * self.lora_elements + _FROZEN * self.hidden * self.vocabulary
+
+    @property
+    def products(self) -> int:
+        """Width of the queries, of all layers together."""
+        return sum(self.size(layer).products for layer in range(len(self.layers)))
+
+    @property
+    def frozen(self) -> float:
+        """Elements of all layers' matrices that a token meets, dense."""
+        return sum(self.layer_elements(layer, LayerShare()) for layer in range(len(self.layers)))
 
     def dense(self, tokens: float, length: float) -> float:
         """A step with ``tokens`` real tokens in sequences of ``length``, all computed densely."""
-        frozen = len(self.layers) * self.layer_elements(LayerShare())
-        return tokens * (self._per_token(length) + _FROZEN * frozen)
+        return tokens * (self._per_token(length) + _FROZEN * self.frozen)
 
     @property
     def quadratic(self) -> float:
@@ -109,23 +178,25 @@ class FlopModel:
         ``None`` means that both run at all of them.
         """
         if logits is None:
-            context = self._per_token(length) + sum(map(self._sparse, self.layers))
+            context = self._per_token(length) + sum(map(self._sparse, range(len(self.layers)), self.layers))
             return self.dense(dense_tokens, length) + context_tokens * context
         # The last layer's FFN does not enter what context tokens cost: there a saving of zero is exactly zero.
-        whole, last = LayerShare(), replace(self.layers[-1], ffn=1.0)
-        trained = _TRAINED * self.lora_elements_trimmed
+        whole, last = LayerShare(), replace(self.layers[-1], ffn=1.0) if self.trims else self.layers[-1]
+        trained = _TRAINED * self.lora_elements_trimmed if self.trims else 0
         read = _FROZEN * (self.hidden * self.vocabulary + self.trimmed_elements(whole)) + trained
         every = self._per_token(length) - _FROZEN * self.hidden * self.vocabulary - trained
-        dense = len(self.layers) * self.layer_elements(whole) - self.trimmed_elements(whole)
-        context = sum(map(self._sparse, self.layers[:-1])) + self._sparse(last)
+        dense = self.frozen - self.trimmed_elements(whole)
+        number = len(self.layers) - 1
+        context = sum(map(self._sparse, range(number), self.layers[:-1])) + self._sparse(number, last)
         context -= _FROZEN * self.trimmed_elements(last)
         return logits * read + dense_tokens * (every + _FROZEN * dense) + context_tokens * (every + context)
 
-    def _sparse(self, share: LayerShare) -> float:
+    def _sparse(self, layer: int, share: LayerShare) -> float:
         """FLOPs of a context token in the matrices of a layer, estimator included."""
-        return _FROZEN * self.layer_elements(share) + self._estimator(share)
+        return _FROZEN * self.layer_elements(layer, share) + self._estimator(self.size(layer), share)
 
-    def _estimator(self, layer: LayerShare) -> float:
-        matrices = (layer.ffn < 1) * 2 + (layer.qk < 1) * 2 + (layer.vo < 1)
-        low = 2 * self.estimator_rank * self.hidden * matrices
-        return low + (layer.ffn < 1) * 2 * 2 * self.estimator_rank * self.width
+    def _estimator(self, size: LayerSize, layer: LayerShare) -> float:
+        matrices = (layer.ffn < 1) * size.inputs + (layer.qk < 1) * 2 + (layer.vo < 1)
+        routed = (layer.experts < 1) * 2 * size.active
+        wide = (layer.ffn < 1) * size.inputs * size.width + routed * size.expert_width
+        return 2 * self.estimator_rank * (self.hidden * (matrices + routed) + wide)

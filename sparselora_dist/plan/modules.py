@@ -7,90 +7,18 @@ estimator runs inside its first sparse projection.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from ..codecs import Codec
 from ..config import ConfigError, RunConfig
+from ..layouts import decoder_layers
 from ..method.channels import ATTENTION, FFN, SCORED, TRANSPOSED
+from .any_layer import tree_of_model
+from .described import adapted, rest_of
+from .parts import Module, Parameter, Tree
 from .shapes import ModelShape
-
-Kind = Literal["weights", "scales", "factors", "lora"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Parameter:
-    """A parameter's shape; compared by identity, so that a tied one is itself in both places."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    kind: Kind
-
-    @property
-    def trainable(self) -> bool:
-        return self.kind == "lora"
-
-    @property
-    def numel(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-
-@dataclass(slots=True, eq=False)
-class Module:
-    """A module as the engines' hooks see it."""
-
-    name: str
-    parameters: list[Parameter] = field(default_factory=list)
-    """Its own."""
-    children: list[Module] = field(default_factory=list)
-    """In the order in which they run."""
-    external: list[Parameter] = field(default_factory=list)
-    """A child's parameters that its own forward reads: ZeRO-3 gathers them before the child runs."""
-    leaf: bool = False
-    """ZeRO-3 gathers everything below at once and sets no hooks there."""
-    gives_grad: bool = False
-    """Its output needs a gradient even if its input does not (LoRA)."""
-    by_name: bool = False
-    """Called with keyword arguments only, so that ZeRO-3's hook behind its backward never fires."""
-    first_forward_only: bool = False
-    """Does not run in recomputation, nor in backward (the estimator)."""
-    read_in_backward: bool = True
-    """Its backward reads its weights. FSDP2 gathers a unit that says no for the forward only."""
-
-    def walk(self) -> Iterator[Parameter]:
-        yield from self.parameters
-        for child in self.children:
-            yield from child.walk()
-
-
-@dataclass(frozen=True, slots=True)
-class Tree:
-    """A model."""
-
-    embedding: Module
-    layers: list[Module]
-    norm: Module
-    head: Module
-
-    @property
-    def ends(self) -> list[Module]:
-        """FSDP2's units beside the layers: embedding and head; one where they are tied, for as long as the head's."""
-        return [self.head] if self.embedding.parameters == self.head.parameters else [self.embedding, self.head]
-
-    def root_parameters(self) -> list[Parameter]:
-        """What is in no decoder layer, a tied head once."""
-        found = [*self.embedding.parameters, *self.norm.parameters, *self.head.parameters]
-        return list(dict.fromkeys(found))
-
-    def parameters(self) -> list[Parameter]:
-        return [*self.root_parameters(), *(p for layer in self.layers for p in layer.walk())]
 
 
 def build_tree(shape: ModelShape, config: RunConfig, codec: Codec, adapter: torch.dtype) -> Tree:
@@ -103,28 +31,37 @@ def build_tree(shape: ModelShape, config: RunConfig, codec: Codec, adapter: torc
     Raises:
         ConfigError: a LoRA option that adds parameters which are not modelled, or that matches no matrix.
     """
-    builder = _Builder(shape, config, codec, adapter)
+    builder = Builder(shape, config, codec, adapter)
+    if shape.data is not None:
+        model = adapted(shape.data, config.lora)
+        return _finished(tree_of_model(builder, model, decoder_layers(model), rest_of(model)), config)
     embedding = builder.plain("embed_tokens", {"weight": (shape.vocabulary, shape.hidden)})
     head = builder.plain("lm_head", {"weight": (shape.vocabulary, shape.hidden)})
     if shape.tied:
         head.parameters = embedding.parameters
-    embedding.read_in_backward = False  # It is frozen.
-    head.read_in_backward = not config.sparse_lora.skip_unused_logits  # Else the loss in chunks has read it already.
     layers = [builder.layer(index) for index in range(shape.layers)]
     if not any(p.trainable for layer in layers for p in layer.walk()):
         targets = config.lora.values["target_modules"]
         raise ConfigError(f"'lora.target_modules' is {targets!r}: it matches none of {', '.join((*ATTENTION, *FFN))}")
-    return Tree(embedding, layers, builder.plain("norm", {"weight": (shape.hidden,)}), head)
+    return _finished(Tree(embedding, layers, builder.plain("norm", {"weight": (shape.hidden,)}), head), config)
 
 
-class _Builder:
+def _finished(tree: Tree, config: RunConfig) -> Tree:
+    tree.embedding.read_in_backward = False  # It is frozen.
+    tree.head.read_in_backward = not config.sparse_lora.skip_unused_logits  # Else the loss in chunks has read it already.
+    return tree
+
+
+class Builder:
+    """Makes modules of a run's model."""
+
     def __init__(self, shape: ModelShape, config: RunConfig, codec: Codec, adapter: torch.dtype) -> None:
         self.shape, self.codec, self.adapter = shape, codec, adapter
         self.dtype: torch.dtype = getattr(torch, config.model.dtype)
-        self.ranks = _LoraRanks(config)
+        self.ranks = _LoraRanks(config, any_name=shape.data is not None)
         sparse = config.sparse_lora
         self.estimator_rank = sparse.rank
-        self.sparsity = sparse.sparsity(shape.layers) if sparse.enabled else {}
+        self.sparsity = sparse.sparsity(shape.layers, shape.able) if sparse.enabled else {}
 
     def plain(self, name: str, shapes: dict[str, tuple[int, ...]]) -> Module:
         return Module(name, [Parameter(f"{name}.{key}", size, self.dtype, "weights") for key, size in shapes.items()])
@@ -157,21 +94,34 @@ class _Builder:
     def _linear(self, index: int, name: str) -> Module:
         rows, columns = self.shape.matrix(name)
         at = f"layers.{index}.{'self_attn' if name in ATTENTION else 'mlp'}.{name}"
-        channels, length = (columns, rows) if name in TRANSPOSED else (rows, columns)
-        stored = [
-            Parameter(f"{at}.{part}", (channels, spec.width), spec.dtype, "scales" if part == "scales" else "weights")
-            for part, spec in self.codec.parts(length).items()
-        ]
+        stored = self.stored(at, self.codec, (columns, rows) if name in TRANSPOSED else (rows, columns))
         if self.shape.has_bias(name):
             stored.append(Parameter(f"{at}.bias", (rows,), self.dtype, "weights"))
-        rank = self.ranks.of(f"model.{at}")
+        return self.with_adapter(at, stored, self.ranks.of(f"model.{at}"), (rows, columns))
+
+    def stored(self, at: str, codec: Codec, shape: tuple[int, int]) -> list[Parameter]:
+        """The parameters of a frozen matrix (channels, row length)."""
+        channels, length = shape
+        return [
+            Parameter(f"{at}.{part}", (channels, spec.width), spec.dtype, "scales" if part == "scales" else "weights")
+            for part, spec in codec.parts(length).items()
+        ]
+
+    def with_adapter(
+        self, at: str, stored: list[Parameter], rank: int | None, shape: tuple[int, int], joined: bool = True
+    ) -> Module:
+        """A linear of ``shape`` (out, in), with an adapter of that rank where there is one.
+
+        ``joined``: base and branch are one operation where the adapter allows it.
+        """
+        rows, columns = shape
         if rank is None:
             return Module(at, stored)
         a = Parameter(f"{at}.lora_A", (rank, columns), self.adapter, "lora")
         b = [Parameter(f"{at}.lora_B", (rows, rank), self.adapter, "lora")]
         if self.ranks.bias:
             b.append(Parameter(f"{at}.lora_B.bias", (rows,), self.adapter, "lora"))
-        if self.ranks.fused:
+        if self.ranks.fused and joined:
             # One operation reads them all from the LoRA layer's forward, and ZeRO-3 takes them for the layer's own.
             return Module(at, [a, *b, *stored], gives_grad=True)
         # PEFT asks lora_A for its dtype, so that ZeRO-3 takes its weight for one of the LoRA layer's own.
@@ -188,12 +138,14 @@ class _Builder:
         )
 
     def _factors(self, index: int, names: list[str]) -> list[Parameter]:
-        found = []
-        for name in names:
-            rows, columns = self.shape.matrix(name)
-            for side, size in (("a", (self.estimator_rank, columns)), ("b", (rows, self.estimator_rank))):
-                found.append(Parameter(f"layers.{index}.{name}_{side}", size, self.dtype, "factors"))
-        return found
+        return [p for name in names for p in self.factors(index, name, self.shape.matrix(name))]
+
+    def factors(self, index: int, name: str, shape: tuple[int, int]) -> list[Parameter]:
+        """The estimator's of a matrix (out, in)."""
+        rows, columns = shape
+        rank = min(self.estimator_rank, rows, columns)
+        sides = (("a", (rank, columns)), ("b", (rows, rank)))
+        return [Parameter(f"layers.{index}.{name}_{side}", size, self.dtype, "factors") for side, size in sides]
 
 
 def base_layer(module: Module) -> Module:
@@ -204,7 +156,7 @@ def base_layer(module: Module) -> Module:
 class _LoraRanks:
     """Which matrices carry an adapter, by PEFT's own matching of names."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, any_name: bool = False) -> None:
         values = config.lora.values
         for key in ("modules_to_save", "trainable_token_indices", "target_parameters"):
             if values.get(key):
@@ -217,7 +169,7 @@ class _LoraRanks:
         self.all = values["target_modules"] == "all-linear"
         self.config: Any = config.lora.build()
         for name in ("model.embed_tokens", "lm_head"):
-            if not self.all and self._matches(name):
+            if not any_name and not self.all and self._matches(name):
                 raise ConfigError(
                     f"'lora.target_modules' is {values['target_modules']!r}: adapters on {name} are not planned; allowed: "
                     f"{', '.join((*ATTENTION, *FFN))}"

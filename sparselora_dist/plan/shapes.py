@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from ..config import ConfigError
+from ..config.sparse import GROUPS
 from ..method.channels import ATTENTION, FFN, HeadGeometry
+from ..method.flops import LayerSize
 from .known import ROWS, Row
 
 
@@ -32,6 +34,28 @@ class ModelShape:
     mlp_bias: bool = False
     qk_norm: bool = False
     """An RMS norm of one head's width on q and on k (Qwen3)."""
+    data: dict[str, Any] | None = field(default=None, compare=False, repr=False)
+    """Of a family that is not modelled by hand: its ``config.json``, of which a model without weights is made."""
+    sizes: tuple[LayerSize, ...] = ()
+    """Of each layer of such a family."""
+    counts: tuple[Mapping[str, int], ...] = field(default=(), compare=False, repr=False)
+    """Of each of them, the channels by group of which a share is kept (:func:`sparselora_dist.layouts.widths`)."""
+    parameters: int = 0
+    """Of such a family, all of them."""
+    largest: int = 0
+    """Elements of the largest matrix of a layer of such a family; its experts are one."""
+    trims: bool = True
+    """Whether the last layer runs q, o and FFN at label positions only, where the LM head does."""
+
+    @property
+    def channels(self) -> tuple[Mapping[str, int], ...]:
+        """By group, of each layer."""
+        return self.counts or (self.heads.channel_counts(self.width),) * self.layers
+
+    @property
+    def able(self) -> dict[str, list[int]]:
+        """The layers that can be sparse, by group."""
+        return {g: [i for i, counts in enumerate(self.channels) if g in counts] for g in GROUPS}
 
     def matrix(self, name: str) -> tuple[int, int]:
         """(out, in) of ``q_proj`` ... ``down_proj``."""
@@ -54,6 +78,8 @@ class ModelShape:
     @property
     def elements(self) -> int:
         """Parameters of the base model, all of them."""
+        if self.parameters:
+            return self.parameters
         layer = 2 * self.hidden + (2 * self.heads.head_dim if self.qk_norm else 0)
         for name in (*ATTENTION, *FFN):
             rows, columns = self.matrix(name)
@@ -66,11 +92,11 @@ def from_hf_config(data: dict[str, Any], source: str) -> ModelShape:
 
     Raises:
         ConfigError: a key is missing or no positive integer; the message names it and ``source``.
-        UnsupportedModelError: the family is not one that a run knows.
+        UnsupportedModelError: no layer of the family has anything that can be sparse.
     """
-    from ..layouts import check_run
-
-    family = check_run(SimpleNamespace(**data))
+    if data.get("model_type") not in ROWS:
+        return _of_any(data, source)
+    family = data["model_type"]
 
     def integer(key: str, default: int | None = None) -> int:
         value = data.get(key)
@@ -106,6 +132,38 @@ def from_hf_config(data: dict[str, Any], source: str) -> ModelShape:
         o_bias=own,
         mlp_bias=family == "llama" and bool(data.get("mlp_bias", False)),
         qk_norm=family == "qwen3",
+    )
+
+
+def _of_any(data: dict[str, Any], source: str) -> ModelShape:
+    """Of a family that is not modelled by hand."""
+    from ..layouts import decoder_layers, layer_sizes, widths
+    from .described import described
+
+    model = described(data, source)
+    config, layers = model.config.get_text_config(), decoder_layers(model)
+    sizes = layer_sizes(layers, config)
+    known = next((layer.attention.heads for layer in layers if layer.attention), None)
+    counts = [{g: n for g, n in widths(layer).items() if g not in layer.missing} for layer in layers]
+    return ModelShape(
+        family=data["model_type"],
+        hidden=config.hidden_size,
+        width=next((size.width for size in sizes if size.width), 0),
+        layers=len(layers),
+        heads=known or HeadGeometry(heads=config.num_attention_heads, kv_heads=1, head_dim=2),
+        vocabulary=config.vocab_size,
+        tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+        data=data,
+        sizes=sizes,
+        counts=tuple(counts),
+        parameters=sum(p.numel() for p in model.parameters()),
+        largest=max(
+            [
+                *(layer.matrix(name).weight.numel() for layer in layers for name in layer.names),
+                *(2 * e.count * e.width * e.hidden for layer in layers if (e := layer.experts)),
+            ]
+        ),
+        trims=bool(layers[-1].trims),
     )
 
 

@@ -20,7 +20,8 @@ import torch
 
 from ..codecs import Codec, codec_of
 from ..config import ConfigError, RunConfig
-from .modules import Parameter, Tree, build_tree
+from .modules import build_tree
+from .parts import Parameter, Tree
 from .shapes import ModelShape
 from .zero_replay import ZeroLimits
 from .zero_trace import Checkpointing

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .modules import Parameter, Tree
+from .parts import Parameter, Tree
 from .storage import Scheme
 from .zero_replay import fetches
 from .zero_trace import Checkpointing

@@ -23,7 +23,7 @@ from sparselora_kernels import chunk_rows, row_bytes
 from ..config import RunConfig
 from ..method.channels import FFN
 from ..method.flops import TRIMMED, FlopModel, LayerShare, layer_shares
-from .modules import Tree
+from .parts import Tree
 from .shapes import ModelShape
 from .storage import checkpointing
 
@@ -53,8 +53,8 @@ class Work:
 def shares(shape: ModelShape, config: RunConfig) -> tuple[LayerShare, ...]:
     """Kept share of every group in every layer."""
     sparse = config.sparse_lora
-    sparsity = sparse.sparsity(shape.layers) if sparse.enabled else {}
-    return layer_shares(shape.layers, shape.heads.channel_counts(shape.width), sparsity)
+    sparsity = sparse.sparsity(shape.layers, shape.able) if sparse.enabled else {}
+    return layer_shares(shape.layers, shape.channels, sparsity)
 
 
 def flop_model(shape: ModelShape, config: RunConfig, tree: Tree) -> FlopModel:
@@ -70,6 +70,8 @@ def flop_model(shape: ModelShape, config: RunConfig, tree: Tree) -> FlopModel:
         lora_elements_trimmed=sum(
             p.numel for p in tree.layers[-1].walk() if p.trainable and set(p.name.split(".")) & set(TRIMMED)
         ),
+        sizes=shape.sizes,
+        trims=shape.trims,
     )
 
 
@@ -103,11 +105,10 @@ def _recomputed(
     model: FlopModel, shape: ModelShape, dense: float, context: float, length: int, labels: float | None = None
 ) -> float:
     """Forward FLOPs of the decoder layers: 2 a multiply-add, attention's products over half the square."""
-    q = shape.heads.heads * shape.heads.head_dim
-    every = shape.layers * 4 * q * length / 2 + 2 * model.lora_elements
-    kept = 2 * sum(map(model.layer_elements, model.layers))
-    flops = dense * (every + shape.layers * 2 * model.layer_elements(LayerShare())) + context * (every + kept)
-    if labels is not None:
+    every = 4 * model.products * length / 2 + 2 * model.lora_elements
+    kept = 2 * sum(map(model.layer_elements, range(shape.layers), model.layers))
+    flops = dense * (every + 2 * model.frozen) + context * (every + kept)
+    if labels is not None and model.trims:
         flops -= (dense - labels) * 2 * (model.trimmed_elements(LayerShare()) + model.lora_elements_trimmed)
         flops -= context * 2 * (model.trimmed_elements(model.layers[-1]) + model.lora_elements_trimmed)
     return flops
@@ -117,15 +118,17 @@ def _activations(
     shape: ModelShape, config: RunConfig, tree: Tree, batch: Batch, context: float, labels: float | None, size: int
 ) -> int:
     q, kv = shape.heads.heads * shape.heads.head_dim, shape.heads.kv_heads * shape.heads.head_dim
-    layers = []
+    model, layers = flop_model(shape, config, tree), []
     for number, (module, share) in enumerate(zip(tree.layers, shares(shape, config)), 1):
         adapters = [p for p in module.walk() if p.trainable and p.name.endswith("lora_A")]
         ranks = sum(p.shape[0] for p in adapters)
         full = config.sparse_lora.lora_branch == "dense" and any(name in p.name for p in adapters for name in FFN)
         kept = 1.0 if full else share.ffn
-        neurons = ((batch.tokens - context) + context * kept) * shape.width
-        if number == shape.layers and labels is not None:
-            neurons = labels * shape.width
+        size_of = model.size(number - 1)
+        neurons = ((batch.tokens - context) + context * kept) * size_of.width
+        if number == shape.layers and labels is not None and shape.trims:
+            neurons = labels * size_of.width
+        neurons += ((batch.tokens - context) + context * share.experts) * size_of.active * size_of.expert_width
         token = size * (4 * shape.hidden + 2 * q + 2 * kv + ranks) + 8 * shape.hidden
         layers.append(batch.tokens * token + 4 * size * neurons)
     flowing = batch.tokens * size * 2 * (shape.hidden + shape.width)
@@ -135,5 +138,7 @@ def _activations(
 
 
 def decode_buffer(shape: ModelShape, dtype: torch.dtype) -> int:
-    """Bytes of the largest matrix of a layer, decoded from NF4 for its dense tokens."""
+    """Bytes of the largest matrix of a layer, decoded from NF4 for its dense tokens; a mixture's experts are one."""
+    if shape.largest:
+        return shape.largest * dtype.itemsize
     return max(rows * columns for rows, columns in map(shape.matrix, ("q_proj", *FFN))) * dtype.itemsize

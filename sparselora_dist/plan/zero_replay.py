@@ -16,7 +16,7 @@ from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass
 
-from .modules import Module, Parameter, Tree
+from .parts import Module, Parameter, Tree
 from .zero_trace import Checkpointing, Event, events
 
 _BEFORE = -1

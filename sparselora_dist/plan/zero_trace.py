@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from .modules import Module, Tree
+from .parts import Module, Tree
 
 Checkpointing = Literal["none", "reentrant", "non-reentrant"]
 

@@ -23,7 +23,7 @@ from ..codecs import PlainCodec
 from ..config.errors import ConfigError, unknown_key
 from ..config.ranges import compact_ranges
 from ..config.run import RunConfig
-from ..config.sparse import GROUPS, SparseLoRAConfig
+from ..config.sparse import SparseLoRAConfig
 from ..data import TokenDataset, load_dataset_tokens, padding_id
 from ..engines import Engine, make_engine
 from ..io.load import check_model, load_tokenizer
@@ -41,6 +41,7 @@ from .sample import DataShape, Sample, data_shape, take_sample
 
 log = logging.getLogger(__name__)
 
+GROUPS = ("ffn", "qk", "vo")
 LEVELS = (0.25, 0.5, 0.75, 0.9, 0.97, 0.99)
 RECORD = "measurements.jsonl"
 # Rows of a micro-batch over all ranks, at least: the channels are chosen over that many.

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sparselora_kernels import gated_ffn_score, projection_scores, select_channels
+from sparselora_kernels import ffn_score, gated_ffn_score, projection_scores, select_channels
 
 from ..method.channels import HeadGeometry
 
@@ -39,7 +39,8 @@ def exact_sums(
 
     Args:
         group: ``ffn``, ``qk`` or ``vo``.
-        outputs: by matrix name (``gate_proj`` and ``up_proj``; ``q_proj`` and ``k_proj``; ``v_proj``), (T, out).
+        outputs: by matrix name (``gate_proj`` and ``up_proj``, or ``up_proj`` alone without a gate; ``q_proj`` and
+            ``k_proj``; ``v_proj``), (T, out).
         rows: int64 rows of the outputs.
 
     Returns:
@@ -47,15 +48,28 @@ def exact_sums(
     """
     taken = {name: output.index_select(0, rows).float() for name, output in outputs.items()}
     if group == "ffn":
+        if "gate_proj" not in taken:
+            return activation(taken["up_proj"]).square().sum(0)[None]
         return (activation(taken["gate_proj"]) * taken["up_proj"]).square().sum(0)[None]
     sums = {name: output.square().sum(0) for name, output in taken.items()}
     return _attention(group, sums, heads)
 
 
 def estimated_sums(
-    group: str, x: Tensor, rows: Tensor, factors: Mapping[str, Factors], heads: HeadGeometry, activation: Activation
+    group: str,
+    x: Tensor,
+    rows: Tensor,
+    factors: Mapping[str, Factors],
+    heads: HeadGeometry,
+    activation: Activation,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """The same from the layer's input ``x`` (T, in) and low-rank factors by matrix name, as training computes it."""
+    """The same from the layer's input ``x`` (T, in) and low-rank factors by matrix name, as training computes it.
+
+    ``bias`` is that of up in an FFN without a gate.
+    """
+    if group == "ffn" and "gate_proj" not in factors:
+        return ffn_score(x, rows, factors["up_proj"], activation, bias)[None]
     if group == "ffn":
         return gated_ffn_score(x, rows, factors["gate_proj"], factors["up_proj"], activation)[None]
     sums = dict(zip(factors, projection_scores(x, rows, list(factors.values()))))

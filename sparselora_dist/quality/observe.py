@@ -15,7 +15,6 @@ from sparselora_kernels import kept_count
 from ..io.factors import FactorSet
 from ..layers.lora import active_branches
 from ..layouts import DecoderLayer, decoder_layers
-from ..method.channels import SCORED
 from ..method.tokens import partition_tokens
 from .fidelity import Site, estimated_sums, exact_sums, truncated
 
@@ -89,54 +88,60 @@ class Observer:
         self._rows = list(halves)
 
     def _watch(self, layer: DecoderLayer) -> Iterator[Any]:
-        index, groups = layer.index, [group for layer_, group in self.sites if layer_ == layer.index]
+        groups = [group for index, group in self.sites if index == layer.index]
         for group in groups:
-            for name in SCORED[group]:
-                outer, frozen = layer.linear(name), layer.matrix(name)
-                yield frozen.register_forward_hook(self._keep(index, name, "frozen", frozen))
+            for name in layer.scored(group):
+                stored, _ = layer.within(name)
+                outer, frozen = layer.linear(stored), layer.matrix(stored)
+                yield frozen.register_forward_hook(self._keep(layer, name, "frozen"))
                 if outer is not frozen and next(active_branches(outer), None) is not None:
-                    yield outer.register_forward_hook(self._keep(index, name, "adapted", frozen))
-        activation = layer.ffn.activation if layer.ffn else None
+                    yield outer.register_forward_hook(self._keep(layer, name, "adapted"))
         if "ffn" in groups and layer.ffn:
-            yield layer.ffn.module.register_forward_hook(self._finish(index, ("ffn",), activation))
+            yield layer.ffn.module.register_forward_hook(self._finish(layer, ("ffn",)))
         attention = tuple(group for group in groups if group != "ffn")
         if attention and layer.attention:
-            yield layer.attention.module.register_forward_hook(self._finish(index, attention, activation))
+            yield layer.attention.module.register_forward_hook(self._finish(layer, attention))
 
-    def _keep(self, layer: int, name: str, kind: str, frozen: Any) -> Callable[..., None]:
+    def _keep(self, layer: DecoderLayer, name: str, kind: str) -> Callable[..., None]:
+        stored, rows = layer.within(name)
+        # The estimate knows no bias but that of an FFN without a gate; exact scores of the same thing.
+        bias = layer.matrix(stored).bias if self._bias(layer, name) is None else None
+
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            seen = self._seen.setdefault(layer, _Seen())
+            seen = self._seen.setdefault(layer.index, _Seen())
             flat = output.detach().reshape(-1, output.shape[-1])
-            # The estimate knows no bias; exact scores of the same thing.
-            getattr(seen, kind)[name] = flat if frozen.bias is None else flat - frozen.bias.to(flat.dtype)
+            flat = flat if bias is None else flat - bias.to(flat.dtype)
+            getattr(seen, kind)[name] = flat if rows is None else flat[:, rows]
             if kind == "frozen":
                 seen.inputs[name] = args[0].detach().reshape(-1, args[0].shape[-1])
 
         return hook
 
-    def _finish(self, layer: int, groups: tuple[str, ...], activation: Any) -> Callable[..., None]:
+    @staticmethod
+    def _bias(layer: DecoderLayer, name: str) -> Tensor | None:
+        """What the estimate adds to the matrix' product."""
+        plain = name == "up_proj" and layer.ffn is not None and layer.ffn.kind == "plain"
+        return layer.matrix(name).bias if plain else None
+
+    def _finish(self, layer: DecoderLayer, groups: tuple[str, ...]) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            seen = self._seen[layer]
+            seen = self._seen[layer.index]
             for group in groups:
-                names = SCORED[group]
+                names = layer.scored(group)
                 outputs = {name: seen.frozen.pop(name) for name in names}
                 adapted = {name: seen.adapted.pop(name, outputs[name]) for name in names}
-                self._add(layer, group, seen.inputs[names[0]], outputs, adapted, activation)
+                self._add(layer, group, seen.inputs[names[0]], outputs, adapted)
                 for name in names:
                     del seen.inputs[name]
 
         return hook
 
     def _add(
-        self,
-        layer: int,
-        group: str,
-        x: Tensor,
-        outputs: dict[str, Tensor],
-        adapted: dict[str, Tensor],
-        activation: Any,
+        self, layer: DecoderLayer, group: str, x: Tensor, outputs: dict[str, Tensor], adapted: dict[str, Tensor]
     ) -> None:
-        heads: Any = self._heads[layer]
+        heads: Any = self._heads[layer.index]
+        activation: Any = layer.ffn.activation if layer.ffn else None
+        bias = self._bias(layer, "up_proj") if group == "ffn" else None
 
         def exact(tensors: dict[str, Tensor]) -> Tensor:
             return torch.stack([exact_sums(group, tensors, rows, heads, activation) for rows in self._rows])
@@ -144,14 +149,14 @@ class Observer:
         estimates = {}
         for rank in self.ranks:
             own = {
-                name: tuple(part.to(x.device) for part in truncated(self.factors[layer, name], rank))
-                for name in SCORED[group]
+                name: tuple(part.to(x.device) for part in truncated(self.factors[layer.index, name], rank))
+                for name in outputs
             }
             estimates[rank] = torch.stack(
-                [estimated_sums(group, x, rows, own, heads, activation) for rows in self._rows]
+                [estimated_sums(group, x, rows, own, heads, activation, bias) for rows in self._rows]
             )
         differs = any(adapted[name] is not outputs[name] for name in outputs)
-        self.sites[layer, group].add(
+        self.sites[layer.index, group].add(
             exact(outputs),
             estimates,
             self._random,

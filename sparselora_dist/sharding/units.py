@@ -48,6 +48,10 @@ def read_in_backward(module: Any, read: bool) -> None:
 def gathered_together(model: nn.Module) -> list[nn.Module]:
     """Modules that read their children's parameters themselves, so that these must be there at once.
 
-    A class says so of its instances: ``gathers_together = True``.
+    A class says so of its instances: ``gathers_together = True``; or what was done to a module says so of that one.
     """
-    return [module for module in model.modules() if getattr(type(module), "gathers_together", False)]
+
+    def says_so(module: nn.Module) -> bool:
+        return getattr(type(module), "gathers_together", False) or "gathers_together" in module.__dict__
+
+    return [module for module in model.modules() if says_so(module)]

@@ -35,6 +35,7 @@ SyncMode = Literal["global", "node", "local"]
 
 # Slot of a rank in the payload: site + 1 (0 means that the rank took no part), call number, non-finite flag.
 _SLOT = 3
+_KINDS = ("attention", "ffn", "experts")
 # Integers up to here are exact in fp32.
 _CALL_MODULUS = 1 << 20
 # In the place of the call number: not a reduction's slots, but a selection's flag.
@@ -54,15 +55,16 @@ class Site:
     """Where a mask is chosen."""
 
     layer: int
-    kind: Literal["attention", "ffn"]
+    kind: Literal["attention", "ffn", "experts"]
 
     @property
     def number(self) -> int:
-        return 2 * self.layer + (self.kind == "ffn")
+        return len(_KINDS) * self.layer + _KINDS.index(self.kind)
 
     @staticmethod
     def name_of(number: int) -> str:
-        return f"layer {number // 2} {'ffn' if number % 2 else 'attention'}"
+        layer, kind = divmod(number, len(_KINDS))
+        return f"layer {layer} {_KINDS[kind]}"
 
     def __str__(self) -> str:
         return Site.name_of(self.number)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
+from sparselora_kernels import scores_of
+
 from ..engines import Engine
 from ..layers.context import SparseContext
 from .feed import Feed
@@ -57,6 +59,10 @@ def evaluate(
                 scores = engine.model(
                     **inputs.arguments, labels=inputs.labels, use_cache=False, num_items_in_batch=1
                 ).logits
+            if scores.dim() == 3:  # Rows' logits, of a family that makes something of them that is not known.
+                scores = scores_of(scores.squeeze(0), inputs.partition.loss_labels)
+            else:
+                scores = scores / context.head_unit
             losses, fits = scores.double().cpu().unbind(1)
             loss += losses.sum().item()
             right += fits.sum().item()

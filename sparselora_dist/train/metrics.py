@@ -15,7 +15,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..apply import SparseState
 from ..config.train import TrainSection
-from ..layouts import causal_lm, decoder_layers, geometry
+from ..layouts import causal_lm, decoder_layers, layer_sizes, widths
+from ..method.channels import HeadGeometry
 from ..method.flops import TRIMMED, FlopModel, layer_shares
 from .trackers import Trackers
 
@@ -25,18 +26,22 @@ _SELDOM = 10.0  # Seconds between updates of a bar that goes to a file.
 
 def flop_model(model: Any, state: SparseState) -> FlopModel:
     """FLOP model of a PEFT model before it is sharded, with the kept shares that were applied to it."""
-    config, heads = causal_lm(model).config, geometry(model)
-    counts = heads.channel_counts(config.intermediate_size)
-    last = decoder_layers(model)[-1].module.named_parameters()
+    config, layers = causal_lm(model).config.get_text_config(), decoder_layers(model)
+    sizes = layer_sizes(layers, config)
+    known = next((layer.attention.heads for layer in layers if layer.attention), None)
+    last = layers[-1]
+    trimmed = [last.linear(name) for name in TRIMMED if name in last.names]
     return FlopModel(
         hidden=config.hidden_size,
-        width=config.intermediate_size,
+        width=next((size.width for size in sizes if size.width), 0),
         vocabulary=config.vocab_size,
-        heads=heads,
+        heads=known or HeadGeometry(heads=config.num_attention_heads, kv_heads=1, head_dim=2),
         lora_elements=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        layers=layer_shares(config.num_hidden_layers, counts, state.sparsity),
+        layers=layer_shares(len(layers), list(map(widths, layers)), state.sparsity),
         estimator_rank=state.config.rank,
-        lora_elements_trimmed=sum(p.numel() for n, p in last if p.requires_grad and set(n.split(".")) & set(TRIMMED)),
+        lora_elements_trimmed=sum(p.numel() for module in trimmed for p in module.parameters() if p.requires_grad),
+        sizes=sizes,
+        trims=bool(last.trims),
     )
 
 

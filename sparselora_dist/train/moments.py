@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import torch
@@ -13,9 +13,6 @@ from ..method.tokens import partition_tokens
 
 Moments = dict[tuple[int, str], Tensor]
 """(layer, matrix) -> E[x xᵀ] (in, in) fp32 on the CPU; matrices that read the same tensor share one."""
-
-READERS = {"q_proj": ("q_proj", "k_proj", "v_proj"), "gate_proj": ("gate_proj", "up_proj")}
-"""One matrix of each input -> all that read it."""
 
 
 @torch.no_grad()
@@ -35,12 +32,13 @@ def second_moments(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Mo
         product = (x.t() @ x).cpu()
         sums[layer, name] = sums[layer, name].add_(product) if (layer, name) in sums else product
 
+    layers = decoder_layers(model)
     training, tokens = model.training, 0
     model.eval()
     handles = [
-        _parent(layer, name).register_forward_pre_hook(partial(add, layer.index, name))
-        for layer in decoder_layers(model)
-        for name in READERS
+        module.register_forward_pre_hook(partial(add, layer.index, names[0]))
+        for layer in layers
+        for module, names in _readers(layer)
     ]
     try:
         for batch in batches:
@@ -55,14 +53,19 @@ def second_moments(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Mo
     if not tokens:
         raise ValueError("none of the rows has a context token: there is no prompt to take second moments from")
     return {
-        (layer, reader): moment.div_(tokens) if reader == name else moment
-        for (layer, name), moment in sums.items()
-        for reader in READERS[name]
+        (layer.index, name): sums[layer.index, names[0]].div_(tokens if name == names[0] else 1)
+        for layer in layers
+        for _, names in _readers(layer)
+        for name in names
     }
 
 
-def _parent(layer: DecoderLayer, name: str) -> nn.Module:
-    """The module whose input the matrix reads: PEFT's layer around q, or the MLP, which hands its input to gate and up."""
-    assert layer.ffn is not None
-    module: nn.Module = layer.linear(name) if name == "q_proj" else layer.ffn.module
-    return module
+def _readers(layer: DecoderLayer) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
+    """What is given each input of the layer, and the scored matrices that read it."""
+    attention = tuple(name for group in ("qk", "vo") if group not in layer.missing for name in layer.scored(group))
+    if attention:
+        yield layer.linear(layer.within(attention[0])[0]), attention
+    if layer.ffn is not None:
+        # A gated FFN hands its input to gate and up; one without is called with more, or is the layer itself.
+        plain = layer.ffn.kind == "plain"
+        yield layer.linear("up_proj") if plain else layer.ffn.module, layer.scored("ffn")

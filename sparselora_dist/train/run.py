@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..apply import find_state
 from ..apply.build import build_model
+from ..apply.fit import fit_run
 from ..apply.liger import liger_patch
 from ..config.run import RunConfig
 from ..data import padding_id
@@ -68,6 +69,9 @@ def _run(config: RunConfig, engine: Engine, stop: StopSignals) -> dict[str, Any]
     if config.train.use_liger_kernel:
         liger_patch(base.model_type)  # Refuses what cannot work.
     check_positions(base, config.data.max_length)
+    config, unpacked = fit_run(config, base)
+    if unpacked and engine.is_main:
+        log.info("rows are padded, not packed: %s", unpacked)
     with ExitStack() as held:
         begun = begin(config, engine, base, held)
         path = begun.checkpoint_path

@@ -78,7 +78,7 @@ def test_sparsity_of_a_model() -> None:
     assert tuple(got) == GROUPS
     assert got["ffn"] == dict.fromkeys(range(3, 31), 0.99)
     assert got["qk"] == got["vo"] == dict.fromkeys([*range(14, 20), *range(21, 24), *range(25, 30)], 0.75)
-    assert SparseLoRAConfig().sparsity(4) == {"ffn": {}, "qk": {}, "vo": {}}
+    assert SparseLoRAConfig().sparsity(4) == {"ffn": {}, "qk": {}, "vo": {}, "experts": {}}
     assert SparseLoRAConfig(layers={"vo": {"0-3": 0}}).sparsity(4)["vo"] == dict.fromkeys(range(4), 0.0)
     with pytest.raises(ConfigError, match=r"^'sparse_lora.layers.ffn' range '3-30' reaches beyond .* layers 0-15$"):
         config.sparsity(16)
@@ -92,7 +92,7 @@ def test_sparsity_of_a_model() -> None:
         ({"trust_remote_code": True}, "'sparse_lora.trust_remote_code' is refused .*never executed"),
         (
             {"layers": {"fnn": {"1": 0.5}}},
-            "unknown key 'sparse_lora.layers.fnn': did you mean 'ffn'\\? known: ffn, qk, vo",
+            "unknown key 'sparse_lora.layers.fnn': did you mean 'ffn'\\? known: experts, ffn, qk, vo",
         ),
         ({"layers": {"q": {"1": 0.5}}}, "unknown key 'sparse_lora.layers.q'"),
         ({"layers": []}, "'sparse_lora.layers' is \\[\\]: allowed: an object such as"),

@@ -7,19 +7,31 @@ from typing import Any
 import pytest
 import torch
 
+from sparselora_dist.plan.shapes import from_hf_config
+from sparselora_dist.plan.storage import resident_bytes
 from support.agreement_workers import CASES, IN_CHUNKS, ON_FOUR, STEPS
 from support.compare import assert_close
+from support.experts_workers import GROUPS as EXPERT_GROUPS
+from support.experts_workers import STORAGES, moe_config, run
 
 # fp32 sums in another order, STEPS steps of up to 1e-2 each.
 PARAMETERS = {"rtol": 1e-5, "atol": 1e-6}
 LOSS = 2e-6
+_FACTORS = {f"estimator.{name}_{side}" for name in ("gate", "up") for side in "ab"}
+STORED = {
+    "float32": _FACTORS | {"gate_up_proj.rows", "down_proj.rows"},
+    "nf4": _FACTORS | {f"{name}.{part}" for name in ("gate_up_proj", "down_proj") for part in ("codes", "scales")},
+}
 
 
-def assert_same_run(reference: dict[str, Any], got: dict[str, Any]) -> None:
+GROUPS_OF = {0: {"ffn", "vo"}, 1: {"ffn", "qk", "vo"}, 2: {"qk"}}
+
+
+def assert_same_run(reference: dict[str, Any], got: dict[str, Any], groups_of: dict[int, set[str]] = GROUPS_OF) -> None:
     assert got["loss"] == pytest.approx(reference["loss"], rel=LOSS)
     assert got["norm"] == pytest.approx(reference["norm"], rel=1e-5)
     for step in range(STEPS):
-        assert_same_masks(reference["masks"][step], got["masks"][step], step)
+        assert_same_masks(reference["masks"][step], got["masks"][step], step, groups_of)
     # Adam's first mean is the gradient of the first step: every trained parameter has one, and they agree.
     assert got["gradients"].keys() == reference["gradients"].keys()
     for name, gradient in reference["gradients"].items():
@@ -32,9 +44,9 @@ def assert_same_run(reference: dict[str, Any], got: dict[str, Any]) -> None:
             assert_close(f"step {step} {name}", value, parameters[name], **PARAMETERS)
 
 
-def assert_same_masks(reference: Any, got: Any, step: int) -> None:
+def assert_same_masks(reference: Any, got: Any, step: int, groups_of: dict[int, set[str]] = GROUPS_OF) -> None:
     groups = {layer: set(chosen) for layer, chosen in reference.items()}
-    assert groups == {0: {"ffn", "vo"}, 1: {"ffn", "qk", "vo"}, 2: {"qk"}}
+    assert groups == groups_of
     assert {layer: set(chosen) for layer, chosen in got.items()} == groups
     for layer, chosen in reference.items():
         for group, kept in chosen.items():
@@ -82,6 +94,31 @@ def test_the_reference_trains(single: Any) -> None:
 def test_checkpointing_changes_nothing(engine: Any, kind: str) -> None:
     for rank in engine:
         assert_same_run(rank["agreement"]["llama"], rank["agreement"][kind])
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_routed_experts(single: Any, sharded: Any, storage: str) -> None:
+    """Streamed into shards, sparse, with adapters on attention and on the experts' parameters."""
+    reference = single[0]["experts"][storage]
+    changing = [steps[1]["experts"] for steps in reference["run"]["masks"]]
+    assert any(not torch.equal(changing[0], later) for later in changing[1:])
+    assert any("experts" in name for name in reference["run"]["gradients"])
+    for rank in sharded:
+        seen = rank["experts"][storage]
+        assert_same_run(reference["run"], seen["run"], EXPERT_GROUPS)
+        stored = {name: p for name, p in seen["held"].items() if ".experts." in name and not p["trainable"]}
+        assert {name.rsplit(".experts.", 1)[1].replace("base_layer.", "") for name in stored} == STORED[storage]
+        assert all(p["sharded"] for p in stored.values())
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("name", ["zero3", "fsdp2"])
+def test_bytes_of_experts_are_as_planned(request: pytest.FixtureRequest, name: str, storage: str) -> None:
+    planned = resident_bytes(from_hf_config(moe_config().to_dict(), "tiny"), run(name, storage), 2)
+    for kind in ("weights", "scales", "factors", "lora", "optimizer"):
+        fullest = max(rank["experts"][storage]["bytes"][kind] for rank in request.getfixturevalue(name))
+        assert (fullest == 0) == (planned[kind] == 0), kind
+        assert abs(planned[kind] - fullest) <= 0.02 * fullest, (kind, planned[kind], fullest)
 
 
 def test_a_model_loaded_partitioned(zero3: Any) -> None:

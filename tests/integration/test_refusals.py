@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import RwkvConfig, RwkvForCausalLM
 
 from support.harness import run_launch, run_ranks
 from support.refusals import never_loads, says
@@ -40,11 +40,12 @@ def test_a_range_that_the_model_does_not_have(refused: Callable) -> None:
 
 
 def test_a_model_that_is_not_supported(refused: Callable, tmp_path: Path) -> None:
-    folder = tmp_path / "gpt2"
-    shape = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, n_positions=64)
-    GPT2LMHeadModel(shape).save_pretrained(folder)
+    folder = tmp_path / "rwkv"
+    shape = RwkvConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, context_length=64)
+    RwkvForCausalLM(shape).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
-    says(refused("--model.name_or_path", str(folder)), "GPT2LMHeadModel", "gpt2", "not supported", "llama", "qwen3")
+    message = refused("--model.name_or_path", str(folder))
+    says(message, "RwkvForCausalLM", "rwkv", "not supported", "RwkvFeedForward")
 
 
 def test_a_model_that_is_not_there(refused: Callable, tmp_path: Path) -> None:

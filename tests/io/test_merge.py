@@ -19,7 +19,10 @@ from torch import Tensor
 
 from sparselora_dist.io import merge as module
 from sparselora_dist.io.merge import merge_adapter
+from sparselora_dist.layouts import decoder_layers
+from sparselora_dist.method.channels import ATTENTION
 from support.compare import assert_close
+from support.every_type import tiny_model
 from support.merging import BLOCKS, load, logits, make_adapter, save_base, tensors
 
 # One fp32 product of inner size 4 in two orders, added to a weight of order 0.1 to 1; then a few layers of it.
@@ -65,6 +68,34 @@ def test_equals_peft(case: str, tmp_path: Path) -> None:
     assert_close("logits", unmerged, logits(got), **LOGITS)
     assert summary.merged == sum(isinstance(m, torch.nn.Linear) for m in _adapted(tmp_path, base))
     assert (tmp_path / "out" / module.INDEX_FILE).exists() == ("shard" in base_options)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "phi3", "starcoder2", "cohere2", "gpt_oss", "qwen3_moe", "mixtral"])
+def test_any_family_equals_peft(family: str, tmp_path: Path) -> None:
+    """Also tied heads, fused matrices, and experts whose files hold them one by one: those are copied as they are."""
+    base = tmp_path / "base"
+    tiny_model(family).save_pretrained(base)
+    layers = decoder_layers(load(base))
+    # In a mixture on attention alone: for the FFN's names PEFT would adapt the experts' parameters.
+    mixture = any(layer.experts for layer in layers)
+    targets = [layer.path_of(name) for layer in layers for name in layer.names if not mixture or name in ATTENTION]
+    peft = make_adapter(tmp_path / "adapter", base, target_modules=targets)
+    unmerged = logits(peft)
+    summary = merge_adapter(base, tmp_path / "adapter", tmp_path / "out", dtype="float32")
+    assert summary.merged == len(targets) > 0
+    assert_close("logits", unmerged, logits(load(tmp_path / "out")), **LOGITS)
+    assert tensors(tmp_path / "out").keys() == tensors(base).keys()
+
+
+def test_4_bit_experts_and_adapters_on_them_are_refused(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    tiny_model("qwen3_moe").save_pretrained(base)
+    make_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=r"--load-in-4bit of a mixture of experts"):
+        merge_adapter(base, tmp_path / "adapter", tmp_path / "out", load_in_4bit=True)
+    make_adapter(tmp_path / "on experts", base, target_modules=["q_proj", "gate_proj", "up_proj"])
+    with pytest.raises(ValueError, match=r"'target_parameters' is .*: only plain LoRA can be merged"):
+        merge_adapter(base, tmp_path / "on experts", tmp_path / "out")
 
 
 def _adapted(tmp_path: Path, base: Path) -> list[torch.nn.Module]:
@@ -201,6 +232,8 @@ def test_one_shard_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 PEAK = """
 import sys
 from sparselora_dist.io.merge import merge_adapter
+from sparselora_dist.layouts import decoder_layers
+from sparselora_dist.method.channels import ATTENTION
 base, small, adapter, out = sys.argv[1:]
 def status(key):
     with open("/proc/self/status") as file:

@@ -263,8 +263,8 @@ def test_base_index(folder: Path) -> None:
 
 def test_base_config(folder: Path) -> None:
     config = folder / "base" / "config.json"
-    edit_json(config, model_type="gpt2")
-    refused(folder, "model_type 'gpt2'. is not supported in a run; supported families: llama")
+    edit_json(config, model_type="t5")
+    refused(folder, "model_type 't5'. is an encoder and a decoder")
     config.unlink()
     refused(folder, "no such file: .*config.json", FileNotFoundError)
     shutil.rmtree(folder / "base")

@@ -73,6 +73,21 @@ def test_nf4_equals_the_decoded_weights(dense: int, implementation: str) -> None
     compare(results(reference.gated_up, trained, **plain), got)
 
 
+@pytest.mark.parametrize("length", [70, 320], ids=["one nested block a row", "nested blocks across rows"])
+@pytest.mark.parametrize("quantised", [False, True], ids=["plain", "NF4"])
+@implementations
+def test_halves_of_one_matrix_are_matrices(length: int, quantised: bool, implementation: str) -> None:
+    trained, fixed = up_case((3, 6, 1, length, 96, 11), 3)
+    apart = dict(fixed)
+    both = torch.cat([fixed["up"], fixed["gate"]])
+    stored, values = nf4(both) if quantised else (both, both)
+    apart["up"], apart["gate"] = values.chunk(2)
+    fixed |= {"up": kernels.rows_of(stored, slice(0, 96)), "gate": kernels.rows_of(stored, slice(96, 192))}
+    with running(implementation):
+        got = results(kernels.gated_up, trained, **fixed)
+    compare(results(reference.gated_up, trained, **apart), got)
+
+
 @implementations
 def test_runs_are_bit_identical(implementation: str) -> None:
     trained, fixed = up_case((4, 9, 2, 21, 37, 11), 3, torch.bfloat16)

@@ -40,10 +40,22 @@ def gated_arguments(rank: int, dense: int) -> tuple:
     return x, *weights, None, torch.randn(7), *updates, *split(dense, 4, 2), some(7, 3), "silu"
 
 
+def halves_arguments() -> tuple:
+    x, _, _, _, _, *rest = gated_arguments(2, 3)
+    both = torch.randn(14, 5)
+    return x, [both], [0, 0, 7], [both], [0, 7, 7], *rest
+
+
 def down_arguments(rank: int) -> tuple:
     h = torch.randn(3, 7, requires_grad=True), torch.randn(4, 2, requires_grad=True)
     updates = [torch.randn(n, rank, requires_grad=True) for n in (3, 4, 5)] if rank else [None] * 3
     return *h, [torch.randn(7, 5)], [0], torch.randn(5), *updates, *split(3, 4, 2), some(7, 2), 9
+
+
+def up_arguments(rank: int, dense: int) -> tuple:
+    x = torch.randn(dense + 6, 5, requires_grad=True)
+    update = [torch.randn(n, rank, requires_grad=True) for n in (dense + 6, 7)] if rank else [None] * 2
+    return x, [torch.randn(7, 5)], [0], torch.randn(7), *update, *split(dense, 4, 2), some(7, 3)
 
 
 def joined_arguments(sparse: bool, quantised: bool, every: bool = False) -> tuple:
@@ -57,6 +69,19 @@ def joined_arguments(sparse: bool, quantised: bool, every: bool = False) -> tupl
     lists = (*split(3, 4, 2), [some(12, 5), some(6, 2), third]) if sparse else (None, None, [None] * 3)
     biases = [torch.randn(12), *([torch.randn(6), torch.randn(6)] if every else [None, None])]
     return x, *a, *b, parts, layouts, biases, [0.5, 1.0, 2.0], *lists
+
+
+def grouped_arguments(transposed: bool, sparse: bool, quantised: bool) -> tuple:
+    weight = torch.randn(3 * 6, 70)
+    stored = nf4(weight)[0] if quantised else kernels.EncodedWeight((weight,))
+    kept = torch.cat([expert * 6 + some(6, 4) for expert in range(3)]) if sparse else None
+    x = torch.randn(9, (4 if sparse else 6) if transposed else 70, requires_grad=True)
+    return x, list(stored.parts), list(stored.layout), torch.tensor([2, 2, 9], dtype=torch.int32), kept, transposed
+
+
+def trained_bank() -> tuple:
+    x, weight = torch.randn(9, 7, requires_grad=True), torch.randn(3, 5, 7, requires_grad=True)
+    return x, weight, torch.tensor([2, 2, 9], dtype=torch.int32)
 
 
 def frozen_branch(arguments: tuple) -> tuple:
@@ -76,6 +101,14 @@ CASES: dict[str, tuple[str, Callable[[], tuple]]] = {
     "gate and up": ("gated_up", lambda: gated_arguments(0, 3)),
     "gate and up with LoRA": ("gated_up", lambda: gated_arguments(2, 3)),
     "gate and up, no dense token": ("gated_up", lambda: gated_arguments(2, 0)),
+    "experts": ("grouped_linear", lambda: grouped_arguments(False, True, False)),
+    "experts, down, NF4": ("grouped_linear", lambda: grouped_arguments(True, True, True)),
+    "experts, whole": ("grouped_linear", lambda: grouped_arguments(False, False, True)),
+    "experts, trained": ("grouped_product", trained_bank),
+    "gate and up in one": ("gated_up", halves_arguments),
+    "up": ("ffn_up", lambda: up_arguments(0, 3)),
+    "up with LoRA": ("ffn_up", lambda: up_arguments(2, 3)),
+    "up, no dense token": ("ffn_up", lambda: up_arguments(2, 0)),
     "down": ("ffn_down", lambda: down_arguments(0)),
     "down with LoRA": ("ffn_down", lambda: down_arguments(2)),
 }

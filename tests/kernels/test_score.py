@@ -45,16 +45,29 @@ def test_gated_ffn_score_equals_reference(shape: tuple, dtype: torch.dtype) -> N
     compare(expected, kernels.gated_ffn_score(x, rows, gate, up, SILU), dtype)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", list(RTOL), ids=str)
+@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
+def test_ffn_score_equals_reference(shape: tuple, dtype: torch.dtype, biased: bool) -> None:
+    x, rows, (up, _) = inputs(shape, dtype)
+    options = {"bias": torch.randn(shape[2]).to(dtype)} if biased else {}
+    expected = reference.ffn_score(x, rows, up, SILU, **options)
+    compare(expected, kernels.ffn_score(x, rows, up, SILU, **options), dtype)
+
+
 def test_scores_equal_the_definition_token_by_token() -> None:
     x, rows, ((ag, bg), (au, bu)) = inputs((7, 5, 4, 2, 4), torch.float32)
-    linear, gated = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    linear, gated, plain = (torch.zeros(4, dtype=torch.float64) for _ in range(3))
+    bias = torch.randn(4)
     for t in rows.tolist():
         for j in range(4):
             low_gate, low_up = ag.double() @ x[t].double(), au.double() @ x[t].double()
             estimate = torch.dot(bg[j].double(), low_gate)
             linear[j] += estimate**2
+            plain[j] += SILU(estimate + bias[j]) ** 2
             gated[j] += (SILU(estimate) * torch.dot(bu[j].double(), low_up)) ** 2
     assert_close("projection", linear, kernels.projection_score(x, rows, ag, bg), rtol=1e-5)
+    assert_close("plain", plain, kernels.ffn_score(x, rows, (ag, bg), SILU, bias), rtol=1e-5)
     assert_close("ffn", gated, kernels.gated_ffn_score(x, rows, (ag, bg), (au, bu), SILU), rtol=1e-5)
 
 

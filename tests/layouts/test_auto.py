@@ -9,8 +9,10 @@ import torch
 
 from sparselora_dist import SparseLoRAConfig, apply_sparselora
 from sparselora_dist.apply import find_state
-from sparselora_dist.layouts import UnsupportedModelError, check_run, decoder_layers
-from support.every_type import tiny_model
+from sparselora_dist.apply.fit import fit_run
+from sparselora_dist.config import RunConfig
+from sparselora_dist.layouts import UnsupportedModelError, decoder_layers
+from support.every_type import tiny_config, tiny_model
 
 
 def test_a_hybrid_has_attention_in_some_layers(caplog: pytest.LogCaptureFixture) -> None:
@@ -37,6 +39,8 @@ def test_a_named_layer_that_cannot_is_refused() -> None:
         apply_sparselora(model, SparseLoRAConfig.from_dict({"layers": {"qk": {"2-3": 0.5}}}))
 
 
-def test_a_run_refuses_what_only_the_library_knows() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"'cohere'\) is not supported in a run.*qwen3\. Many more.*Trainer"):
-        check_run(tiny_model("cohere").config)
+def test_a_run_refuses_what_has_no_known_layer_before_it_loads() -> None:
+    data = {"model": {"name_or_path": "x"}, "data": {"train": "x"}, "train": {"output_dir": "x"}}
+    sparse = {"sparse_lora": {"layers": {"ffn": {"0": 0.5}}}}
+    with pytest.raises(UnsupportedModelError, match=r"'rwkv'\) is not supported: .* not known \(ffn: .*RwkvFeedForward"):
+        fit_run(RunConfig.from_dict(data | sparse), tiny_config("rwkv"))

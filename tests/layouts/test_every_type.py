@@ -20,6 +20,7 @@ from sparselora_dist import SparseLoRAConfig, apply_sparselora, remove_sparselor
 from sparselora_dist.layouts import DecoderLayer, UnsupportedModelError, decoder_layers
 from support.compare import assert_close
 from support.every_type import GROUPS, Support, documented, model_types, rows, support, tiny_model
+from support.mixtures import NarrowExperts
 from support.oracle import Step, context_tokens, train_step
 
 
@@ -29,7 +30,7 @@ def found(model_type: str) -> Support:
 
 
 VERSION, LINES = documented()
-SPARSE = [name for name, line in LINES.items() if set(line.split("|")[2:5]) != {"  "} and name in model_types()]
+SPARSE = [name for name, line in LINES.items() if set(line.split("|")[2:6]) != {"  "} and name in model_types()]
 
 
 def check_documented(model_type: str) -> None:
@@ -85,14 +86,23 @@ def drop(model: PeftModel, masks: dict[int, dict[str, Tensor]], data: dict[str, 
         if "ffn" in chosen:
             down = layer.linear("down_proj")
             down.register_forward_pre_hook(kept(layer.matrix("down_proj").in_features, chosen["ffn"]).before)
+        if "experts" in chosen:
+            experts: Any = layer.experts
+            experts.module.forward = NarrowExperts(experts, chosen["experts"], context)
+        outputs: dict[str, Tensor] = {}
         if "qk" in chosen:
-            for name, owned in (("q_proj", heads.q_rows), ("k_proj", heads.k_rows)):
-                linear = layer.matrix(name)
-                linear.register_forward_hook(kept(linear.out_features, owned(chosen["qk"])).after)
+            outputs |= {"q_proj": heads.q_rows(chosen["qk"]), "k_proj": heads.k_rows(chosen["qk"])}
         if "vo" in chosen:
-            v, o = layer.matrix("v_proj"), layer.matrix("o_proj")
-            v.register_forward_hook(kept(v.out_features, heads.v_rows(chosen["vo"])).after)
+            outputs["v_proj"] = heads.v_rows(chosen["vo"])
+            o = layer.matrix("o_proj")
             o.register_forward_pre_hook(kept(o.in_features, heads.o_columns(chosen["vo"])).before)
+        for name, owned in outputs.items():
+            stored, rows = layer.within(name)
+            linear = layer.matrix(stored)
+            if rows is not None:  # Whatever else is in the matrix is whole.
+                everything = torch.arange(linear.out_features)
+                owned = torch.cat([everything[~torch.isin(everything, rows)], rows[owned]])
+            linear.register_forward_hook(kept(linear.out_features, owned).after)
     return model
 
 

@@ -9,11 +9,19 @@ import torch
 from peft import get_peft_model
 
 from sparselora_dist import apply_sparselora
+from sparselora_dist.apply import find_state
 from sparselora_dist.codecs import NF4Codec
 from sparselora_dist.config import ConfigError, RunConfig
+from sparselora_dist.config.sparse import GROUPS
 from sparselora_dist.engines.zero3 import resolve_auto
+from sparselora_dist.layouts import decoder_layers
+from sparselora_dist.plan.hardware import GPUS, Cluster
+from sparselora_dist.plan.layouts import make_plan
 from sparselora_dist.plan.shapes import find_shape, from_hf_config
 from sparselora_dist.plan.storage import Scheme, configured_scheme, engine_settings, resident, resident_bytes, tree_of
+from sparselora_dist.plan.work import Batch, flop_model
+from sparselora_dist.train.metrics import flop_model as loaded_flop_model
+from support.every_type import tiny_model
 from support.models import tiny_base, tiny_config
 from support.plan_runs import ALL_LINEAR, SPARSE, run_data
 
@@ -36,6 +44,27 @@ def test_the_parameters_are_those_of_the_model(family: str, lora: dict[str, Any]
     own = sorted((tuple(sorted(p.shape)), p.requires_grad) for p in model.parameters())
     # A dense o or down is stored transposed by a codec; here it may still be the model's own.
     assert sorted((tuple(sorted(p.shape)), p.trainable) for p in tree.parameters()) == own
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gemma2", "phi3", "starcoder2", "olmo2", "deepseek_v3"])
+def test_the_parameters_of_any_family(family: str) -> None:
+    """Seen in its model without weights: adapters as PEFT places them, also on the parameters of experts."""
+    base = tiny_model(family)
+    layers = decoder_layers(base)
+    data = run_data("fsdp2", dtype="float32")
+    data["lora"]["target_modules"] = [layer.path_of(name) for layer in layers for name in layer.names]
+    groups = {group for layer in layers for group in GROUPS if group not in layer.missing}
+    data["sparse_lora"] = {"rank": 4, "layers": {group: {"auto": 0.5} for group in groups}}
+    config = RunConfig.from_dict(data)
+    shape = from_hf_config(base.config.to_dict(), "tiny")
+    assert shape.elements == sum(p.numel() for p in base.parameters())
+    model = apply_sparselora(get_peft_model(base, config.lora.build()), config.sparse_lora)
+    tree = tree_of(shape, config, configured_scheme(config, shape, 2))
+    own = sorted((tuple(sorted(p.shape)), p.requires_grad) for p in model.parameters())
+    assert sorted((tuple(sorted(p.shape)), p.trainable) for p in tree.parameters()) == own
+    assert flop_model(shape, config, tree) == loaded_flop_model(model, find_state(model))
+    plan = make_plan(shape, config, Cluster(gpu=GPUS["h100-80gb"], gpus=4, per_node=4), Batch(tokens=64, length=32))
+    assert plan.choice is not None and 0 < plan.choice.work.executed_flops < plan.choice.work.dense_flops
 
 
 def test_llama_3_70b_in_nf4_replicated() -> None:

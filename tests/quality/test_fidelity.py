@@ -35,7 +35,7 @@ from sparselora_dist.quality.observe import Observer, observe
 from sparselora_dist.quality.subject import Subject, measure
 from support.compare import assert_close
 from support.harness import ROOT
-from support.models import ALL_LINEAR, batch, tiny_base, tiny_lora
+from support.models import ALL_LINEAR, FUSED, LAYOUTS, batch, tiny_base, tiny_lora
 
 HEADS = HeadGeometry(heads=6, kv_heads=2, head_dim=8)
 HIDDEN, WIDTH, TOKENS = 10, 13, 7
@@ -124,7 +124,7 @@ def observer_of(model: Any, ranks: list[int], own: int, sparsity: Any = SPARSITY
     return Observer(model, sparsity, factors, ranks=ranks, own_rank=own)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", *LAYOUTS])
 def test_full_rank_recalls_everything(family: str) -> None:
     """Biases and q/k norms are no part of what is estimated."""
     model = tiny_base(family)
@@ -149,6 +149,20 @@ def test_the_masks_are_those_of_training(group: str, layer: int) -> None:
     apply_sparselora(model.train(), SparseLoRAConfig(rank=4, layers={group: {str(layer): 0.6}}))
     model(**data, output_hidden_states=True)  # Otherwise the last layer's FFN has no context tokens.
     assert torch.equal(observer.sites[layer, group].last, selection(model)[layer][group])
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_the_masks_of_other_layouts_are_those_of_training(family: str) -> None:
+    sparsity = {"ffn": {0: 0.6}, "qk": {0: 0.5}, "vo": {0: 0.5}}
+    model, data = tiny_lora(family, FUSED[family]), batch()
+    observer = observer_of(model, [4], own=4, sparsity=sparsity)
+    observe(model, observer, [data], CPU)
+    layers = {group: {"0": value} for group, by_layer in sparsity.items() for value in by_layer.values()}
+    apply_sparselora(model.train(), SparseLoRAConfig(rank=4, layers=layers))
+    model(**data)
+    # Attention comes first, and changes what the FFN reads unless the layer computes both side by side (GPT-NeoX).
+    for group in ("qk", "vo", *(["ffn"] if family == "gpt_neox" else [])):
+        assert torch.equal(observer.sites[0, group].last, selection(model)[0][group]), group
 
 
 def test_the_adapter_is_seen() -> None:

@@ -15,7 +15,7 @@ from sparselora_dist.io.load import load_base
 from sparselora_dist.sharding.parameters import is_zero3
 
 from .engine_parts import SPARSE, close, make_engine, run_config, train_step
-from .models import ALL_LINEAR, ATTENTION, batch, tiny_base, tiny_lora
+from .models import ALL_LINEAR, ATTENTION, FUSED, batch, tiny_base, tiny_lora
 from .sharding_workers import held
 
 STEPS = 4
@@ -28,6 +28,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], bool | None]] = {
     "non-reentrant": ({}, {}, False),
     "all linear": ({"targets": ALL_LINEAR}, {}, None),
     "all linear, lora_branch dense": ({"targets": ALL_LINEAR}, {"lora_branch": "dense"}, None),
+    "phi3, all linear": ({"family": "phi3", "targets": FUSED["phi3"]}, {}, None),
+    "gpt_neox, all linear, non-reentrant": ({"family": "gpt_neox", "targets": FUSED["gpt_neox"]}, {}, False),
     "a rank without labels": ({"targets": ALL_LINEAR}, {}, None),
     "a rank without labels, non-reentrant": ({"targets": ALL_LINEAR}, {}, False),
     "loss in chunks": ({}, {}, None),

@@ -55,7 +55,17 @@ _LATENT = {"head_dim": 8, "num_key_value_heads": 4}
 # What the type's own defaults or checks need otherwise.
 _OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
-        ("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3", "youtu"),
+        (
+            "axk1",
+            "axk2",
+            "deepseek_v2",
+            "deepseek_v3",
+            "deepseek_v32",
+            "glm4_moe_lite",
+            "glm_moe_dsa",
+            "minicpm3",
+            "youtu",
+        ),
         _LATENT,
     ),
     "bamba": {"attn_layer_indices": [1, 3]},
@@ -87,9 +97,9 @@ def tiny_config(model_type: str) -> Any:
     return config
 
 
-def tiny_model(model_type: str) -> Any:
+def tiny_model(model_type: str, config: Any = None) -> Any:
     """With random weights, in fp32. Raises as :func:`tiny_config` does."""
-    config = tiny_config(model_type)
+    config = config or tiny_config(model_type)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
@@ -109,7 +119,7 @@ def rows(rows: int = 3, length: int = 18) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-GROUPS = ("ffn", "qk", "vo")
+GROUPS = ("ffn", "qk", "vo", "experts")
 
 
 @dataclass(frozen=True)
@@ -129,7 +139,7 @@ class Support:
     def row(self) -> str:
         """Its line of the table."""
         if self.untried:
-            cells = ["", "", "", f"not tried: {self.untried}"]
+            cells = ["", "", "", "", f"not tried: {self.untried}"]
         else:
             counts = [len(self.groups[group]) for group in GROUPS]
             cells = ["all" if n and n == self.layers else f"{n} of {self.layers}" if n else "" for n in counts]
@@ -139,7 +149,7 @@ class Support:
     def _by_reason(self) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
         for group in GROUPS:
-            if group in self.reasons:
+            if group in self.reasons and self.reasons[group] != "it has no routed experts":
                 found.setdefault(self.reasons[group], []).append(group)
         return found
 
@@ -179,13 +189,14 @@ def write(path: Path) -> None:
     found = [support(name) for name in model_types()]
     some = [one for one in found if any(one.groups.values())]
     counts = {group: sum(bool(one.groups[group]) for one in found) for group in GROUPS}
-    every = sum(all(one.groups.values()) for one in found)
+    every = sum(all(one.groups[group] for group in GROUPS[:3]) for one in found)
     head = (
         f"Transformers {transformers.__version__} has {len(found)} causal model types. `ffn` works in "
-        f"{counts['ffn']} of them, `qk` in {counts['qk']}, `vo` in {counts['vo']}, all three in {every}. "
+        f"{counts['ffn']} of them, `qk` in {counts['qk']}, `vo` in {counts['vo']}, all three in {every}; `experts` in "
+        f"{counts['experts']} mixtures. "
         "The number is of a small model's four layers; *all* is every layer."
     )
-    lines = [head, "", "| model type | ffn | qk | vo | why not |", "|---|---|---|---|---|"]
+    lines = [head, "", "| model type | ffn | qk | vo | experts | why not |", "|---|---|---|---|---|---|"]
     rest = [one for one in found if one not in some]
     for one in [*some, *rest]:
         lines.append(one.row)

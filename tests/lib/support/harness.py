@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import subprocess
@@ -121,7 +122,10 @@ def _main(folder: Path) -> None:
     worker, args = torch.load(folder / "job.pt", weights_only=False)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     module, name = worker.split(":")
-    result = getattr(importlib.import_module(module), name)(*args)
+    work = getattr(importlib.import_module(module), name)
+    # Engines collect garbage when they begin and end, and would look through every imported module each time.
+    gc.freeze()
+    result = work(*args)
     partial = folder / f"{rank}.partial"
     torch.save(result, partial)
     partial.rename(folder / f"{rank}.result")

@@ -10,10 +10,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -28,6 +32,15 @@ FAMILIES: dict[str, tuple[type, type]] = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),  # biases on q, k, v
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),  # RMS norm on q and k
 }
+LAYOUTS: dict[str, tuple[type, type]] = {
+    "phi3": (Phi3Config, Phi3ForCausalLM),  # q, k and v in one matrix; gate and up in one
+    "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM),  # q, k and v in one, head by head; no gate; biases
+}
+FUSED = {
+    "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+    "gpt_neox": ["query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h"],
+}
+"""All their matrices."""
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL_LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 
@@ -48,13 +61,13 @@ def tiny_config(family: str = "llama", **overrides: Any) -> Any:
         "eos_token_id": 2,
         "attn_implementation": "sdpa",
     }
-    return FAMILIES[family][0](**(shape | overrides))
+    return {**FAMILIES, **LAYOUTS}[family][0](**(shape | overrides))
 
 
 def tiny_base(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
     """A base model with random weights, biases and norms that are not their defaults."""
     torch.manual_seed(seed)
-    model = FAMILIES[family][1](tiny_config(family, **overrides))
+    model = {**FAMILIES, **LAYOUTS}[family][1](tiny_config(family, **overrides))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("bias"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from sparselora_dist.config import RunConfig
 from sparselora_dist.engines import Engine
 from sparselora_dist.sharding.parameters import is_zero3
 
-from .engine_parts import make_engine, train_step
+from .engine_parts import close, make_engine, train_step
 from .models import batch, tiny_base
 
 STEPS = 2
@@ -149,10 +148,7 @@ def case(data: dict[str, Any], shape: dict[str, Any]) -> dict[str, Any]:
         with counted() as sizes:
             train_step(engine, inputs, accumulation)
     seen = {"resident": resident(engine, model), "gathered": sum(sizes.values()), "by group": sizes}
-    if config.engine.name == "zero3":
-        engine.model.destroy()
-    del engine.model, engine.optimizer
-    gc.collect()
+    close(engine)
     return seen
 
 

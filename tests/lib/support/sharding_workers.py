@@ -17,7 +17,7 @@ from sparselora_dist.engines import Engine
 from sparselora_dist.sharding.parameters import full_tensor, is_dtensor, is_zero3
 
 from .engine_parts import SPARSE, close, make_engine, refusal, run_config, train_step
-from .models import ATTENTION, batch, tiny_base, tiny_lora
+from .models import ATTENTION, FUSED, batch, tiny_base, tiny_lora
 
 # Weights far larger than any activation, so that size alone tells them apart; all widths but one are odd.
 WIDE = {
@@ -33,9 +33,10 @@ KEPT_AT_LEAST = 24 * 99
 """Elements of the smallest slice of kept rows (k: 0.75 of 32 rows)."""
 
 
-def wide_model(dtype: torch.dtype = torch.float32, autocast: bool = True) -> Any:
-    base = tiny_base(dtype=dtype, **WIDE)
-    lora = LoraConfig(r=3, lora_alpha=6, target_modules=ATTENTION, task_type="CAUSAL_LM")
+def wide_model(dtype: torch.dtype = torch.float32, autocast: bool = True, fused: bool = False) -> Any:
+    base = tiny_base("phi3" if fused else "llama", dtype=dtype, **WIDE)
+    targets = FUSED["phi3"] if fused else ATTENTION
+    lora = LoraConfig(r=3, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM")
     model = get_peft_model(base, lora, autocast_adapter_dtype=autocast).train()
     for name, p in model.named_parameters():
         if "lora_B" in name:
@@ -140,6 +141,11 @@ def sharding(name: str) -> dict[str, Any]:
         ("apply again", lambda: apply_sparselora(model, SparseLoRAConfig.from_dict(SPARSE))),
     ):
         seen[label] = refusal(call)
+    close(engine)
+    engine = make_engine(run_config(name))
+    model = wide_model(fused=True)
+    engine.prepare(model)
+    seen["memory fused"] = memory(engine, model, sparse=True)
     close(engine)
     engine = make_engine(run_config(name, dtype="bfloat16"))
     model = wide_model(torch.bfloat16, autocast=name != "zero3")

@@ -1,0 +1,90 @@
+"""Which neurons of a sparse FFN context tokens take: what FFNs with and without a gate have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from sparselora_kernels import lora_linear, select_checked
+
+from ..codecs.linear import FrozenLinear, compute_input
+from ..layouts import base_linear
+from ..sync.masks import Site
+from .context import SparseContext
+from .lora import active_branches, low_rank_update
+from .micro_batch import MicroBatch
+from .traced import Handle, kept
+
+Chosen: TypeAlias = "Tensor | Callable[[], Tensor]"
+"""Kept channels; or what waits for the other ranks' scores and gives them, always the same."""
+
+
+def known(chosen: Chosen) -> Tensor:
+    """The channels themselves, waited for if need be."""
+    return chosen if isinstance(chosen, Tensor) else chosen()
+
+
+class NeuronChooser:
+    """Chooses the neurons of one layer once for a micro-batch."""
+
+    estimator: Callable[..., tuple[Tensor]]
+
+    def set_up(self, context: SparseContext, layer: int, keep: int, lora_branch: Literal["kept", "dense"]) -> None:
+        self.context = context
+        self.site = Site(layer, "ffn")
+        self.keep = keep
+        self.lora_branch = lora_branch
+        self.handle = Handle(self)
+
+    def sums(self, x: Tensor, rows: Tensor) -> tuple[Tensor]:
+        """What the estimator gives for these tokens, ((I,),) fp32."""
+        return self.estimator(x, rows)
+
+    def neurons(self, x: Tensor, batch: MicroBatch) -> Chosen:
+        """Those that context tokens take; ``x`` (T, H) is read where the mask is new."""
+        if not torch.compiler.is_compiling():
+            return self._choose(x, batch)
+        return kept(self.handle, "ffn", x, batch, self.context.keep(self.site.layer, "ffn", self.keep))
+
+    def _choose(self, x: Tensor, batch: MicroBatch) -> Chosen:
+        finish = self.context.choose(batch, self.site, ("ffn",), lambda: self._select(x, batch))
+
+        def later() -> Tensor:
+            assert finish is not None
+            finish()
+            return batch.masks[self.site.layer, "ffn"]
+
+        return later if finish else batch.masks[self.site.layer, "ffn"]
+
+    def kept(self, role: str, x: Tensor, batch: MicroBatch) -> Tensor:
+        """The kept neurons, (k,) int64; ``x`` (T, H) is read where the mask is new."""
+        return known(self._choose(x, batch))
+
+    def _select(self, x: Tensor, batch: MicroBatch) -> Callable[[], dict[str, Tensor]]:
+        assert batch.partition is not None
+        sync = self.context.sync
+        reduction = sync.start(self.site, *self.sums(x, batch.partition.context))
+
+        def masks() -> dict[str, Tensor]:
+            keep = self.context.keep(self.site.layer, "ffn", self.keep)
+            (sums,) = reduction.wait()
+            channels, flag = select_checked(sums, keep)
+            sync.watch(self.site, flag)
+            return {"ffn": channels}
+
+        return masks
+
+    def branch_is_whole(self, *modules: nn.Module) -> bool:
+        """Whether LoRA branches keep all neurons, and there are some."""
+        return self.lora_branch == "dense" and any(next(active_branches(module), None) for module in modules)
+
+
+def project(module: nn.Module, x: Tensor, lists: dict[str, Tensor]) -> Tensor:
+    """The frozen linear for these tokens and channels, and every branch whole: (T, in) -> (T, out)."""
+    base: FrozenLinear = base_linear(module)
+    y = lora_linear(compute_input(x), base.stored, base.bias, transposed=base.transposed, **lists)
+    low, b = low_rank_update(module, x)
+    return y if low is None or b is None else torch.addmm(y, low, b.t())

@@ -182,7 +182,7 @@ def make_sparse(model: Any, shape: ModelShape, setting: Setting, dtype: torch.dt
     factors = {
         (layer, name): (_factor(RANK, shape.hidden, dtype), _factor(shape.matrix(name)[0], RANK, dtype))
         for layer in range(count)
-        for group in SCORED
+        for group in ("ffn", "qk", "vo")
         for name in SCORED[group]
     }
     with tempfile.TemporaryDirectory() as folder:

@@ -20,7 +20,7 @@ from .lora_linear import lora_linear, lora_order
 from .nf4 import nf4_rows
 from .routing import Pairs, collect, expert_pairs, spread
 from .score import ffn_score, gated_ffn_score, projection_score, projection_scores
-from .select import kept_count, select_channels, select_checked, select_grouped
+from .select import kept_count, kept_per_expert, select_channels, select_checked, select_grouped
 from .stored import EncodedWeight, Weight, nf4_layout, rows_of
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "grouped_linear",
     "grouped_product",
     "kept_count",
+    "kept_per_expert",
     "label_loss",
     "label_scores",
     "lora_joined",

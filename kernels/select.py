@@ -24,6 +24,7 @@ from .operator import register
 _ROUNDING = 1e-9
 # A product whose width is no multiple of 16 loads narrowly on a GPU. At real widths the rest of a tile is 0.7 % at most.
 _TILE, _WIDE = 16, 2048
+_UNIT, _WIDE_EXPERT = 8, 256
 
 
 def kept_count(channels: int, sparsity: float) -> int:
@@ -31,6 +32,13 @@ def kept_count(channels: int, sparsity: float) -> int:
     ``channels``, where there are 2048 or more."""
     kept = max(1, math.ceil((1.0 - sparsity) * channels * (1.0 - _ROUNDING)))
     return kept if channels < _WIDE else min(-(-kept // _TILE) * _TILE, channels)
+
+
+def kept_per_expert(width: int, sparsity: float) -> int:
+    """:func:`kept_count` of one expert of ``width`` neurons; a multiple of 8, or all, where there are 256 or more: rows of
+    a GPU's grouped products begin at multiples of 16 bytes, and narrower ones would be copied."""
+    kept = kept_count(width, sparsity)
+    return kept if width < _WIDE_EXPERT else min(-(-kept // _UNIT) * _UNIT, width)
 
 
 def select_channels(scores: Tensor, keep: int) -> Tensor:

@@ -7,17 +7,19 @@ from typing import Any
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
-from sparselora_kernels import kept_count
+from sparselora_kernels import kept_per_expert
 
 from ..codecs import PlainCodec
 from ..codecs.linear import FrozenMatrix
 from ..io.factors import FactorSet
+from ..layers.context import SparseContext
 from ..layers.estimator import ExpertsEstimator
 from ..layers.experts import BIASES, GROUP, MergingExperts, SparseExperts, ThroughWrappers
 from ..layers.lora import PLAIN_ONLY, cannot_merge
-from ..layouts import BY_ROWS, DecoderLayer, Experts, UnsupportedModelError
+from ..layouts import BY_ROWS, DecoderLayer, Experts, UnsupportedModelError, decoder_layers
 from ..method.channels import EXPERTS
 from ..sharding.parameters import full_tensor, is_dtensor, shard_like
+from ..sync.masks import MaskSync
 from .state import SparseState
 
 _MATRICES = ("gate_up_proj", "down_proj")
@@ -69,7 +71,7 @@ def replace_experts(layer: DecoderLayer, state: SparseState, factors: FactorSet)
         context=state.context,
         layer=layer.index,
         estimator=estimator,
-        keep=kept_count(layout.width, sparsity or 0.0),
+        keep=kept_per_expert(layout.width, sparsity or 0.0),
         lora_branch=state.config.lora_branch,
     )
     for name in (*_MATRICES, *BIASES):
@@ -84,6 +86,20 @@ def replace_experts(layer: DecoderLayer, state: SparseState, factors: FactorSet)
     if wrappers:
         wrappers[0].__dict__["forward"] = ThroughWrappers(wrappers[0], sparse)
         wrappers[0].__dict__["gathers_together"] = True
+
+
+def whole_experts(model: nn.Module) -> None:
+    """Let the experts of a model that :func:`sparselora_dist.io.load.load_base` gave compute, all channels of all tokens.
+
+    For who runs such a model without :func:`~.model.apply_sparselora`.
+    """
+    for layer in decoder_layers(model):
+        layout = layer.experts
+        by_rows = layout.module.__dict__.get(BY_ROWS) if layout else None
+        if layout and by_rows:
+            context = SparseContext(MaskSync("local", 1, None, 1.0))
+            matrices = [by_rows[name] for name in _MATRICES]
+            layout.replace(SparseExperts(layout.module, layout, *matrices, context=context, layer=layer.index))
 
 
 def _freeze(value: Any, name: str, layout: Experts) -> FrozenMatrix:

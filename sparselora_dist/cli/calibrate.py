@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target-flops", type=float, required=True, metavar="SHARE", help="of dense LoRA's FLOPs, such as 0.5"
     )
-    parser.add_argument("--groups", default="ffn,qk,vo", metavar="LIST", help="what may be sparse (default ffn,qk,vo)")
+    parser.add_argument(
+        "--groups", default="", metavar="LIST", help="what may be sparse: ffn,qk,vo,experts (default: what the model has)"
+    )
     parser.add_argument(
         "--levels", default="0.25,0.5,0.75,0.9,0.97,0.99", metavar="LIST", help="sparsities (default %(default)s)"
     )
@@ -76,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--model and --data belong together")
     calibration = Calibration(
         target_flops=arguments.target_flops,
-        groups=tuple(group.strip() for group in arguments.groups.split(",")),
+        groups=tuple(group.strip() for group in arguments.groups.split(",") if arguments.groups),
         levels=_levels(arguments.levels),
         rows=arguments.rows,
         batch=arguments.batch,

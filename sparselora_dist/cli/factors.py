@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
+from ..apply.experts import whole_experts
 from ..config import ConfigError, RunConfig
 from ..config.engine import EngineSection
 from ..config.sparse import GROUPS
@@ -50,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     base = load_base(
         config.model, config.quantization, engine.placement(), whole=partial(is_adapted, config.lora.build())
     )
+    whole_experts(base.model)
     model = base.model.to(engine.device)
     pad = padding_id(tokenizer)
     starts = range(0, len(data), arguments.batch)
@@ -58,7 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
     moments = second_moments(model, ({n: t.to(engine.device) for n, t in batch.items()} for batch in batches))
     rank = config.sparse_lora.rank
     layers = decoder_layers(model)
-    matrices = [(x.index, n) for x in layers for g in GROUPS if g not in x.missing for n in x.scored(g)]
+    names = [(x.index, n) for x in layers for g in GROUPS if g not in x.missing for n in x.scored(g)]
+    matrices = [matrix for matrix in names if matrix in moments]
     factors = {
         matrix: low_rank_factors(base.weights.get(*matrix), rank, second_moment=moments[matrix]) for matrix in matrices
     }

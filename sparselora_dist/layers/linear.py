@@ -123,11 +123,13 @@ class SparseProjection(FrozenLinear):
         key = self.channels.site.layer, "+".join(self.roles)
         if key in batch.rows and not torch.compiler.is_compiling():
             return batch.rows[key]
-        own = [self.others.to(x.device, non_blocking=True)]
+        if self.others.device != x.device:  # Once: a copy from the host waits.
+            self.others = self.others.to(x.device)
+            self.places = {role: None if rows is None else rows.to(x.device) for role, rows in self.places.items()}
+        own = [self.others]
         for role in self.roles:
             rows = self.places[role]
             assert rows is not None
-            rows = rows.to(x.device, non_blocking=True)
             if role in sparse:
                 own.append(rows.index_select(0, self.channels.rows(role, x, batch)))
             # In the last layer a query that is not dense is read by nobody.

@@ -19,7 +19,7 @@ from .heads import find_heads
 from .names import Parts, is_linear, shape
 from .rotary import rotary_pairs
 
-_ATTRIBUTES = ("self_attn", "attention", "attn", "self_attention")
+_ATTRIBUTES = ("self_attn", "attention", "attn", "self_attention", "mixer")
 _OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
 _FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
 """q, k and v in one matrix; the first is what it is called here."""

@@ -26,7 +26,7 @@ def rotary_pairs(attention: nn.Module, config: Any, head_dim: int) -> Pairs | st
         if others:
             return f"its rotary embedding ({', '.join(others)}) is not known"
         return _completed({}, head_dim)
-    rotated = int(head_dim * _partial_factor(attention, config))
+    rotated = getattr(attention, "rotary_dim", None) or int(head_dim * _partial_factor(attention, config))
     # Either the function is given whole heads and cuts by the width of the angles, or the attention cuts before.
     # There is an angle for each of the rotated dimensions, or one for each two.
     for width in dict.fromkeys((head_dim, rotated)):
@@ -55,8 +55,11 @@ def _mixed(rotate: Callable[..., Any], width: int, angles: int) -> dict[int, int
     ones = torch.ones(1, width, angles)
     names = list(inspect.signature(rotate).parameters)
     arguments = (vectors,) if names[:2] == ["x", "cos"] else (vectors, vectors)
+    turns = 0.6 * ones, 0.8 * ones
+    if names[1:] == ["sin", "cos"]:  # One tensor, (B, S, heads, D).
+        arguments, turns = (vectors.transpose(1, 2),), turns[::-1]
     try:
-        out = rotate(*arguments, 0.6 * ones, 0.8 * ones)
+        out = rotate(*arguments, *turns)
     except Exception:
         return None
     out = out[0] if isinstance(out, tuple) else out

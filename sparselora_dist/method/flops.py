@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sparselora_kernels import kept_count
+from sparselora_kernels import kept_count, kept_per_expert
 
 from .channels import FFN, HeadGeometry
 
@@ -71,12 +71,19 @@ def layer_shares(
         sparsity: group -> layer -> sparsity; what is not named is dense.
     """
     of = [channels] * layers if isinstance(channels, Mapping) else channels
+
+    def share(group: str, layer: int, sparsity: float) -> float:
+        count = of[layer][group]
+        return kept_channels(group, count, sparsity) / count
+
     return tuple(
-        LayerShare(
-            **{g: kept_count(of[layer][g], by[layer]) / of[layer][g] for g, by in sparsity.items() if layer in by}
-        )
-        for layer in range(layers)
+        LayerShare(**{g: share(g, layer, by[layer]) for g, by in sparsity.items() if layer in by}) for layer in range(layers)
     )
+
+
+def kept_channels(group: str, count: int, sparsity: float) -> int:
+    """How many of a group's channels are kept; of ``experts`` of each."""
+    return (kept_per_expert if group == "experts" else kept_count)(count, sparsity)
 
 
 TRIMMED = ("q_proj", "o_proj", *FFN, "gate_up_proj")

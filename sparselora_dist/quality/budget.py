@@ -33,7 +33,7 @@ class Budget:
         plain = replace(config, sparse_lora=SparseLoRAConfig(enabled=False, rank=config.sparse_lora.rank))
         tree = build_tree(shape, plain, codec_of(config.model, config.quantization), torch.float32)
         self._model: FlopModel = flop_model(shape, plain, tree)
-        self._counts = shape.heads.channel_counts(shape.width)
+        self._counts = shape.channels
         self._data = data
         self._logits = data.labels if config.sparse_lora.skip_unused_logits else None
         self.dense = self._model.dense(data.tokens, data.length)
@@ -42,7 +42,7 @@ class Budget:
         """FLOPs of one pass over the data, forward and backward."""
         shares: list[dict[str, float]] = [{} for _ in self._model.layers]
         for (layer, group), channels in keep.items():
-            shares[layer][group] = channels / self._counts[group]
+            shares[layer][group] = channels / self._counts[layer][group]
         model = replace(self._model, layers=tuple(LayerShare(**share) for share in shares))
         dense, context = self._data.tokens - self._data.context, self._data.context
         return model.executed(dense, context, self._data.length, self._logits)
@@ -52,22 +52,22 @@ class Budget:
         return self.executed(keep) / self.dense
 
     def saving(self, site: Site, channels: int) -> float:
-        """FLOPs that keeping ``channels`` at ``site`` saves; savings add up. Layers are alike but for the last.
+        """FLOPs that keeping ``channels`` at ``site`` saves; savings add up.
 
         Where the LM head skips positions without labels, the last layer runs q, o and FFN at label positions only,
         dense: its FFN then saves nothing, its attention only in k and v.
         """
         return self.executed({}) - self.executed({site: channels})
 
-    def check(self, target: float, sites: Iterable[Site], keeps: Mapping[str, Iterable[int]]) -> None:
-        """Refuse a target that no choice at ``sites`` meets, or that needs none.
+    def check(self, target: float, keeps: Mapping[Site, Iterable[int]]) -> None:
+        """Refuse a target that no choice among ``keeps``, channels by site, meets, or that needs none.
 
         Raises:
             ValueError: with the range that can be reached.
         """
         # The fewest channels save most, unless the estimator costs more than is left out.
-        fewest = {group: min(channels) for group, channels in keeps.items()}
-        lowest = {site: fewest[site[1]] for site in sites if self.saving(site, fewest[site[1]]) > 0}
+        fewest = {site: min(channels) for site, channels in keeps.items()}
+        lowest = {site: channels for site, channels in fewest.items() if self.saving(site, channels) > 0}
         low, high = self.share(lowest), self.share({})
         if low <= target < high:
             return
@@ -76,7 +76,8 @@ class Budget:
             f"with these groups and levels, and {share:.1%} of the tokens being context, the executed share can be "
             f"{low:.4f} to {high:.4f} of dense LoRA's FLOPs"
         )
-        if self._logits is not None and "ffn" in fewest:
+        last = (len(self._counts) - 1, "ffn")
+        if self._logits is not None and last in fewest and self.saving(last, fewest[last]) <= 0:
             reach += " (the last layer's FFN runs at label positions only, and saves nothing)"
         advice = "raise the target, or allow more groups or higher levels" if target < low else "nothing needs sparsity"
         raise ValueError(f"--target-flops {target:g} cannot be met: {reach}; {advice}")

@@ -6,32 +6,35 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from sparselora_kernels import kept_count
-
 from ..apply import find_state
 from ..apply.build import build_model
 from ..codecs import PlainCodec
-from ..config.errors import ConfigError, unknown_key
-from ..config.ranges import compact_ranges
+from ..config.errors import ConfigError
+from ..config.ranges import AUTO, compact_ranges
 from ..config.run import RunConfig
-from ..config.sparse import SparseLoRAConfig
+from ..config.sparse import GROUPS, SparseLoRAConfig
 from ..data import TokenDataset, load_dataset_tokens, padding_id
 from ..engines import Engine, make_engine
 from ..io.load import check_model, load_tokenizer
 from ..io.manifest import write_text
 from ..io.shard_files import TensorFiles
+from ..io.stored_names import find_names
 from ..io.weights import CheckpointWeights, checkpoint_folder
+from ..layouts import decoder_layers
+from ..method.flops import kept_channels
+from ..plan.described import described
 from ..plan.shapes import ModelShape, from_hf_config
 from .allocate import Allocation, allocate
+from .asked import Calibration
 from .budget import Budget, Site
 from .heatmap import HeatMap, check_drawable, draw
 from .importance import layer_importance
@@ -41,54 +44,7 @@ from .sample import DataShape, Sample, data_shape, take_sample
 
 log = logging.getLogger(__name__)
 
-GROUPS = ("ffn", "qk", "vo")
-LEVELS = (0.25, 0.5, 0.75, 0.9, 0.97, 0.99)
 RECORD = "measurements.jsonl"
-# Rows of a micro-batch over all ranks, at least: the channels are chosen over that many.
-_BATCH = 8
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Calibration:
-    """What is asked for."""
-
-    target_flops: float
-    """Share of dense LoRA's FLOPs that a sparse step may execute, in (0, 1)."""
-    output: Path
-    """The folder that everything is written to."""
-    groups: tuple[str, ...] = GROUPS
-    levels: tuple[float, ...] = LEVELS
-    """Sparsities that are measured and chosen from, in (0, 1)."""
-    rows: int = 64
-    """Rows of the training data that are measured on."""
-    batch: int | None = None
-    """Rows of a micro-batch over all ranks; None is the smallest multiple of the ranks from 8 on."""
-    criterion: Literal["loss", "importance"] = "loss"
-    command: str = ""
-    """Kept in ``curves.json``."""
-
-    def __post_init__(self) -> None:
-        for group in self.groups:
-            if group not in GROUPS:
-                raise unknown_key("--groups", group, GROUPS)
-        if not self.groups or len(set(self.groups)) < len(self.groups):
-            raise ConfigError(f"'--groups' is {','.join(self.groups)!r}: allowed: {', '.join(GROUPS)}, each once")
-        if not self.levels or not all(0 < level < 1 for level in self.levels):
-            raise ConfigError(
-                f"'--levels' is {','.join(map(str, self.levels))!r}: allowed: sparsities above 0, below 1"
-            )
-        if not 0 < self.target_flops < 1:
-            raise ConfigError(f"'--target-flops' is {self.target_flops:g}: allowed: a share above 0, below 1")
-        if self.rows < 1 or (self.batch is not None and self.batch < 1):
-            raise ConfigError(f"'--rows' is {self.rows}, '--batch' is {self.batch}: allowed: integers from 1")
-        object.__setattr__(self, "levels", tuple(sorted(set(self.levels))))
-
-    def batch_size(self, ranks: int) -> int:
-        """Rows of a micro-batch over all ranks."""
-        size = self.batch or -(-_BATCH // ranks) * ranks
-        if size % ranks:
-            raise ConfigError(f"'--batch' is {size}: allowed: multiples of the number of ranks ({ranks})")
-        return size
 
 
 def calibrate(config: RunConfig, calibration: Calibration) -> dict[str, Any]:
@@ -108,7 +64,7 @@ def calibrate(config: RunConfig, calibration: Calibration) -> dict[str, Any]:
 
 class _Run:
     def __init__(self, config: RunConfig, calibration: Calibration, engine: Engine) -> None:
-        self.config, self.asked, self.engine = config, calibration, engine
+        self.config, self.engine = config, engine
         if not engine.is_main:
             disable_progress_bar()
         self.shape: ModelShape = from_hf_config(check_model(config.model).to_dict(), config.model.name_or_path)
@@ -121,26 +77,42 @@ class _Run:
         size = calibration.batch_size(engine.ranks.world_size)
         self.sample: Sample = take_sample(self.dataset, calibration.rows, size, config.train.seed)
         self.data: DataShape = data_shape(self.dataset)
-        self.sites: list[Site] = [(layer, g) for g in calibration.groups for layer in range(self.shape.layers)]
-        self.channels = self.shape.heads.channel_counts(self.shape.width)
+        able = self.shape.able
+        groups = calibration.groups or tuple(group for group in GROUPS if able[group])
+        if lacking := [group for group in groups if not able[group]]:
+            raise ConfigError(f"'--groups' names {lacking[0]!r}, which no layer of {config.model.name_or_path} has")
+        self.asked = replace(calibration, groups=groups)
+        self.sites: list[Site] = [(layer, group) for group in groups for layer in able[group]]
         self.keep = {
-            (group, level): kept_count(self.channels[group], level)
-            for group in calibration.groups
+            (layer, group, level): kept_channels(group, self.shape.channels[layer][group], level)
+            for layer, group in self.sites
             for level in calibration.levels
         }
         self.budget = Budget(self.shape, config, self.data)
-        keeps = {group: [self.keep[group, level] for level in calibration.levels] for group in calibration.groups}
-        self.budget.check(calibration.target_flops, self.sites, keeps)
+        keeps = {site: [self._kept(site, level) for level in calibration.levels] for site in self.sites}
+        self.budget.check(calibration.target_flops, keeps)
         identity = from_main(engine, self._identity)
         self.record = Record(calibration.output / RECORD, identity, engine)
         self._prober: Prober | None = None
+
+    def _kept(self, site: Site, level: float) -> int:
+        """Channels that are kept there."""
+        return self.keep[site[0], site[1], level]
 
     def _identity(self) -> dict[str, Any]:
         """What a measured loss depends on, beside site and kept channels."""
         config, sparse, stored = self.config, self.config.sparse_lora, self.config.quantization
         files = TensorFiles.of_model(checkpoint_folder(config.model.name_or_path))
-        weights = CheckpointWeights(files, PlainCodec(torch.float32), torch.float32)
-        marks = [weights.mark(i, name) for i in range(self.shape.layers) for name in ("q_proj", "v_proj", "gate_proj")]
+        codec, names = PlainCodec(torch.float32), ("q_proj", "v_proj", "gate_proj")
+        if self.shape.data is None:
+            weights = CheckpointWeights(files, codec, torch.float32)
+            marks = [weights.mark(i, name) for i in range(self.shape.layers) for name in names]
+        else:
+            model = described(self.shape.data, config.model.name_or_path)
+            find_names(model, files)
+            layers = decoder_layers(model)
+            weights = CheckpointWeights(files, codec, torch.float32, layers)
+            marks = [weights.mark(layer.index, name) for layer in layers for name in layer.names]
         content = json.dumps([str(self.shape), marks]).encode()
         return {
             "model": config.model.name_or_path,
@@ -163,7 +135,7 @@ class _Run:
         """Loads the model when something has to be measured. All ranks know the same values, so all do or none does."""
         if self._prober is None:
             config, asked = self.config, self.asked
-            everywhere = {group: {f"0-{self.shape.layers - 1}": max(asked.levels)} for group in asked.groups}
+            everywhere = {group: {AUTO: max(asked.levels)} for group in asked.groups}
             sparse = SparseLoRAConfig(
                 rank=config.sparse_lora.rank, lora_branch=config.sparse_lora.lora_branch, layers=everywhere
             )
@@ -193,7 +165,7 @@ class _Run:
     def _curves(self) -> dict[str, dict[int, dict[float, float]]]:
         """Loss by group, layer and level, one site sparse at a time. Levels that keep the same channels are one."""
         jobs = [(layer, group, level) for layer, group in self.sites for level in self.asked.levels]
-        names = {job: f"layer {job[0]} {job[1]} keep {self.keep[job[1:]]}" for job in jobs}
+        names = {job: f"layer {job[0]} {job[1]} keep {self.keep[job]}" for job in jobs}
         done = sum(names[job] in self.record.values for job in jobs)
         if done and self.engine.is_main:
             log.info("%s: %d of %d measurements are there already", self.record.path, done, len(jobs))
@@ -204,7 +176,7 @@ class _Run:
                 name = names[layer, group, level]
                 new = name not in self.record.values
                 bar.set_postfix_str(f"layer {layer} {group} {level:g}", refresh=False)
-                loss = self._loss({(layer, group): self.keep[group, level]}, name)
+                loss = self._loss({(layer, group): self.keep[layer, group, level]}, name)
                 losses[group].setdefault(layer, {})[level] = loss
                 bar.update(new)
         return losses
@@ -218,7 +190,7 @@ class _Run:
         predicted = self._predicted(losses, dense, importance)
         found: Allocation = from_main(self.engine, lambda: self._allocate(predicted))
         chosen = {site: self.asked.levels[n - 1] for site, n in zip(self.sites, found.choice) if n}
-        keep = {site: self.keep[site[1], level] for site, level in chosen.items()}
+        keep = {site: self._kept(site, level) for site, level in chosen.items()}
         digest = hashlib.sha256(json.dumps(sorted((*site, k) for site, k in keep.items())).encode()).hexdigest()[:16]
         together = self._loss(keep, f"together {digest}")
         section = self._section(chosen)
@@ -229,7 +201,7 @@ class _Run:
             "criterion": self.asked.criterion,
             "groups": list(self.asked.groups),
             "levels": list(self.asked.levels),
-            "channels": self.channels,
+            "channels": {group: self.shape.channels[self.shape.able[group][0]][group] for group in self.asked.groups},
             "context_share": self.data.context / self.data.tokens,
             "label_tokens": self.sample.labels,
             "dense_loss": dense,
@@ -269,15 +241,16 @@ class _Run:
         need = self.budget.executed({}) - self.asked.target_flops * self.budget.dense
         # A measured gain is noise of a finite sample: it counts as no loss, and is no reason to be sparse.
         options = [
-            [(self.budget.saving(site, self.keep[site[1], level]), max(cost, 0.0)) for level, cost in costs.items()]
+            [(self.budget.saving(site, self._kept(site, level)), max(cost, 0.0)) for level, cost in costs.items()]
             for site, costs in predicted.items()
         ]
         return allocate(options, need)
 
     def _savings(self, layer: int) -> dict[str, dict[float, float]]:
         return {
-            group: {level: self.budget.saving((layer, group), self.keep[group, level]) for level in self.asked.levels}
+            group: {level: self.budget.saving((layer, group), self.keep[layer, group, level]) for level in self.asked.levels}
             for group in self.asked.groups
+            if (layer, group) in self.sites
         }
 
     def _section(self, chosen: dict[Site, float]) -> SparseLoRAConfig:

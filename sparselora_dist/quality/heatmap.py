@@ -11,7 +11,7 @@ from typing import Any
 
 from .budget import Site
 
-_NAMES = {"ffn": "FFN neurons", "qk": "query/key pairs", "vo": "value/output channels"}
+_NAMES = {"ffn": "FFN neurons", "qk": "query/key pairs", "vo": "value/output channels", "experts": "neurons of each expert"}
 # From light to dark with the value, so that it also reads in grey; the red of the choice is in no colour of it.
 _COLOURS, _GRID, _MARK = "Blues", "#e1e1e1", "#d62728"
 # Inches. On a screen of 400 pixels the type of 11 points is 12 pixels high.
@@ -102,7 +102,7 @@ def _panel(axes: Any, picture: HeatMap, group: str, scale: Any) -> Any:
     levels = picture.levels
     mesh = _cells(
         axes,
-        [[picture.values[n, group][level] for n in range(picture.layers)] for level in levels],
+        [[_value(picture, (n, group), level) for n in range(picture.layers)] for level in levels],
         scale,
         f"{group}: {_NAMES[group]}",
     )
@@ -113,6 +113,11 @@ def _panel(axes: Any, picture: HeatMap, group: str, scale: Any) -> Any:
     axes.set_yticks([number + 0.5 for number in range(len(levels))], [f"{level:.4g}" for level in levels])
     axes.set_ylabel("sparsity", fontsize=_SMALL)
     return mesh
+
+
+def _value(picture: HeatMap, site: Site, level: float) -> float:
+    """Nothing is drawn where the layer has no such group."""
+    return picture.values[site][level] if site in picture.values else float("nan")
 
 
 def _cells(axes: Any, values: Sequence[Sequence[float]], scale: Any, title: str) -> Any:

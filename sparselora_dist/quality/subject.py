@@ -16,6 +16,7 @@ from peft import get_peft_model
 from torch import Tensor
 
 from ..apply import estimator_factors
+from ..apply.experts import whole_experts
 from ..config.errors import ConfigError
 from ..config.run import RunConfig
 from ..data import TokenDataset, collate, load_dataset_tokens, padding_id
@@ -117,6 +118,7 @@ def measure(
     whole = partial(is_adapted, lora) if subject.adapter else lambda name: False
     base = load_base(config.model, config.quantization, Placement(device), whole=whole)
     model = base.model
+    whole_experts(model)
     factors = _factors(model, sparsity, config, base.weights, compared)
     if subject.adapter:
         model = get_peft_model(model, lora).to(device)

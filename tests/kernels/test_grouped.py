@@ -102,6 +102,12 @@ def test_selection_is_by_expert_and_prefers_the_lowest_index() -> None:
     assert kernels.select_grouped(scores.nan_to_num(0.0), 3, 3)[1] == 0.0
 
 
+def test_kept_per_expert() -> None:
+    assert [kernels.kept_per_expert(*case) for case in ((112, 0.6), (704, 0.9), (704, 0.0), (258, 0.001), (4096, 0.99))] == [
+        45, 72, 704, 258, 48
+    ]  # fmt: skip
+
+
 def test_pairs_there_and_back() -> None:
     chosen = torch.tensor([[0, 2], [3, 0], [2, 3], [0, 3], [1, 0]])
     rows = torch.tensor([0, 2, 3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,18 @@ from torch.nn.functional import linear, silu
 from transformers import AutoModelForCausalLM
 
 from sparselora_dist import SparseLoRAConfig, apply_sparselora, remove_sparselora, selection
+from sparselora_dist.apply import find_state
 from sparselora_dist.io.weights import ModelWeights
 from sparselora_dist.layers.experts import SparseExperts
 from sparselora_dist.layouts import UnsupportedModelError, decoder_layers
+from sparselora_dist.method.tokens import partition_tokens
+from sparselora_dist.sync.masks import MaskSync
 from support.compare import assert_close
 from support.every_type import rows, tiny_model
 from support.mixtures import NarrowExperts, mixture
-from support.models import batch
+from support.models import batch, gradients
 from support.oracle import assert_same, context_tokens, train_step
+from support.waits import Waits
 
 families = pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 
@@ -142,15 +147,38 @@ def test_merged_where_the_weights_are_it_stays_sparse() -> None:
     assert bool((experts.down_proj.rows == 1).all())
 
 
-def test_checkpointed_and_compiled_it_is_the_same() -> None:
-    data = batch()
-    model = apply_sparselora(mixture(use_cache=False), config())
-    expected = train_step(model, data)
-    again = apply_sparselora(mixture(use_cache=False), config())
+def test_as_one_launch_it_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the host never learns how many tokens an expert has. Tried on a CPU, in bf16, as a GPU would compute."""
+    inputs, found = batch(), []
+    grouped, scores = (importlib.import_module(f"sparselora_kernels.{name}") for name in ("grouped", "expert_score"))
+    for launched in (False, True):
+        model = apply_sparselora(mixture().bfloat16(), config())
+        if launched:
+            for module in (grouped, scores):
+                monkeypatch.setattr(module, "one_launch", lambda x: True)
+            monkeypatch.setattr(MaskSync, "check", lambda self: self._pending.clear())
+        partition = partition_tokens(inputs["labels"], inputs["attention_mask"])
+        find_state(model).context.hand_over(inputs["labels"], partition)  # type: ignore[union-attr]
+        with Waits() as waits:
+            loss = model(**inputs, use_cache=False).loss
+            loss.backward()
+        assert bool(waits.ours) is not launched, waits.ours
+        found.append((loss.detach(), gradients(model)))
+    (one, expected), (other, got) = found
+    assert_close("loss", one, other)
+    for name, gradient in expected.items():
+        assert_close(name, gradient, got[name], rtol=0.1, atol=0.05 * float(gradient.abs().max()))
+
+
+def test_checkpointed_copied_and_compiled_it_is_the_same() -> None:
+    def made() -> Any:
+        return copy.deepcopy(apply_sparselora(mixture(layers=1, use_cache=False), config(layers="0")))
+
+    data, again = batch(), made()
+    expected = train_step(apply_sparselora(mixture(layers=1), config(layers="0")), data)
     again.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     assert_same(expected, train_step(again, data), data)
-    compiled = apply_sparselora(mixture(use_cache=False), config())
-    got = train_step(torch.compile(compiled, backend="aot_eager"), data)
+    got = train_step(torch.compile(made(), backend="aot_eager"), data)
     names = {name.removeprefix("_orig_mod."): grad for name, grad in got.gradients.items()}
     for name, grad in expected.gradients.items():
         assert_close(name, grad, names[name], rtol=1e-3, atol=1e-5)
@@ -191,6 +219,15 @@ def test_what_drops_tokens_before_its_experts_is_refused() -> None:
     experts.forward = lambda x, chosen, weights: forward(x[1:], chosen[1:], weights[1:])  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="layer 1: the experts were given 95 tokens, where the forward has 96"):
         model(**data)
+
+
+def test_an_empty_slot_of_the_router_counts_for_nothing() -> None:
+    model = apply_sparselora(mixture(), config())
+    experts = next(m for m in model.modules() if isinstance(m, SparseExperts))
+    x, weights = torch.randn(5, experts.layout.hidden), torch.rand(5, 2)
+    chosen = torch.tensor([[0, 1]]).expand(5, 2)
+    expected = experts(x, chosen, weights * torch.tensor([1.0, 0.0]))
+    assert torch.allclose(expected, experts(x, torch.tensor([[0, experts.layout.count]]).expand(5, 2), weights))
 
 
 def test_on_the_meta_device() -> None:

@@ -25,6 +25,9 @@ NEIGHBOURS = [(2 * p, 2 * p + 1) for p in range(8)]
         # A part of the head is rotated; the rest is paired among itself.
         ("stablelm", [(0, 2), (1, 3), *((p, p + 6) for p in range(4, 10))]),
         ("glm4", [*NEIGHBOURS[:4], *((p, p + 4) for p in range(8, 12))]),
+        ("gptj", NEIGHBOURS),  # Half of them rotated; the others may be paired so, too.
+        ("phi3", HALVES),  # q, k and v in one matrix.
+        ("gpt_neox", [(0, 2), (1, 3), *((p, p + 6) for p in range(4, 10))]),
         ("opt", HALVES),  # No rotary embedding.
     ],
 )

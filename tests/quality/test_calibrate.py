@@ -18,6 +18,7 @@ from sparselora_dist import SparseLoRAConfig
 from sparselora_dist.cli import main
 from sparselora_dist.engines.ranks import free_port
 from sparselora_dist.quality import heatmap
+from support.every_type import tiny_config, tiny_model
 from support.harness import ROOT, run_launch
 from support.models import tiny_base
 
@@ -241,7 +242,7 @@ def refusal(capsys: pytest.CaptureFixture, arguments: list[str]) -> str:
         ({"--target-flops": "0.95"}, r"--target-flops 0.95 cannot be met: .*; nothing needs sparsity"),
         ({"--target-flops": "1.5"}, "allowed: a share above 0, below 1"),
         ({"--groups": "ffn,vq"}, r"unknown .*vq.*vo"),
-        ({"--groups": "ffn,ffn"}, "allowed: ffn, qk, vo, each once"),
+        ({"--groups": "ffn,ffn"}, "allowed: ffn, qk, vo, experts, each once"),
         ({"--levels": "0.5,1"}, "allowed: sparsities above 0, below 1"),
         ({"--levels": "half"}, "'--levels' is 'half'"),
         ({"--rows": "0"}, "'--rows' is 0"),
@@ -281,3 +282,19 @@ def test_model_and_data_instead_of_a_run_file(tiny: Tiny, tmp_path: Path, capsys
     options = [*OPTIONS, "--output", str(tmp_path)]
     assert "give either --config, or" in refusal(capsys, ["calibrate", *options])
     assert "belong together" in refusal(capsys, ["calibrate", "--model", tiny.model, *options])
+
+
+def test_a_mixture_of_experts(tiny: Tiny, tmp_path: Path, alone: None) -> None:
+    """Its groups are those that its layers have, each measured where it is."""
+    model = tmp_path / "mixture"
+    tiny_model("qwen3_moe", tiny_config("qwen3_moe", vocab_size=VOCABULARY)).save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+    config = tiny.config_file(
+        tmp_path / "run.json", "single", tmp_path / "run", model={"name_or_path": str(model)}, lora={"r": 4}
+    )
+    options = ["--target-flops", "0.8", "--levels", "0.75", "--rows", "8", "--output", str(tmp_path / "out")]
+    assert main(["calibrate", "--config", config, *options]) == 0
+    curves = curves_of(tmp_path / "out")
+    assert set(curves["losses"]) == {"qk", "vo", "experts"}
+    assert all(set(layers) == {"0", "1", "2", "3"} for layers in curves["losses"].values())
+    assert curves["channels"]["experts"] == 32 and curves["flops"]["chosen_share"] <= 0.8

@@ -29,7 +29,8 @@ _SMALL: dict[str, Any] = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "attention_dropout": 0.0, "hidden_dropout": 0.0,
     "residual_dropout": 0.0,
     "d_model": 64, "n_embd": 64, "n_layer": 4, "n_head": 4, "n_inner": 112, "n_positions": 128, "num_layers": 4,
-    "num_heads": 4, "ffn_dim": 112, "decoder_layers": 4, "encoder_layers": 1, "decoder_attention_heads": 4,
+    "num_heads": 4, "n_layers": 4, "n_heads": 4, "ffn_dim": 112,
+    "decoder_layers": 4, "encoder_layers": 1, "decoder_attention_heads": 4,
     "encoder_attention_heads": 4, "decoder_ffn_dim": 112, "encoder_ffn_dim": 112, "word_embed_proj_dim": 64,
     # Mixtures of experts.
     "num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
@@ -81,7 +82,7 @@ def model_types() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def tiny_config(model_type: str) -> Any:
+def tiny_config(model_type: str, **changes: Any) -> Any:
     """Raises whatever the type raises where it cannot be made so small."""
     kind = CONFIG_MAPPING[model_type]
     known = set(inspect.signature(kind.__init__).parameters) | set(getattr(kind, "__dataclass_fields__", {}))
@@ -89,7 +90,7 @@ def tiny_config(model_type: str) -> Any:
     if "partial_rotary_factor" in options and getattr(kind, "partial_rotary_factor", 1.0) in (None, 1.0):
         del options["partial_rotary_factor"]
     options |= {name: 0.0 for name in _DROPOUT if name in known}
-    config = kind(**(options | _OWN.get(model_type, {})))
+    config = kind(**(options | _OWN.get(model_type, {}) | changes))
     with torch.device("meta"):
         elements = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if elements > _LARGEST:

@@ -45,7 +45,7 @@ def estimator_factors(
         matrices,
         rank=config.rank,
         model_id=getattr(base_config, "_name_or_path", "") or base_config.model_type,
-        model_config={key: getattr(base_config, key, None) for key in _ARCHITECTURE_KEYS},
+        model_config={key: getattr(base_config.get_text_config(), key, None) for key in _ARCHITECTURE_KEYS},
         path=config.factors,
         group=group,
     )

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from ..codecs import Codec, codec_of
 from ..config.quantization import QuantizationSection
 from ..config.run import ModelSection
-from ..layouts import check_config, check_known, decoder_layers
+from ..layouts import check_known, check_text, decoder_layers
 from ..sharding.placement import Placement
 from .memory import check_fits, peak_bytes, trim_heap
 from .prequantized import check_quantization_config
@@ -41,7 +41,7 @@ def load_tokenizer(section: ModelSection) -> Any:
 def check_model(section: ModelSection) -> Any:
     """The model's config, refused early where the family is not supported."""
     config = read_config(section.name_or_path)
-    check_config(config)
+    check_text(config)
     return config
 
 

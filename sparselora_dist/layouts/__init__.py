@@ -3,7 +3,7 @@
 from .attention import Attention
 from .experts import BY_ROWS, Experts, combined, innermost, placeholder
 from .ffn import FFN
-from .layers import DecoderLayer, check_causal, check_config, check_known, decoder_layers, geometry
+from .layers import DecoderLayer, check_causal, check_config, check_known, check_text, decoder_layers, geometry
 from .names import Parts, Rows, UnsupportedModelError, base_linear, causal_lm, matrix_name
 from .registry import register_attention, register_ffn, unregister
 from .sizes import layer_sizes, widths
@@ -23,6 +23,7 @@ __all__ = [
     "check_causal",
     "check_config",
     "check_known",
+    "check_text",
     "combined",
     "computes_linear",
     "decoder_layers",

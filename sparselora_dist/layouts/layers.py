@@ -123,6 +123,17 @@ def check_config(config: Any) -> str:
     return getattr(config, "model_type", None) or "unknown"
 
 
+def check_text(config: Any) -> str:
+    """The same for what has rows of text alone, as a run has."""
+    family = check_config(config)
+    if hasattr(config, "get_text_config") and config.get_text_config() is not config:
+        raise UnsupportedModelError(
+            f"{_what(config)} reads more than text, and a run has rows of text alone: take the family's text model, or "
+            "use apply_sparselora in a Trainer that has the images (docs/models.md)"
+        )
+    return family
+
+
 def _what(config: Any) -> str:
     architecture = ", ".join(getattr(config, "architectures", None) or ["this model"])
     return f"{architecture} (model_type {getattr(config, 'model_type', None)!r})"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..config import ConfigError
-from ..layouts import causal_lm, check_causal, check_config, check_known, decoder_layers
+from ..layouts import causal_lm, check_causal, check_known, check_text, decoder_layers
 
 
 def described(data: dict[str, Any], source: str) -> Any:
@@ -34,7 +34,7 @@ def _described(text: str, source: str) -> Any:
     if kind not in CONFIG_MAPPING:
         raise ConfigError(f"{source}: 'model_type' is {kind!r}: allowed: types that the installed Transformers knows")
     config = CONFIG_MAPPING[kind].from_dict(data)
-    check_config(config)
+    check_text(config)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from torch import nn
 
 from sparselora_dist import SparseLoRAConfig, apply_sparselora, remove_sparselora, selection
 from sparselora_dist.apply import find_state
-from sparselora_dist.layouts import decoder_layers
+from sparselora_dist.config import ModelSection
+from sparselora_dist.io.load import check_model
+from sparselora_dist.layouts import UnsupportedModelError, decoder_layers
+from sparselora_dist.plan.described import described
 from support.models import ALL_LINEAR
 from support.oracle import train_step
 from support.vision_language import IMAGE, TYPES, batch, tiny_model
@@ -108,3 +112,14 @@ def test_a_pair_is_turned_by_one_angle_of_the_three(model_type: str) -> None:
     torch.testing.assert_close(rotate(k * mask, k * mask, *angles)[1], rotated * mask)
     flat = model.model.language_model.rotary_emb(torch.zeros(1, 5, 64), positions[:1].expand(3, -1, -1))
     assert not torch.equal(rotate(k, k, *flat)[1], rotated)
+
+
+def test_a_run_has_no_images(tmp_path: Path) -> None:
+    """It is refused by its config, and so is its plan."""
+    config = tiny_model("qwen2_5_vl").config
+    config.save_pretrained(tmp_path)
+    match = r"'qwen2_5_vl'\) reads more than text.*apply_sparselora in a Trainer"
+    with pytest.raises(UnsupportedModelError, match=match):
+        check_model(ModelSection(name_or_path=str(tmp_path)))
+    with pytest.raises(UnsupportedModelError, match=match):
+        described(config.to_dict(), "config.json")

@@ -13,10 +13,9 @@ import torch
 
 from ..codecs import Codec
 from ..config import ConfigError, RunConfig
-from ..layouts import decoder_layers
+from ..layouts import adapted, decoder_layers, rest_of
 from ..method.channels import ATTENTION, FFN, SCORED, TRANSPOSED
 from .any_layer import tree_of_model
-from .described import adapted, rest_of
 from .parts import Module, Parameter, Tree
 from .shapes import ModelShape
 

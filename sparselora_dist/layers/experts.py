@@ -89,6 +89,9 @@ class SparseExperts(nn.Module):
         """``x`` (..., H), ``chosen`` (T, K) experts and their ``weights`` (T, K) -> (..., H)."""
         flat = compute_input(x).reshape(-1, x.shape[-1])
         chosen, weights = (given.reshape(flat.shape[0], -1) for given in (chosen, weights))
+        # An expert past the last is the families' way to say that a slot is empty.
+        weights = weights.masked_fill(chosen >= self.layout.count, 0.0)
+        chosen = chosen.clamp(max=self.layout.count - 1)
         batch = None if self.estimator is None else self.context.active(self.site.layer, GROUP)
         if batch is None:
             everyone = torch.arange(flat.shape[0], device=flat.device)

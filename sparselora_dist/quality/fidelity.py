@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sparselora_kernels import ffn_score, gated_ffn_score, projection_scores, select_channels
+from sparselora_kernels import ffn_score, gated_ffn_score, projection_scores, select_channels, select_grouped
 
 from ..method.channels import HeadGeometry
 
@@ -142,6 +142,7 @@ class Site:
         channels, keep: how many there are, and how many a sparse step keeps.
         sparsity: as configured.
         own_rank: the estimator's rank in training; masks are compared over batches and ranks at this one.
+        blocks: the channels stand in so many blocks, the experts of a mixture, that keep equally many each.
     """
 
     layer: int
@@ -150,6 +151,7 @@ class Site:
     keep: int
     sparsity: float
     own_rank: int
+    blocks: int = 1
     recall: dict[str, list[float]] = field(default_factory=dict)
     """By choice (``random``, a rank, ``exact``): a value per batch."""
     energy: dict[str, list[float]] = field(default_factory=dict)
@@ -180,22 +182,31 @@ class Site:
             filled: which halves have context tokens.
         """
         energy = scores_of(exact.sum(0)).cpu()
-        oracle = select_channels(energy, self.keep)
-        kept = {rank: select_channels(scores_of(sums.sum(0)).cpu(), self.keep) for rank, sums in estimates.items()}
-        choices = {RANDOM: random_channels(self.channels, self.keep, generator)}
+        oracle = self._chosen(energy)
+        kept = {rank: self._chosen(scores_of(sums.sum(0)).cpu()) for rank, sums in estimates.items()}
+        choices = {RANDOM: self._random(generator)}
         choices |= {str(rank): mask for rank, mask in kept.items()} | {EXACT: oracle}
         for name, mask in choices.items():
             self.recall.setdefault(name, []).append(overlap(mask, oracle))
             self.energy.setdefault(name, []).append(energy_share(mask, energy))
         own = kept[self.own_rank]
         if adapted is not None:
-            self.adapted_recall.append(overlap(own, select_channels(scores_of(adapted.sum(0)).cpu(), self.keep)))
+            self.adapted_recall.append(overlap(own, self._chosen(scores_of(adapted.sum(0)).cpu())))
         if all(filled):
-            first, second = (select_channels(scores_of(half).cpu(), self.keep) for half in estimates[self.own_rank])
+            first, second = (self._chosen(scores_of(half).cpu()) for half in estimates[self.own_rank])
             self.ranks.append(overlap(first, second))
         if self.last is not None:
             self.steps.append(overlap(own, self.last))
         self.last = own
+
+    def _chosen(self, scores: Tensor) -> Tensor:
+        if self.blocks == 1:
+            return select_channels(scores, self.keep)
+        return select_grouped(scores, self.blocks, self.keep // self.blocks)[0]
+
+    def _random(self, generator: torch.Generator) -> Tensor:
+        width, keep = self.channels // self.blocks, self.keep // self.blocks
+        return torch.cat([block * width + random_channels(width, keep, generator) for block in range(self.blocks)])
 
     def to_dict(self) -> dict[str, object]:
         """Means and spreads over batches; ``None`` where nothing could be compared."""

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparselora_kernels import kept_count
+from sparselora_kernels import kept_count, kept_per_expert
 
 from ..io.factors import FactorSet
 from ..layers.lora import active_branches
 from ..layouts import DecoderLayer, decoder_layers
 from ..method.tokens import partition_tokens
+from .expert_sums import ExpertSums
 from .fidelity import Site, estimated_sums, exact_sums, truncated
 
 _HALVES = 2
@@ -59,16 +60,25 @@ class Observer:
         self.layers = [
             layer for layer in decoder_layers(model) if any(layer.index in by_layer for by_layer in sparsity.values())
         ]
-        counts = {layer.index: layer.channels for layer in self.layers}
+        layers = {layer.index: layer for layer in self.layers}
         self.sites = {
-            (layer, group): Site(layer, group, (n := counts[layer][group]), kept_count(n, value), value, own_rank)
+            (index, group): self._site(layers[index], group, value, own_rank)
             for group, by_layer in sparsity.items()
-            for layer, value in sorted(by_layer.items())
+            for index, value in sorted(by_layer.items())
         }
         self._heads = {layer.index: layer.attention.heads if layer.attention else None for layer in self.layers}
         self._random = torch.Generator().manual_seed(seed)
         self._rows: list[Tensor] = []
         self._seen: dict[int, _Seen] = {}
+
+    @staticmethod
+    def _site(layer: DecoderLayer, group: str, sparsity: float, own_rank: int) -> Site:
+        count = layer.channels[group]
+        if group != "experts" or layer.experts is None:
+            return Site(layer.index, group, count, kept_count(count, sparsity), sparsity, own_rank)
+        blocks = layer.experts.count
+        keep = blocks * kept_per_expert(layer.experts.width, sparsity)
+        return Site(layer.index, group, count, keep, sparsity, own_rank, blocks)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -89,6 +99,9 @@ class Observer:
 
     def _watch(self, layer: DecoderLayer) -> Iterator[Any]:
         groups = [group for index, group in self.sites if index == layer.index]
+        if "experts" in groups and layer.experts:
+            yield layer.experts.module.register_forward_pre_hook(self._experts(layer), with_kwargs=True)
+            groups.remove("experts")
         for group in groups:
             for name in layer.scored(group):
                 stored, _ = layer.within(name)
@@ -114,6 +127,18 @@ class Observer:
             getattr(seen, kind)[name] = flat if rows is None else flat[:, rows]
             if kind == "frozen":
                 seen.inputs[name] = args[0].detach().reshape(-1, args[0].shape[-1])
+
+        return hook
+
+    def _experts(self, layer: DecoderLayer) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            assert layer.experts is not None
+            x, chosen, weights = (*args, *kwargs.values())
+            sums = ExpertSums(layer.experts, x, chosen, weights, self._rows)
+            factors = {name: self.factors[layer.index, name] for name in SCORED["experts"]}
+            estimates = {rank: sums.estimated(factors, rank) for rank in self.ranks}
+            filled = [rows.numel() > 0 for rows in self._rows]
+            self.sites[layer.index, "experts"].add(sums.exact(), estimates, self._random, filled=filled)
 
         return hook
 

@@ -100,8 +100,7 @@ def measure(
         raise ConfigError(f"'--rows' is {rows}: allowed: integers from 1")
     base_config = check_model(config.model)
     sparsity = config.sparse_lora.sparsity(base_config.num_hidden_layers)
-    # What the estimator says of routed experts is not compared with what they compute.
-    sparsity = {group: by_layer for group, by_layer in sparsity.items() if by_layer and group != "experts"}
+    sparsity = {group: by_layer for group, by_layer in sparsity.items() if by_layer}
     if not sparsity:
         raise ConfigError(
             "'sparse_lora.layers' is empty: there is no sparse layer to inspect. Name some, such as "

@@ -170,15 +170,15 @@ def test_as_one_launch_it_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> 
         assert_close(name, gradient, got[name], rtol=0.1, atol=0.05 * float(gradient.abs().max()))
 
 
-def test_checkpointed_and_compiled_it_is_the_same() -> None:
-    data = batch()
-    model = apply_sparselora(mixture(use_cache=False), config())
-    expected = train_step(model, data)
-    again = apply_sparselora(mixture(use_cache=False), config())
+def test_checkpointed_copied_and_compiled_it_is_the_same() -> None:
+    def made() -> Any:
+        return copy.deepcopy(apply_sparselora(mixture(layers=1, use_cache=False), config(layers="0")))
+
+    data, again = batch(), made()
+    expected = train_step(apply_sparselora(mixture(layers=1), config(layers="0")), data)
     again.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     assert_same(expected, train_step(again, data), data)
-    compiled = apply_sparselora(mixture(use_cache=False), config())
-    got = train_step(torch.compile(compiled, backend="aot_eager"), data)
+    got = train_step(torch.compile(made(), backend="aot_eager"), data)
     names = {name.removeprefix("_orig_mod."): grad for name, grad in got.gradients.items()}
     for name, grad in expected.gradients.items():
         assert_close(name, grad, names[name], rtol=1e-3, atol=1e-5)
@@ -219,6 +219,15 @@ def test_what_drops_tokens_before_its_experts_is_refused() -> None:
     experts.forward = lambda x, chosen, weights: forward(x[1:], chosen[1:], weights[1:])  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="layer 1: the experts were given 95 tokens, where the forward has 96"):
         model(**data)
+
+
+def test_an_empty_slot_of_the_router_counts_for_nothing() -> None:
+    model = apply_sparselora(mixture(), config())
+    experts = next(m for m in model.modules() if isinstance(m, SparseExperts))
+    x, weights = torch.randn(5, experts.layout.hidden), torch.rand(5, 2)
+    chosen = torch.tensor([[0, 1]]).expand(5, 2)
+    expected = experts(x, chosen, weights * torch.tensor([1.0, 0.0]))
+    assert torch.allclose(expected, experts(x, torch.tensor([[0, experts.layout.count]]).expand(5, 2), weights))
 
 
 def test_on_the_meta_device() -> None:

@@ -47,10 +47,15 @@ class NarrowExperts:
 
 
 def mixture(
-    model_type: str = "qwen3_moe", parameters: list[str] | None = None, targets: list[str] | None = None, **options: Any
+    model_type: str = "qwen3_moe",
+    parameters: list[str] | None = None,
+    targets: list[str] | None = None,
+    layers: int = 4,
+    **options: Any,
 ) -> PeftModel:
     """With LoRA on q and v, and on the experts' ``parameters``, by default both; B matrices are not zero."""
     base = tiny_model(model_type)
+    base.model.layers, base.config.num_hidden_layers = base.model.layers[:layers], layers
     for name, value in options.items():
         setattr(base.config, name, value)
     torch.manual_seed(1)

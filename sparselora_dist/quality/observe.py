@@ -135,7 +135,7 @@ class Observer:
             assert layer.experts is not None
             x, chosen, weights = (*args, *kwargs.values())
             sums = ExpertSums(layer.experts, x, chosen, weights, self._rows)
-            factors = {name: self.factors[layer.index, name] for name in SCORED["experts"]}
+            factors = {name: self.factors[layer.index, name] for name in layer.scored("experts")}
             estimates = {rank: sums.estimated(factors, rank) for rank in self.ranks}
             filled = [rows.numel() > 0 for rows in self._rows]
             self.sites[layer.index, "experts"].add(sums.exact(), estimates, self._random, filled=filled)

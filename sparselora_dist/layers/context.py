@@ -25,6 +25,7 @@ from ..method.tokens import TokenPartition, partition_tokens
 from ..sync.masks import MaskSync, Site
 from .held import HeldMasks
 from .micro_batch import OPEN, GivenTokens, LossPositions, MicroBatch, TokenCounts
+from .recomputation import Recomputation, in_backward
 from .sharing import Given, MaskSharing, same_memory
 
 # Forwards whose backward may still be to come.
@@ -72,7 +73,7 @@ class SparseContext:
         self._current: MicroBatch | None = None
         self.opened_by: object = None
         self._outer_loss: LossPositions | None = None
-        self._replayed: MicroBatch | None = None
+        self.recomputation = Recomputation()
         self._forwards: deque[MicroBatch] = deque(maxlen=_PENDING_FORWARDS)
         self._training_forwards = 0
         self._handed: tuple[Tensor, TokenPartition] | None = None
@@ -235,21 +236,18 @@ class SparseContext:
         if self._current is not None:
             self._current.inputs[layer] = address
         elif in_backward():
-            # The newest one with this address: the memory of a finished forward may have been given out again.
-            found = (batch for batch in reversed(self._forwards) if batch.inputs.get(layer) == address)
-            self._replayed = next(found, None)
-            if self._replayed is None and required:
+            known = self.recomputation.enter(layer, address, reversed(self._forwards))
+            if required and not known:
                 raise RuntimeError(
                     f"layer {layer} is recomputed for a forward that is not known: more than {_PENDING_FORWARDS} "
                     "forwards were waiting for their backward, or the checkpointing moves its inputs (offloading)"
                 )
 
-    @property
-    def _running(self) -> MicroBatch | None:
+    def _running(self, layer: int) -> MicroBatch | None:
         """The micro-batch that the running layer belongs to, in recomputation that of its first run."""
         if torch.compiler.is_compiling():  # A graph is never run again layer by layer, see :class:`~.hooks.LayerHook`.
             return self._current
-        return self._current or (self._replayed if in_backward() else None)
+        return self._current or self.recomputation.batch_of(layer)
 
     def active(self, layer: int, group: str, role: str | None = None) -> MicroBatch | None:
         """The micro-batch that the running layer belongs to, or ``None`` where its ``group`` is computed densely.
@@ -259,14 +257,14 @@ class SparseContext:
         """
         if self.probe is not None and (layer, group) not in self.probe:
             return None
-        batch = self._running
+        batch = self._running(layer)
         if batch is None or batch.partition is None or (layer == batch.last_layer and role not in ("k", "v")):
             return None
         return batch
 
     def wanted(self, layer: int) -> LossPositions | None:
         """The positions that q, o and the FFN of the running ``layer`` are computed at; ``None`` is all of them."""
-        batch = self._running
+        batch = self._running(layer)
         if batch is None or batch.last_layer != layer:
             return None
         return self.loss_positions if torch.compiler.is_compiling() else batch.loss
@@ -313,8 +311,3 @@ class SparseContext:
             finish()
             return None
         return finish
-
-
-def in_backward() -> bool:
-    """Whether autograd is running, that is a layer that runs now is being recomputed."""
-    return torch._C._current_graph_task_id() != -1

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .context import SparseContext, in_backward
+from .context import SparseContext
+from .recomputation import in_backward
 from .traced import lengths_vary
 
 
@@ -98,6 +99,7 @@ class LayerHook:
 
     def __init__(self, context: SparseContext, layer: int, required: bool = True) -> None:
         self.context, self.layer, self.required = context, layer, required
+        context.recomputation.watched.add(layer)
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
@@ -105,7 +107,8 @@ class LayerHook:
             if not self.context.in_forward:
                 self._refuse_recomputation()
         elif torch.is_grad_enabled() or self.context.in_forward:
-            self.context.enter_layer(self.layer, args[0] if args else kwargs["hidden_states"], self.required)
+            hidden = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            self.context.enter_layer(self.layer, hidden, self.required)
 
     @torch.compiler.disable
     def _refuse_recomputation(self) -> None:

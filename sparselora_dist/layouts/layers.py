@@ -14,6 +14,7 @@ from .experts import Experts, find_experts
 from .ffn import FFN
 from .names import Rows, UnsupportedModelError, base_linear, causal_lm
 from .registry import find_attention, find_ffn
+from .tried import first_child
 
 GROUPS = ("ffn", "qk", "vo", "experts")
 
@@ -98,8 +99,11 @@ class DecoderLayer:
 
     @property
     def entry(self) -> nn.Module:
-        """The first module that sees the layer's input."""
-        return getattr(self.module, "input_layernorm", self.module)
+        """The first module inside the layer that sees its input.
+
+        Not the layer itself: Transformers checkpoints a layer's ``forward``, and does not run its hooks again.
+        """
+        return getattr(self.module, first_child(self.module) or "input_layernorm", self.module)
 
 
 def geometry(model: nn.Module) -> HeadGeometry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -109,6 +110,45 @@ def computes_plain(
         _run(module, children, *arguments)
         if len(down.taken) == 1 and _equal(down.taken[0], expected):
             return reads  # type: ignore[return-value]
+    return None
+
+
+class _Called(Exception):
+    """A child of a layer was called, with ``given``."""
+
+    def __init__(self, name: str, given: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.name, self.given = name, given
+
+
+class _Tells(nn.Module):
+    """Stands where a child of a layer is, and says that it was called."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.weight = torch.zeros(1)  # Some layers cast to the dtype of their norm's.
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise _Called(self.name, (*args, *kwargs.values()))
+
+
+def first_child(layer: nn.Module) -> str | None:
+    """The child that a decoder layer calls first, if it hands on the very tensor that the layer was given."""
+    hidden = torch.zeros(1, 3, _HIDDEN)
+    stand_in = copy.copy(layer)
+    children = {
+        name: nn.Identity() if isinstance(child, nn.Dropout) else _Tells(name) for name, child in layer.named_children()
+    }
+    stand_in.__dict__ = {**layer.__dict__, "_modules": children, "training": False}
+    parameters = list(inspect.signature(type(layer).forward).parameters.values())[2:]
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    try:
+        type(layer).forward(stand_in, hidden, **dict.fromkeys(needed))
+    except _Called as call:
+        return call.name if any(value is hidden for value in call.given) else None
+    except Exception:
+        return None
     return None
 
 

@@ -13,9 +13,7 @@ import torch
 
 from ..codecs import Codec
 from ..config import ConfigError, RunConfig
-from ..layouts import adapted, decoder_layers, rest_of
 from ..method.channels import ATTENTION, FFN, SCORED, TRANSPOSED
-from .any_layer import tree_of_model
 from .parts import Module, Parameter, Tree
 from .shapes import ModelShape
 
@@ -32,6 +30,9 @@ def build_tree(shape: ModelShape, config: RunConfig, codec: Codec, adapter: torc
     """
     builder = Builder(shape, config, codec, adapter)
     if shape.data is not None:
+        from ..layouts import adapted, decoder_layers, rest_of
+        from .any_layer import tree_of_model
+
         model = adapted(shape.data, config.lora)
         return _finished(tree_of_model(builder, model, decoder_layers(model), rest_of(model)), config)
     embedding = builder.plain("embed_tokens", {"weight": (shape.vocabulary, shape.hidden)})

@@ -210,3 +210,15 @@ def test_without_a_kept_mask_there_is_no_state() -> None:
     model = sparse_model()
     train_step(model, batch())
     assert find_state(model).context.held.state_dict() == {}
+
+
+@recomputing
+def test_a_layer_recomputed_in_part_is_refused(reentrant: bool) -> None:
+    """From its middle on nothing tells which forward it belongs to; it would be computed densely, or with other masks."""
+    model = sparse_model()
+    mlp = model.get_base_model().model.layers[1].mlp
+    forward = mlp.forward
+    mlp.forward = lambda x: torch.utils.checkpoint.checkpoint(forward, x, use_reentrant=reentrant)
+    loss = model(**batch()).loss
+    with pytest.raises(RuntimeError, match="part of layer 1 is recomputed in backward without the layer's beginning"):
+        loss.backward()

@@ -29,7 +29,8 @@ _SMALL: dict[str, Any] = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "attention_dropout": 0.0, "hidden_dropout": 0.0,
     "residual_dropout": 0.0,
     "d_model": 64, "n_embd": 64, "n_layer": 4, "n_head": 4, "n_inner": 112, "n_positions": 128, "num_layers": 4,
-    "num_heads": 4, "ffn_dim": 112, "decoder_layers": 4, "encoder_layers": 1, "decoder_attention_heads": 4,
+    "num_heads": 4, "n_layers": 4, "n_heads": 4, "ffn_dim": 112,
+    "decoder_layers": 4, "encoder_layers": 1, "decoder_attention_heads": 4,
     "encoder_attention_heads": 4, "decoder_ffn_dim": 112, "encoder_ffn_dim": 112, "word_embed_proj_dim": 64,
     # Mixtures of experts.
     "num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,

@@ -56,8 +56,7 @@ class SparseContext:
         """Training forwards give the loss alone, whose logits are made chunk by chunk, see :mod:`.logits`."""
         self.evaluating = False
         """Forwards with labels in evaluation mode give each label's loss and whether it was right, see :mod:`.logits`."""
-        self.head_unit = 1.0
-        """Of losses and scores that are given in the place of logits."""
+        self.head_unit = 1.0  # Of losses and scores that are given in the place of logits.
         self.last_layer: int | None = None
         """The layer that may compute only what the loss reads, see :mod:`.last_layer`."""
         self.check_masks: Literal["next", "each", "caller"] = "next"

@@ -59,7 +59,9 @@ def without_weights(config: Any) -> Any | None:
     for shape in (miniature, copy.deepcopy):
         try:
             with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(shape(config), attn_implementation="eager")
+                return AutoModelForCausalLM.from_config(
+                    shape(config), attn_implementation="eager", trust_remote_code=False
+                )
         except Exception:
             continue
     return None
@@ -102,7 +104,9 @@ def _with_weights(config: Any, implementation: str) -> Any:
     try:
         torch.set_default_dtype(torch.float32)
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation=implementation, dtype=torch.float32, trust_remote_code=False
+        )
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.dim() > 1 and "norm" not in name:

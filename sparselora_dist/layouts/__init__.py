@@ -1,6 +1,7 @@
 """What a decoder layer has: an FFN, an attention, neither; where their matrices are, seen in its modules."""
 
 from .attention import Attention
+from .described import adapted, described, rest_of
 from .experts import BY_ROWS, Experts, combined, innermost, placeholder
 from .ffn import FFN
 from .layers import DecoderLayer, check_causal, check_config, check_known, check_text, decoder_layers, geometry
@@ -18,6 +19,7 @@ __all__ = [
     "Parts",
     "Rows",
     "UnsupportedModelError",
+    "adapted",
     "base_linear",
     "causal_lm",
     "check_causal",
@@ -27,6 +29,7 @@ __all__ = [
     "combined",
     "computes_linear",
     "decoder_layers",
+    "described",
     "geometry",
     "innermost",
     "layer_sizes",
@@ -34,6 +37,7 @@ __all__ = [
     "placeholder",
     "register_attention",
     "register_ffn",
+    "rest_of",
     "unregister",
     "widths",
 ]

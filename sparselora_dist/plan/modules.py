@@ -13,10 +13,7 @@ import torch
 
 from ..codecs import Codec
 from ..config import ConfigError, RunConfig
-from ..layouts import decoder_layers
 from ..method.channels import ATTENTION, FFN, SCORED, TRANSPOSED
-from .any_layer import tree_of_model
-from .described import adapted, rest_of
 from .parts import Module, Parameter, Tree
 from .shapes import ModelShape
 
@@ -33,6 +30,9 @@ def build_tree(shape: ModelShape, config: RunConfig, codec: Codec, adapter: torc
     """
     builder = Builder(shape, config, codec, adapter)
     if shape.data is not None:
+        from ..layouts import adapted, decoder_layers, rest_of
+        from .any_layer import tree_of_model
+
         model = adapted(shape.data, config.lora)
         return _finished(tree_of_model(builder, model, decoder_layers(model), rest_of(model)), config)
     embedding = builder.plain("embed_tokens", {"weight": (shape.vocabulary, shape.hidden)})

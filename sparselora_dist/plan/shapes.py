@@ -137,8 +137,7 @@ def from_hf_config(data: dict[str, Any], source: str) -> ModelShape:
 
 def _of_any(data: dict[str, Any], source: str) -> ModelShape:
     """Of a family that is not modelled by hand."""
-    from ..layouts import decoder_layers, layer_sizes, widths
-    from .described import described
+    from ..layouts import decoder_layers, described, layer_sizes, widths
 
     model = described(data, source)
     config, layers = model.config.get_text_config(), decoder_layers(model)

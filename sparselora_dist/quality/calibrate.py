@@ -29,9 +29,8 @@ from ..io.manifest import write_text
 from ..io.shard_files import TensorFiles
 from ..io.stored_names import find_names
 from ..io.weights import CheckpointWeights, checkpoint_folder
-from ..layouts import decoder_layers
+from ..layouts import decoder_layers, described
 from ..method.flops import kept_channels
-from ..plan.described import described
 from ..plan.shapes import ModelShape, from_hf_config
 from .allocate import Allocation, allocate
 from .asked import Calibration

@@ -143,6 +143,18 @@ class Observer:
 
         return hook
 
+    def _experts(self, layer: DecoderLayer) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            assert layer.experts is not None
+            x, chosen, weights = (*args, *kwargs.values())
+            sums = ExpertSums(layer.experts, x, chosen, weights, self._rows)
+            factors = {name: self.factors[layer.index, name] for name in layer.scored("experts")}
+            estimates = {rank: sums.estimated(factors, rank) for rank in self.ranks}
+            filled = [rows.numel() > 0 for rows in self._rows]
+            self.sites[layer.index, "experts"].add(sums.exact(), estimates, self._random, filled=filled)
+
+        return hook
+
     @staticmethod
     def _bias(layer: DecoderLayer, name: str) -> Tensor | None:
         """What the estimate adds to the matrix' product."""

@@ -19,9 +19,11 @@ from ..apply import estimator_factors
 from ..apply.experts import whole_experts
 from ..config.errors import ConfigError
 from ..config.run import RunConfig
+from ..config.sparse import GROUPS
 from ..data import TokenDataset, collate, load_dataset_tokens, padding_id
 from ..io.adapter import ADAPTER_FILE, is_adapted, load_adapter
 from ..io.load import check_model, load_base, load_tokenizer
+from ..layouts import decoder_layers
 from ..sharding.placement import Placement
 from .fidelity import group_means
 from .observe import Observer, observe
@@ -117,7 +119,9 @@ def measure(
     lora = config.lora.build()
     whole = partial(is_adapted, lora) if subject.adapter else lambda name: False
     base = load_base(config.model, config.quantization, Placement(device), whole=whole)
-    model = base.model
+    model, layers = base.model, decoder_layers(base.model)
+    able = {group: [layer.index for layer in layers if group not in layer.missing] for group in GROUPS}
+    sparsity = {g: by for g, by in config.sparse_lora.sparsity(len(layers), able).items() if by}
     whole_experts(model)
     factors = _factors(model, sparsity, config, base.weights, compared)
     if subject.adapter:

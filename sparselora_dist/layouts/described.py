@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..config import ConfigError
-from ..layouts import causal_lm, check_causal, check_known, check_text, decoder_layers
+from .layers import check_causal, check_known, check_text, decoder_layers
+from .names import causal_lm
 
 
 def described(data: dict[str, Any], source: str) -> Any:
@@ -37,7 +38,9 @@ def _described(text: str, source: str) -> Any:
     check_text(config)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation="eager", trust_remote_code=False
+            )
     except Exception as error:
         raise ConfigError(f"{source}: Transformers makes no causal language model of it: {error}") from error
     check_known(model, decoder_layers(model))

@@ -1,10 +1,11 @@
 """The plain formula of every operation: dense compute with masks, differentiable by autograd, written to be read."""
 
+from .expert_score import expert_score
 from .ffn_down import ffn_down
 from .ffn_up import ffn_up
 from .gated_ffn import gated_up
 from .gated_product import gated_product
-from .grouped import expert_score, grouped_linear, grouped_product
+from .grouped import grouped_linear, grouped_product
 from .indexed_linear import indexed_nn, indexed_nt
 from .label_loss import label_loss, label_scores
 from .lora_joined import lora_joined

@@ -15,7 +15,6 @@ from sparselora_kernels import kept_count, kept_per_expert
 from ..io.factors import FactorSet
 from ..layers.lora import active_branches
 from ..layouts import DecoderLayer, decoder_layers
-from ..method.channels import EXPERTS
 from ..method.tokens import partition_tokens
 from .expert_sums import ExpertSums
 from .fidelity import Site, estimated_sums, exact_sums, truncated
@@ -115,18 +114,6 @@ class Observer:
         attention = tuple(group for group in groups if group != "ffn")
         if attention and layer.attention:
             yield layer.attention.module.register_forward_hook(self._finish(layer, attention))
-
-    def _experts(self, layer: DecoderLayer) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            assert layer.experts is not None
-            x, chosen, weights = (*args, *kwargs.values())
-            sums = ExpertSums(layer.experts, x, chosen, weights, self._rows)
-            factors = {name: self.factors[layer.index, name] for name in EXPERTS}
-            estimates = {rank: sums.estimated(factors, rank) for rank in self.ranks}
-            filled = [rows.numel() > 0 for rows in self._rows]
-            self.sites[layer.index, "experts"].add(sums.exact(), estimates, self._random, filled=filled)
-
-        return hook
 
     def _keep(self, layer: DecoderLayer, name: str, kind: str) -> Callable[..., None]:
         stored, rows = layer.within(name)

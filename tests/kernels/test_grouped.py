@@ -10,7 +10,6 @@ from torch import Tensor
 
 import sparselora_kernels as kernels
 from sparselora_kernels import reference
-from support.compare import assert_close
 from support.kernel_cases import compare, implementations, nf4, results, running, some, wide
 
 EXPERTS = 4
@@ -71,32 +70,6 @@ def test_trained(case: tuple, implementation: str) -> None:
     compare(results(reference.grouped_product, double, ends=ends_of(rows)), got, dtype)
 
 
-@cases
-@implementations
-@pytest.mark.parametrize("biased", [False, True], ids=["", "biases"])
-def test_scores(case: tuple, biased: bool, implementation: str) -> None:
-    rows, channels, _, length = case
-    dtype = dtype_of(implementation)
-    x, weights = torch.randn(sum(rows), length).to(dtype), torch.rand(sum(rows))
-    factors = [
-        (torch.randn(EXPERTS * 2, length).to(dtype) / 4, torch.randn(EXPERTS * channels, 2).to(dtype) / 4) for _ in "gu"
-    ]
-    biases = (torch.randn(EXPERTS * channels) / 4, torch.randn(EXPERTS * channels) / 4) if biased else None
-
-    def combine(gate: Tensor, up: Tensor) -> Tensor:
-        return torch.nn.functional.silu(gate) * up
-
-    ends = ends_of(rows)
-    with running(implementation):
-        got, again = (kernels.expert_score(x, ends, weights, *factors, combine, biases) for _ in range(2))
-    assert torch.equal(got, again) and got.dtype == torch.float32
-    double: Any = [tuple(wide(t) for t in pair) for pair in factors]
-    wide_biases = None if biases is None else tuple(wide(t) for t in biases)
-    expected = reference.expert_score(wide(x), ends, wide(weights), *double, combine, wide_biases)
-    rtol, atol = (0.05, 1e-2 * max(float(expected.max()), 1e-3)) if dtype == torch.bfloat16 else (1e-4, 1e-6)
-    assert_close("scores", expected, got, rtol=rtol, atol=atol)
-
-
 def test_selection_is_by_expert_and_prefers_the_lowest_index() -> None:
     scores = torch.tensor([0.0, 3.0, 1.0, 0.0, 0.0, 0.0, 2.0, float("nan"), 1.0])
     kept, flag = kernels.select_grouped(scores, 3, 2)
@@ -108,22 +81,6 @@ def test_kept_per_expert() -> None:
     assert [kernels.kept_per_expert(*case) for case in ((112, 0.6), (704, 0.9), (704, 0.0), (258, 0.001), (4096, 0.99))] == [
         45, 72, 704, 258, 48
     ]  # fmt: skip
-
-
-def test_pairs_there_and_back() -> None:
-    chosen = torch.tensor([[0, 2], [3, 0], [2, 3], [0, 3], [1, 0]])
-    rows = torch.tensor([0, 2, 3])
-    pairs = kernels.expert_pairs(chosen, rows, EXPERTS)
-    assert pairs.ends.tolist() == [2, 2, 4, 6]
-    x = torch.randn(5, 3, requires_grad=True)
-    there = kernels.spread(x, pairs)
-    assert torch.equal(there, x[[0, 3, 0, 2, 2, 3]])
-    back = kernels.collect(there * 2, pairs)
-    assert torch.allclose(back, 4 * x[rows])
-    (grad,) = torch.autograd.grad(back.square().sum(), x)
-    expected = torch.zeros_like(x)
-    expected[rows] = 32 * x.detach()[rows]
-    assert torch.allclose(grad, expected)
 
 
 def test_a_trained_bank_is_refused() -> None:

@@ -39,7 +39,7 @@ class RankError(AssertionError):
 
 
 def run_ranks(
-    worker: str, world_size: int, *args: Any, timeout: float = 180.0, expect_failure: bool = False
+    worker: str, world_size: int, *args: Any, timeout: float = 480.0, expect_failure: bool = False
 ) -> list[Any]:
     """Run ``worker`` (``"support.workers:function"``) with ``args`` on every rank; the results by rank.
 

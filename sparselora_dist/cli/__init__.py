@@ -15,6 +15,7 @@ COMMANDS = {
     "inspect": "how well the estimator chooses on your data, and a report of a run",
     "factors": "estimator factors weighted by what the training rows bring, as a file for sparse_lora.factors",
     "schema": "the JSON Schema of a run file, for editors",
+    "prune": "put zeros in the place of the weights that matter least, layer by layer",
     "merge": "merge an adapter into its base model, shard by shard",
 }
 

@@ -7,18 +7,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,17 +22,12 @@ from ..codecs import NF4Codec
 from .manifest import publish
 from .merge_adapter import Adapter
 from .merge_base import BaseWeights
+from .model_folder import copy_companions, output_config, save_tensors, write_json
 from .shard_files import INDEX_FILE
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-# Everything else in a model folder is weights in other formats, or code.
-_COPIED = (
-    "generation_config.json", "tokenizer*.json", "tokenizer.model*", "tekken.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template*.json", "chat_template*.jinja",
-    "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,19 +151,19 @@ def _write(weights: BaseWeights, lora: Adapter, output: Path, dtype: str, untied
     try:
         temporary.mkdir()
         for file, members in tqdm(weights.shards.items(), desc="merging", unit="shard", disable=None):
-            _save({name: _merged(weights, lora, name, target) for name in members}, temporary / file)
+            save_tensors({name: _merged(weights, lora, name, target) for name in members}, temporary / file)
         if weights.files.sharded:
             total = {"total_parameters": sum(math.prod(shape) for shape in weights.shapes.values())}
             total["total_size"] = summary.size
-            _dump(
+            write_json(
                 {
                     "metadata": total,
                     "weight_map": {name: file for file, members in weights.shards.items() for name in members},
                 },
                 temporary / INDEX_FILE,
             )
-        _dump(_config(weights.raw_config, dtype, untied), temporary / "config.json")
-        _copy(weights.folder, temporary)
+        write_json(output_config(weights.raw_config, dtype, untied), temporary / "config.json")
+        copy_companions(weights.folder, temporary)
         if output.exists():
             raise FileExistsError(f"{output} was made by something else meanwhile")
         publish(temporary, output)
@@ -200,32 +191,3 @@ def _merged(weights: BaseWeights, lora: Adapter, name: str, target: torch.dtype)
             "is too small"
         )
     return result
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from error
-
-
-def _config(raw: dict[str, Any], dtype: str, untied: bool) -> dict[str, Any]:
-    # auto_map names Python files, which are neither run nor copied.
-    config = {key: value for key, value in raw.items() if key not in ("quantization_config", "auto_map")}
-    config["dtype"] = dtype
-    if "torch_dtype" in config:  # What older versions of Transformers read.
-        config["torch_dtype"] = dtype
-    return config | ({"tie_word_embeddings": False} if untied else {})
-
-
-def _dump(data: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _copy(source: Path, target: Path) -> None:
-    for pattern in _COPIED:
-        for path in source.glob(pattern):
-            copy = target / path.relative_to(source)
-            copy.parent.mkdir(exist_ok=True)
-            if path.is_file():
-                shutil.copyfile(path, copy)

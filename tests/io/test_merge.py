@@ -189,7 +189,7 @@ def test_leftover_buffers_stay_as_they_are(tmp_path: Path) -> None:
     assert all(torch.equal(got[name], tensor) and got[name].dtype == tensor.dtype for name, tensor in extra.items())
 
 
-@pytest.mark.parametrize("where", ["_save", "_copy", "publish"])
+@pytest.mark.parametrize("where", ["save_tensors", "copy_companions", "publish"])
 def test_a_failure_leaves_nothing(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = save_base(tmp_path / "base", shard="40KB")
     make_adapter(tmp_path / "adapter", base)
@@ -197,7 +197,7 @@ def test_a_failure_leaves_nothing(where: str, tmp_path: Path, monkeypatch: pytes
 
     def fail_late(*args: Any) -> None:
         calls.append(args)
-        if where == "_save" and len(calls) < 2:
+        if where == "save_tensors" and len(calls) < 2:
             return plain(*args)
         raise OSError(28, "No space left on device")
 
@@ -214,7 +214,7 @@ def test_one_shard_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Nothing of an earlier shard is alive when the next is saved, and tensors come from their file one by one."""
     base = save_base(tmp_path / "base", shard="40KB")
     make_adapter(tmp_path / "adapter", base)
-    sizes, alive, save = [], [], module._save
+    sizes, alive, save = [], [], module.save_tensors
 
     def record(shard: dict[str, Tensor], path: Path) -> None:
         assert not any(reference() is not None for reference in alive)
@@ -222,7 +222,7 @@ def test_one_shard_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         alive.extend(weakref.ref(t) for t in shard.values())
         save(shard, path)
 
-    monkeypatch.setattr(module, "_save", record)
+    monkeypatch.setattr(module, "save_tensors", record)
     summary = merge_adapter(base, tmp_path / "adapter", tmp_path / "out", dtype="float32")
     assert len(sizes) > 4 and sum(sizes) == summary.size
     assert max(sizes) <= 40_000

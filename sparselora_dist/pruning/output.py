@@ -1,0 +1,110 @@
+"""A model folder that grows layer by layer, and appears when it is whole."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import ConfigError
+from ..io.manifest import CorruptFileError, publish
+from ..io.model_folder import copy_companions, output_config, save_tensors, write_json
+from ..io.shard_files import INDEX_FILE, TensorFiles, read_header, read_json
+
+RECORD = "pruning.json"
+
+
+class GrowingModel:
+    """``<output>.partial`` until :meth:`finish`; a decoder layer a file, and the rest in the last.
+
+    Args:
+        output: the folder to be.
+        files: the model that is pruned.
+        record: what was asked for; a folder that is there must have been begun with the same.
+        layers: how many.
+
+    Raises:
+        FileExistsError: ``output`` is there.
+        ConfigError: ``<output>.partial`` was begun with something else.
+        OSError: no room on the disk.
+    """
+
+    def __init__(self, output: Path, files: TensorFiles, record: dict[str, Any], layers: int) -> None:
+        self.output, self.files, self.record, self.layers = output, files, record, layers
+        self.folder = output.with_name(f"{output.name}.partial")
+        if output.exists() or output.is_symlink():
+            raise FileExistsError(f"{output} exists already: choose another --output, or remove it")
+        if (self.folder / RECORD).is_file():
+            begun = read_json(self.folder / RECORD)["asked"]
+            if different := [key for key in record if begun.get(key) != record[key]]:
+                key = different[0]
+                raise ConfigError(
+                    f"{self.folder} was begun with {key} {begun.get(key)!r}, not {record[key]!r}: give what it was begun "
+                    "with to go on, or remove it"
+                )
+            return
+        size = sum(math.prod(info.shape) for info in files.tensors.values()) * getattr(torch, record["dtype"]).itemsize
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(output.parent).free) < size:
+            raise OSError(f"{output.parent} has {free:,} bytes free, the pruned model needs {size:,}")
+        self.folder.mkdir(exist_ok=True)
+        self._write({"version": version("sparselora-dist"), "asked": record, "layers": {}})
+
+    def _write(self, data: dict[str, Any]) -> None:
+        temporary = self.folder / f".{RECORD}.tmp"
+        write_json(data, temporary)
+        publish(temporary, self.folder / RECORD)
+
+    def file(self, number: int) -> str:
+        return f"model-{number + 1:05d}-of-{self.layers + 1:05d}.safetensors"
+
+    @property
+    def done(self) -> int:
+        """Layers that are written, from the first on."""
+        return len(read_json(self.folder / RECORD)["layers"])
+
+    def layer(self, number: int) -> dict[str, Tensor]:
+        """The tensors of a layer that was written."""
+        written = TensorFiles(self.folder, [self.file(number)])
+        return {name: written.read(name) for name in written.tensors}
+
+    def add(self, number: int, tensors: dict[str, Tensor], zeros: dict[str, float]) -> None:
+        """Write a layer; ``zeros`` is the share of zeros of each of its matrices."""
+        self._save(self.file(number), tensors)
+        data = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
+        data["layers"][str(number)] = {name: round(share, 6) for name, share in zeros.items()}
+        self._write(data)
+
+    def _save(self, file: str, tensors: dict[str, Tensor]) -> None:
+        temporary = self.folder / f".{file}.tmp"
+        save_tensors(tensors, temporary)
+        publish(temporary, self.folder / file)
+
+    def finish(self, raw_config: dict[str, Any]) -> None:
+        """Write everything that is no layer's, and let the folder appear."""
+        dtype = self.record["dtype"]
+        weight_map: dict[str, str] = {}
+        for number in range(self.layers):
+            weight_map |= dict.fromkeys(read_header(self.folder / self.file(number)), self.file(number))
+        rest = [name for name in self.files.tensors if name not in weight_map]
+        self._save(self.file(self.layers), {name: self._plain(name, getattr(torch, dtype)) for name in rest})
+        weight_map |= dict.fromkeys(rest, self.file(self.layers))
+        if missing := set(weight_map) ^ set(self.files.tensors):
+            raise CorruptFileError(f"{self.folder} does not hold the model's tensors: {sorted(missing)[0]}")
+        counts = {name: math.prod(info.shape) for name, info in self.files.tensors.items()}
+        total = {"total_parameters": sum(counts.values())}
+        total["total_size"] = total["total_parameters"] * getattr(torch, dtype).itemsize
+        write_json({"metadata": total, "weight_map": weight_map}, self.folder / INDEX_FILE)
+        write_json(output_config(raw_config, dtype), self.folder / "config.json")
+        copy_companions(self.files.folder, self.folder)
+        publish(self.folder, self.output)
+
+    def _plain(self, name: str, dtype: torch.dtype) -> Tensor:
+        value = self.files.read(name)
+        return value.to(dtype) if value.is_floating_point() else value

@@ -8,7 +8,7 @@ from typing import Any
 from ..config import ConfigError
 from ..config.run import RunConfig
 from ..layers.miniature import cannot_pack, without_weights
-from ..layouts import check_causal, check_known, decoder_layers
+from ..layouts import DecoderLayer, check_causal, check_known, decoder_layers
 
 
 def fit_run(config: RunConfig, base: Any) -> tuple[RunConfig, str]:
@@ -20,11 +20,14 @@ def fit_run(config: RunConfig, base: Any) -> tuple[RunConfig, str]:
 
     Raises:
         UnsupportedModelError: no layer of the family has anything that can be sparse.
-        ConfigError: the run asks for packed rows itself, and they cannot be.
+        ConfigError: the run asks for packed rows itself, and they cannot be; it adapts a parameter that is no matrix of
+            routed experts.
     """
     if small := without_weights(base):
-        check_known(small, decoder_layers(small))
+        layers = decoder_layers(small)
+        check_known(small, layers)
         check_causal(small)
+        _check_parameters(config.lora.values.get("target_parameters") or [], layers)
     reason = cannot_pack(base) if config.packing else None
     if reason is None:
         return config, ""
@@ -34,3 +37,13 @@ def fit_run(config: RunConfig, base: Any) -> tuple[RunConfig, str]:
             "false or null: rows are then padded"
         )
     return replace(config, data=replace(config.data, packing=False)), reason
+
+
+def _check_parameters(asked: list[str], layers: list[DecoderLayer]) -> None:
+    banks = [f"{layer.path}.{layer.experts.path}" for layer in layers if layer.experts]
+    paths = [f"{bank}.{name}" for bank in banks for name in ("gate_up_proj", "down_proj")]
+    for name in asked:
+        if not any(path == name or path.endswith(f".{name}") for path in paths):
+            there = sorted({path.split(".", 3)[-1] for path in paths})
+            allowed = f"allowed: {', '.join(there)}" if there else "this model has no routed experts: use target_modules"
+            raise ConfigError(f"'lora.target_parameters' holds {name!r}, which is no matrix of routed experts; {allowed}")

@@ -35,13 +35,13 @@ _REFUSED = {
     **dict.fromkeys(("velora_config", "alora_invocation_tokens"), _VARIANT),
     "layer_replication": "it changes the number of layers under the sparsity ranges; remove the key",
     "trainable_token_indices": "it trains rows of an embedding that is sharded as it is loaded: use modules_to_save",
-    "target_parameters": "it adapts bare parameters, and frozen matrices are stored in parts: use target_modules",
     **dict.fromkeys(("auto_mapping", "megatron_config", "megatron_core"), _IMPORT),
     "inference_mode": "it freezes the adapter, so that nothing trains; remove the key",
 }
 
 _Name = Annotated[str, MinLen(1)]
 _NAMES = Says('a list of module names, such as ["q_proj", "v_proj"]')
+_PARAMETERS = Says('a list of parameters of routed experts, such as ["mlp.experts.gate_up_proj"]')
 _BIAS = Says('"none": the biases of the base model are frozen with its weights')
 # Other starts rewrite the base weight, so that the saved adapter would not fit the plain base model.
 _INIT = Says('true, false, "gaussian" or "orthogonal" (other starts rewrite or need more than the base weights)')
@@ -61,6 +61,7 @@ class LoraValues(TypedDict, total=False):
     target_modules: Annotated[Annotated[list[_Name], MinLen(1)] | _Name, ALLOWED, _NAMES]
     exclude_modules: Annotated[list[_Name] | _Name | None, ALLOWED, _NAMES]
     modules_to_save: Annotated[list[_Name] | None, ALLOWED, _NAMES]
+    target_parameters: Annotated[list[_Name] | None, ALLOWED, _PARAMETERS]
 
 
 @section

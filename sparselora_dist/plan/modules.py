@@ -158,7 +158,10 @@ class _LoraRanks:
 
     def __init__(self, config: RunConfig, any_name: bool = False) -> None:
         values = config.lora.values
-        for key in ("modules_to_save", "trainable_token_indices", "target_parameters"):
+        uncounted = ["modules_to_save", "trainable_token_indices"]
+        if not any_name:
+            uncounted.append("target_parameters")  # Of a family that has no experts.
+        for key in uncounted:
             if values.get(key):
                 raise ConfigError(
                     f"'lora.{key}' is {values[key]!r}: it trains base parameters, which a plan does not count"

@@ -21,7 +21,8 @@ from sparselora_dist import selection
 from sparselora_dist.apply import find_state
 from sparselora_dist.apply.build import build_model
 from sparselora_dist.apply.fit import fit_run
-from sparselora_dist.config import RunConfig
+from sparselora_dist.config import ConfigError, RunConfig
+from sparselora_dist.config.lora import LoraSection
 from sparselora_dist.data import TokenDataset
 from sparselora_dist.layouts import decoder_layers
 from sparselora_dist.sharding.placement import Placement
@@ -168,3 +169,27 @@ def test_a_run_of_any_family(family: str, tmp_path: Path) -> None:
     assert all(
         torch.equal(kept, other[layer][group]) for layer, groups in chosen.items() for group, kept in groups.items()
     )
+
+
+def test_adapters_on_experts_by_name(tmp_path: Path) -> None:
+    """PEFT's ``target_parameters``, as its users write them."""
+    folder = made("qwen3_moe", tmp_path)
+    config = run_config(folder, 0.0)
+
+    def asking(*parameters: str) -> RunConfig:
+        values = {"r": 4, "target_modules": ["q_proj"], "target_parameters": list(parameters)}
+        return replace(config, lora=LoraSection(values=values))
+
+    run, base = asking("mlp.experts.gate_up_proj", "experts.down_proj"), AutoConfig.from_pretrained(folder)
+    fit_run(run, base)
+    loss, expected, _ = plain(run)
+    _, got, mine, _ = stepped(run)
+    assert got == pytest.approx(loss, rel=2e-5)
+    assert_same(expected, mine)
+    assert sum("experts" in name for name in mine) == 4 * 4  # A and B of two matrices in four layers.
+    for wrong in ("mlp.experts.gate_proj", "self_attn.q_proj.weight", "up_down_proj"):
+        with pytest.raises(ConfigError, match=rf"'lora.target_parameters' holds '{wrong}'.*allowed: mlp.experts.down_proj"):
+            fit_run(asking(wrong), base)
+    dense = made("smollm3", tmp_path / "dense")
+    with pytest.raises(ConfigError, match="no routed experts: use target_modules"):
+        fit_run(asking("mlp.down_proj"), AutoConfig.from_pretrained(dense))

@@ -33,7 +33,7 @@ from transformers.utils.logging import disable_progress_bar
 from sparselora_dist.apply import find_state
 from sparselora_dist.apply.build import build_model
 from sparselora_dist.config.run import RunConfig
-from sparselora_dist.config.sparse import GROUPS, SparseLoRAConfig
+from sparselora_dist.config.sparse import SparseLoRAConfig
 from sparselora_dist.data import GlobalBatchSampler, collate, load_dataset_tokens, padding_id
 from sparselora_dist.engines import make_engine
 from sparselora_dist.io.load import load_tokenizer
@@ -115,7 +115,7 @@ class Harness:
         file = Path(options.calibrated or Path(options.output) / "sparse_lora.json")
         set_seed(0)
         depth = AutoConfig.from_pretrained(options.model, trust_remote_code=False).num_hidden_layers
-        config = self.config({group: dict.fromkeys(range(depth), 0.5) for group in GROUPS})
+        config = self.config({group: dict.fromkeys(range(depth), 0.5) for group in ("ffn", "qk", "vo")})
         engine = make_engine(config)
         model, _ = build_model(config, engine.placement())
         engine.prepare(model)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from sparselora_dist.apply import find_state
 from sparselora_dist.codecs.linear import FrozenLinear
-from sparselora_dist.config.sparse import GROUPS
 from sparselora_dist.data import TokenDataset, collate
 from sparselora_dist.layers.context import SparseContext
 from sparselora_dist.layers.estimator import AttentionEstimator, FFNEstimator
@@ -21,6 +20,8 @@ from sparselora_dist.method.flops import FlopModel, layer_shares
 from sparselora_dist.method.tokens import TokenPartition, partition_tokens
 from sparselora_kernels import kept_count
 
+GROUPS = ("ffn", "qk", "vo")
+"""Of the models that are compared."""
 Layers = dict[str, dict[int, float]]
 """Group -> layer -> sparsity."""
 

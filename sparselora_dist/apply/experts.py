@@ -120,9 +120,11 @@ def restore_experts(state: SparseState) -> None:
         own = {"gate_up_proj": layout.gate_up_family, "down_proj": layout.down_family}
         for name, as_family in own.items():
             matrix: FrozenMatrix = getattr(sparse, name)
-            if name in family.__dict__.get(BY_ROWS, {}):
+            by_rows = family.__dict__.get(BY_ROWS, {})
+            if name in by_rows and not isinstance(matrix.codec, PlainCodec):
                 family._parameters[name] = matrix.__dict__["placeholder"]
                 continue
+            by_rows.pop(name, None)
             (rows,) = matrix.parts
             family._parameters[name] = nn.Parameter(as_family(full_tensor(rows)), requires_grad=False)
             shard_like([family._parameters[name]], rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -42,8 +43,11 @@ def fit_run(config: RunConfig, base: Any) -> tuple[RunConfig, str]:
 def _check_parameters(asked: list[str], layers: list[DecoderLayer]) -> None:
     banks = [f"{layer.path}.{layer.experts.path}" for layer in layers if layer.experts]
     paths = [f"{bank}.{name}" for bank in banks for name in ("gate_up_proj", "down_proj")]
+    # The model in small has fewer layers.
+    numberless = {re.sub(r"\.\d+\.", ".N.", path) for path in paths}
     for name in asked:
-        if not any(path == name or path.endswith(f".{name}") for path in paths):
+        wanted = re.sub(r"(^|\.)\d+\.", r"\1N.", name)
+        if not any(path == wanted or path.endswith(f".{wanted}") for path in numberless):
             there = sorted({path.split(".", 3)[-1] for path in paths})
             allowed = f"allowed: {', '.join(there)}" if there else "this model has no routed experts: use target_modules"
             raise ConfigError(f"'lora.target_parameters' holds {name!r}, which is no matrix of routed experts; {allowed}")

@@ -79,6 +79,22 @@ class _MergeAdapter(_Override):
         return super().__call__(*args, **kwargs)
 
 
+class _Inject(_Override):
+    """PEFT's ``inject_adapter``: of an adapter that comes after apply_sparselora."""
+
+    def __call__(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        asked = getattr(self.owner.peft_config.get(adapter_name), "target_parameters", None) or []
+        banks = [name for name, module in self.model.named_modules() if isinstance(module, SparseExperts)]
+        paths = [f"{bank}.{name}" for bank in banks for name in ("gate_up_proj", "down_proj")]
+        for name in asked:  # PEFT would find no such parameter, and leave it out without a word.
+            if any(path.replace(".base_layer", "").endswith(f".{name}") for path in paths):
+                raise ValueError(
+                    f"the adapter {adapter_name!r} is on {name} (target_parameters), a matrix of experts that are sparse: "
+                    "add it before apply_sparselora"
+                )
+        return super().__call__(model, adapter_name, *args, **kwargs)
+
+
 class _Save(_Override):
     """``save_pretrained`` of the causal LM."""
 
@@ -121,18 +137,19 @@ class _FromFamilyNames:
         frozen, experts, estimators = _parts(module)
         for parent, (_, as_rows) in experts.items():
             if parent in state:
-                rows: Tensor = state.pop(parent)
-                state[f"{parent}.rows"] = as_rows(rows)
+                state[f"{parent}.rows"] = _dealt(as_rows(state.pop(parent)), module.get_parameter(f"{parent}.rows"))
         for parent, linear in frozen.items():
             if f"{parent}.weight" in state:
                 value: Tensor = state.pop(f"{parent}.weight")
-                value, own = value.t() if linear.transposed else value, linear.parts[0]
-                # A whole state dict for a sharded model: its parts are dealt by the names of parameters.
-                whole = is_dtensor(own) and not is_dtensor(value)
-                state[f"{parent}.rows"] = distribute_like(value, own) if whole else value
+                state[f"{parent}.rows"] = _dealt(value.t() if linear.transposed else value, linear.parts[0])
         for parent, estimator in estimators.items():
             for name, parameter in estimator.named_parameters(recurse=False):
                 state.setdefault(f"{parent}.{name}", parameter.detach())
+
+
+def _dealt(value: Tensor, own: Tensor) -> Tensor:
+    """Of a whole state dict for a sharded model: its parts are dealt by the names of parameters."""
+    return distribute_like(value, own) if is_dtensor(own) and not is_dtensor(value) else value
 
 
 _Way = Callable[[Tensor], Tensor]
@@ -166,4 +183,5 @@ def merge_as_the_family(model: nn.Module, remove: Callable[[nn.Module], nn.Modul
     tuner = getattr(model, "base_model", None)
     if lm is not model and hasattr(type(tuner), "_unload_and_optionally_merge"):
         handles += [_Unload(tuner, model, remove), _MergeAdapter(tuner, "merge_adapter", model)]
+        handles.append(_Inject(tuner, "inject_adapter", model))
     return handles

@@ -16,7 +16,7 @@ from ..layers.joined import JoinedLoRA
 from ..layers.linear import AttentionChannels, Role, SparseProjection
 from ..layers.lora import fuse_lora, merge_by_layout, set_base_linear, unfuse_lora
 from ..layers.plain_ffn import PlainFFN
-from ..layouts import FFN, DecoderLayer, UnsupportedModelError, base_linear, computes_linear
+from ..layouts import BY_ROWS, FFN, DecoderLayer, UnsupportedModelError, base_linear, computes_linear
 from ..method.channels import ATTENTION, SCORED, TRANSPOSED
 from ..sharding.parameters import full_tensor, is_dtensor, shard_like
 from .experts import check_experts, restore_experts
@@ -33,7 +33,7 @@ def check_frozen(layer: DecoderLayer, active: dict[str, dict[int, float]]) -> No
         names += layer.ffn.names
     if any(layer.index in active.get(group, {}) for group in ("qk", "vo")) and layer.attention:
         names += layer.attention.names
-    if layer.index in active.get("experts", {}):
+    if layer.experts and (layer.index in active.get("experts", {}) or BY_ROWS in layer.experts.module.__dict__):
         check_experts(layer)
     for name in names:
         linear, parent = layer.matrix(name), layer.linear(name)

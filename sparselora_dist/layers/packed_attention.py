@@ -133,7 +133,7 @@ def _scored(
     scores = (q @ k.transpose(2, 3) * scaling).float()
     if softcap is not None:
         scores = (scores / softcap).tanh() * softcap
-    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
     if sinks is not None:
         scores = torch.cat([scores, sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
     shares = scores.softmax(-1)[..., : k.shape[2]].to(q.dtype)

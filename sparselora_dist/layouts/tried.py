@@ -33,7 +33,7 @@ def computes_gated(module: nn.Module, names: Sequence[str], activation: Callable
         return True  # The same formula in kernels that a CPU cannot run.
     numbers = torch.Generator().manual_seed(0)
     gate, up, down = (_linear(a, b, numbers) for a, b in ((_HIDDEN, _WIDTH),) * 2 + ((_WIDTH, _HIDDEN),))
-    x = _random((1, 3, _HIDDEN), numbers)
+    x = _near_and_far(numbers)
     return _equal(_run(module, dict(zip(names, (gate, up, down))), x), down(activation(gate(x)) * up(x)))
 
 
@@ -43,7 +43,7 @@ def fused_order(module: nn.Module, names: Sequence[str], activation: Callable[..
         return "gate_proj", "up_proj"
     numbers = torch.Generator().manual_seed(0)
     both, down = _linear(_HIDDEN, 2 * _WIDTH, numbers), _linear(_WIDTH, _HIDDEN, numbers)
-    x = _random((1, 3, _HIDDEN), numbers)
+    x = _near_and_far(numbers)
     first, second = both(x).chunk(2, -1)
     got = _run(module, dict(zip(names, (both, down))), x)
     if _equal(got, down(activation(first) * second)):
@@ -186,6 +186,13 @@ def _linear(inputs: int, outputs: int, numbers: torch.Generator) -> nn.Linear:
     return linear
 
 
+def _near_and_far(numbers: torch.Generator) -> Tensor:
+    """Tokens, one of them so large that what clamps shows it."""
+    x = _random((1, 3, _HIDDEN), numbers)
+    x[:, -1] *= 1e3
+    return x
+
+
 def _random(size: Sequence[int], numbers: torch.Generator) -> Tensor:
     return torch.randn(tuple(size), generator=numbers, dtype=_FLOAT)
 
@@ -195,12 +202,14 @@ def _run(module: nn.Module, children: Mapping[str, nn.Module], *arguments: Tenso
     """The family's ``forward`` with other children; ``None`` where it fails."""
     stand_in = copy.copy(module)
     stand_in.__dict__ = {**module.__dict__, "_modules": {**module._modules, **children}}
-    if any(isinstance(child, _Takes) for child in children.values()):
-        stand_in.__dict__["training"] = False  # What is dropped between or behind the two matrices is the family's.
-    try:
-        return type(module).forward(stand_in, *arguments)
-    except Exception:
-        return None
+    # What is dropped between or behind the two matrices is the family's where its forward goes on running; else a dropout
+    # must be seen.
+    stand_in.__dict__["training"] = not any(isinstance(child, _Takes) for child in children.values())
+    with torch.random.fork_rng(devices=[]):
+        try:
+            return type(module).forward(stand_in, *arguments)
+        except Exception:
+            return None
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from ..io.shard_files import TensorFiles
+from ..io.stored_names import find_names
 from ..io.weights import weight_key
 from ..layouts import DecoderLayer, UnsupportedModelError, decoder_layers
 
@@ -39,9 +40,17 @@ class LayerStream:
 
     def __init__(self, config: Any, files: TensorFiles, dtype: torch.dtype, device: torch.device) -> None:
         self.files, self.dtype, self.device = files, dtype, device
+        # The fused attentions know no softcap.
+        attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
         with init_empty_weights(include_buffers=False):
-            self.model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            self.model: Any = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            )
         self.model.requires_grad_(False).eval()
+        find_names(self.model, files)
+        for path, buffer in self.model.named_buffers():
+            if (key := files.renamed.get(path, path)) in files.tensors:  # A layer's scale.
+                buffer.copy_(files.read(key))
         self.layers = decoder_layers(self.model)
         for layer in self.layers:
             self._check(layer)
@@ -50,10 +59,12 @@ class LayerStream:
                 module._buffers[name] = buffer.to(device)
 
     def _check(self, layer: DecoderLayer) -> None:
-        if deep := [name for name, parameter in layer.module.named_parameters() if parameter.dim() > 2]:
+        known = {id(linear.weight) for linear in self.linears(layer).values()}
+        others = [n for n, p in layer.module.named_parameters() if p.dim() > 1 and id(p) not in known]
+        if others or not known:
             raise UnsupportedModelError(
-                f"{layer.path} has {deep[0]}, which is no matrix (routed experts or a convolution): pruning knows layers "
-                "whose weights are all linears"
+                f"{layer.path} has {others[0] if others else 'no linear'}, which is no weight of a linear (routed experts, "
+                "a router, a convolution): pruning knows layers whose weights are all linears"
             )
 
     @staticmethod
@@ -104,11 +115,20 @@ class LayerStream:
                 key = weight_key(self.files, f"{prefix}.{name}")
                 self._set(decoder, name, self._read(key))
         hidden: list[Tensor] = []
-        calls: list[Call] = []
-        for sequence in sequences.to(self.device):
-            calls = []
+        first: list[Call] = []
+        sequences = sequences.to(self.device)
+        # One more, backwards, so that there are two.
+        for sequence in (*sequences, sequences[0].flip(0)):
+            calls: list[Call] = []
             hidden.append(self._record(decoder, sequence[None], calls))
-        return hidden, calls
+            first = first or calls
+            for one, other in zip(first, calls):
+                if not _same((one.args, one.kwargs), (other.args, other.kwargs)):
+                    raise UnsupportedModelError(
+                        f"{type(self.model).__name__} gives its layers more that depends on the tokens than the hidden "
+                        "states (an input of their own, shared keys and values): its layers cannot be run one at a time"
+                    )
+        return hidden[:-1], first
 
     def _record(self, decoder: nn.Module, ids: Tensor, calls: list[Call]) -> Tensor:
         first: list[Tensor] = []
@@ -145,6 +165,17 @@ class LayerStream:
         """What a filled layer makes of (1, length, H)."""
         out: Any = layer.module(hidden, *call.args, **call.kwargs)
         return out[0] if isinstance(out, tuple) else out
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two calls were given the same; what a layer may write into is nobody's to share."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if type(one) is dict and one.keys() == other.keys():
+        return all(_same(value, other[name]) for name, value in one.items())
+    return not isinstance(one, Mapping)
 
 
 def _owner(module: nn.Module, name: str) -> tuple[Any, str]:

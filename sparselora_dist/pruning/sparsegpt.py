@@ -36,7 +36,7 @@ def sparsegpt(weight: Tensor, hessian: Tensor, pattern: Pattern) -> Tensor:
     inverse = _upper_of_inverse(hessian)
     columns = weight.shape[1]
     # A block holds whole groups.
-    width = BLOCK - BLOCK % pattern.of if pattern.of else BLOCK
+    width = max(BLOCK // pattern.of, 1) * pattern.of if pattern.of else BLOCK
     for start in range(0, columns, width):
         end = min(start + width, columns)
         block, upper = weight[:, start:end], inverse[start:end, start:end]

@@ -140,12 +140,14 @@ def _maps(fidelity: Mapping[str, Any]) -> dict[str, Any]:
 
     pairs = [(group, other) for group in groups for other in ("steps", "ranks")]
     stable = [(layer, [mean(layer, group, f"between_{other}") for group, other in pairs]) for layer in used]
+    # Those of a mixture only where there is one.
+    shown = [group for group in GROUPS if group != "experts" or group in groups]
     sparsity = [
-        (layer, [sites[layer, group]["sparsity"] if (layer, group) in sites else None for group in GROUPS])
+        (layer, [sites[layer, group]["sparsity"] if (layer, group) in sites else None for group in shown])
         for layer in range(fidelity["layers"])
     ]
     return {
-        "sparsity": (GROUPS, sparsity),
+        "sparsity": (shown, sparsity),
         "recall": by_rank("recall"),
         "energy": by_rank("energy"),
         "stability": ([f"{group} {other}" for group, other in pairs], stable),

@@ -146,8 +146,16 @@ def _differences(mine: Fingerprint, other: Fingerprint) -> list[tuple[str, Any, 
     """Of the keys that both sides have: what is off has no settings, and an older version has fewer keys."""
     # A key of PEFT that one side leaves out has its default there.
     silent = {key: value for key, value in _lora_defaults().items() if key in mine or key in other}
-    mine, other = silent | mine, silent | other
+    mine, other = _named(silent | mine), _named(silent | other)
     return [(key, mine[key], other[key]) for key in sorted(mine.keys() & other.keys()) if mine[key] != other[key]]
+
+
+def _named(settings: Fingerprint) -> Fingerprint:
+    """Without groups that have no layer: an older version knew fewer of them."""
+    layers = settings.get("sparse_lora.layers")
+    if not isinstance(layers, dict):
+        return settings
+    return settings | {"sparse_lora.layers": {group: by_layer for group, by_layer in layers.items() if by_layer}}
 
 
 def _words(differing: list[tuple[str, Any, Any]]) -> str:

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from sparselora_dist import SparseLoRAConfig, apply_sparselora
 from sparselora_dist.codecs import NF4Codec
 from sparselora_dist.config import QuantizationSection
 from sparselora_dist.config.run import ModelSection
@@ -110,3 +112,14 @@ def test_a_missing_expert_is_named(tmp_path: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(CorruptFileError, match=r"4 and 3 experts for '.*\.2\.mlp\.experts\.gate_up_proj'.*asks for 4"):
         loaded(tmp_path, Placement(CPU))
+
+
+def test_unloaded_it_is_the_family_s_model(folder: Path, tmp_path: Path) -> None:
+    """A model that was loaded by rows, made sparse, merged and saved."""
+    base = loaded(folder, Placement(CPU))
+    model = get_peft_model(base.model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    sparse = SparseLoRAConfig.from_dict({"layers": {"experts": {"1": 0.5}}, "rank": 2})
+    apply_sparselora(model, sparse, weights=base.weights)
+    model.unload().save_pretrained(tmp_path / "out")
+    before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (folder, tmp_path / "out"))
+    assert before.keys() == after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())

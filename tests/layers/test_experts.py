@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
 from torch.nn.functional import linear, silu
 from transformers import AutoModelForCausalLM
@@ -22,7 +23,7 @@ from sparselora_dist.method.tokens import partition_tokens
 from sparselora_dist.sync.masks import MaskSync
 from support.compare import assert_close
 from support.every_type import rows, tiny_model
-from support.mixtures import NarrowExperts, mixture
+from support.mixtures import PARAMETERS, NarrowExperts, mixture
 from support.models import batch, gradients
 from support.oracle import assert_same, context_tokens, train_step
 from support.waits import Waits
@@ -242,3 +243,15 @@ def test_on_the_meta_device() -> None:
     assert {name: p.shape for name, p in empty.named_parameters()} == names
     stored = [p for name, p in empty.named_parameters() if name.endswith("rows")]
     assert len(stored) == 6 and all(p.is_meta for p in stored)
+
+
+def test_adapters_that_come_later_are_refused() -> None:
+    """PEFT finds no parameter there any more, and would leave the experts out without a word."""
+    model = apply_sparselora(mixture(), config())
+    late = LoraConfig(target_modules=["q_proj"], target_parameters=PARAMETERS)
+    with pytest.raises(ValueError, match=r"'late' is on mlp.experts.gate_up_proj .*add it before apply_sparselora"):
+        model.add_adapter("late", late)
+    assert list(model.peft_config) == ["default"]
+    model.add_adapter("late", LoraConfig(target_modules=["q_proj"]))
+    remove_sparselora(model)
+    model.add_adapter("later", late)

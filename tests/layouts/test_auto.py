@@ -44,3 +44,24 @@ def test_a_run_refuses_what_has_no_known_layer_before_it_loads() -> None:
     sparse = {"sparse_lora": {"layers": {"ffn": {"0": 0.5}}}}
     with pytest.raises(UnsupportedModelError, match=r"'rwkv'\) is not supported: .* not known \(ffn: .*RwkvFeedForward"):
         fit_run(RunConfig.from_dict(data | sparse), tiny_config("rwkv"))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_dropout_inside_an_ffn_is_seen(training: bool) -> None:
+    """Seed-OSS drops behind its down matrix, by the function: a sparse FFN would not."""
+    config = tiny_config("seed_oss")
+    config.residual_dropout = 0.1
+    model = tiny_model("seed_oss", config).train(training)
+    before = torch.get_rng_state()
+    assert "computes something else" in decoder_layers(model)[0].missing["ffn"]
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("limit", [10.0, 12.0, 100.0])
+def test_a_clamp_is_seen(limit: float) -> None:
+    """DeepSeek V4 clamps gate and up: its shared experts are refused, of its routed ones the family's own gate is kept."""
+    config = tiny_config("deepseek_v4")
+    config.swiglu_limit = limit
+    layer = decoder_layers(tiny_model("deepseek_v4", config))[0]
+    assert "computes something else" in layer.missing["ffn"]
+    assert layer.experts is not None and layer.experts.activation is None

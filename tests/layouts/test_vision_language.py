@@ -16,7 +16,7 @@ from sparselora_dist.apply import find_state
 from sparselora_dist.config import ModelSection
 from sparselora_dist.io.load import check_model
 from sparselora_dist.layouts import UnsupportedModelError, decoder_layers
-from sparselora_dist.plan.described import described
+from sparselora_dist.layouts.described import described
 from support.models import ALL_LINEAR
 from support.oracle import train_step
 from support.vision_language import IMAGE, TYPES, batch, tiny_model

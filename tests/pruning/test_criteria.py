@@ -10,7 +10,7 @@ from torch import Tensor
 from sparselora_dist.pruning.criteria import METHODS
 from sparselora_dist.pruning.pattern import Pattern, smallest
 
-PATTERNS = ["0.5", "0.3", "2:4", "4:8", "1:4"]
+PATTERNS = ["0.5", "0.3", "2:4", "4:8", "1:4", "80:160"]
 
 
 def pattern_of(text: str) -> Pattern:

@@ -16,13 +16,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from sparselora_dist.cli import main
+from sparselora_dist.io.pretrained import read_config, read_tokenizer
+from sparselora_dist.io.shard_files import TensorFiles
+from sparselora_dist.pruning.calibration import read_sequences
 from sparselora_dist.pruning.criteria import METHODS
+from sparselora_dist.pruning.layer_stream import LayerStream
 from sparselora_dist.pruning.output import GrowingModel
 from sparselora_dist.pruning.pattern import Pattern
 from sparselora_dist.pruning.prune import Pruning, deal, prune
 from sparselora_dist.pruning.statistics import parts_of
+from support.every_type import tiny_model
 from support.harness import ROOT, run_ranks
-from support.pruning_workers import asked_of, pruned_files
+from support.pruning_workers import asked_of
 
 MODEL, DATA = ROOT / "demo" / "model", ROOT / "demo" / "data" / "train.jsonl"
 CASES = [(method, pattern) for method in METHODS for pattern in ("0.5", "2:4")]
@@ -30,9 +35,9 @@ CASES = [(method, pattern) for method in METHODS for pattern in ("0.5", "2:4")]
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every case on one rank, in folders of their own."""
+    """Every case on one rank, in folders of their own; a process as those of several ranks are, with one thread."""
     folder = tmp_path_factory.mktemp("one")
-    pruned_files(str(folder), CASES)
+    run_ranks("support.pruning_workers:pruned_files", 1, str(folder), CASES)
     return folder
 
 
@@ -58,9 +63,6 @@ def test_zeros_are_as_asked(method: str, pattern: str, one: Path) -> None:
 
 
 def calibration_tokens() -> Tensor:
-    from sparselora_dist.io.pretrained import read_tokenizer
-    from sparselora_dist.pruning.calibration import read_sequences
-
     asked = asked_of("wanda", "0.5", Path("unused"))
     assert asked.data and asked.length
     return read_sequences(asked.data, read_tokenizer(str(MODEL)), asked.sequences, asked.length).sequences
@@ -187,3 +189,23 @@ def test_matrices_are_dealt_by_cost() -> None:
         "gate": torch.Size((32, 8)),
     }
     assert deal(shapes, 2) == {"down": 0, "up": 1, "gate": 1, "q": 1}
+
+
+@pytest.mark.parametrize(
+    ("family", "told"), [("gpt2", r"has attn\.c_attn\.weight, which"), ("qwen3_moe", r"has mlp\.experts\.gate_up_proj, which")]
+)
+def test_layers_of_more_than_linears_are_refused(family: str, told: str, tmp_path: Path) -> None:
+    tiny_model(family).save_pretrained(tmp_path / "model")
+    asked = Pruning(model=str(tmp_path / "model"), method="magnitude", pattern=Pattern.share(0.5), output=tmp_path / "out")
+    with pytest.raises(ValueError, match=told):
+        prune(asked)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_layers_that_are_given_more_than_hidden_states_are_refused(tmp_path: Path) -> None:
+    """Gemma 4 hands every layer an input of its own, made of the tokens."""
+    tiny_model("gemma4_text").save_pretrained(tmp_path)
+    files = TensorFiles.of_model(tmp_path)
+    stream = LayerStream(read_config(str(tmp_path)), files, torch.float32, torch.device("cpu"))
+    with pytest.raises(ValueError, match="gives its layers more that depends on the tokens"):
+        stream.embed(torch.arange(3, 11)[None])

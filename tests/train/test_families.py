@@ -187,6 +187,7 @@ def test_adapters_on_experts_by_name(tmp_path: Path) -> None:
     assert got == pytest.approx(loss, rel=2e-5)
     assert_same(expected, mine)
     assert sum("experts" in name for name in mine) == 4 * 4  # A and B of two matrices in four layers.
+    fit_run(asking("model.layers.3.mlp.experts.down_proj", "layers.2.mlp.experts.gate_up_proj"), base)
     for wrong in ("mlp.experts.gate_proj", "self_attn.q_proj.weight", "up_down_proj"):
         with pytest.raises(ConfigError, match=rf"'lora.target_parameters' holds '{wrong}'.*allowed: mlp.experts.down_proj"):
             fit_run(asking(wrong), base)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import sparselora_dist.layers.ffn as ffn_room
+import sparselora_dist.layers.neurons as neurons_room
 import sparselora_dist.sync.masks as masks_room
 import sparselora_kernels.gated_ffn as gated_ffn
 from sparselora_dist import SparseLoRAConfig, apply_sparselora, selection, set_step
@@ -202,7 +202,7 @@ def _order() -> list[str]:
             (dist, "all_reduce", "started"),
             (gated_ffn, "linear", "dense"),
             (masks_room.Reduction, "wait", "waited"),
-            (ffn_room, "select_checked", "selected"),
+            (neurons_room, "select_checked", "selected"),
             (gated_ffn, "vendor_nt", "context"),
         ):
             stack.enter_context(mock.patch.object(owner, name, noting(event, getattr(owner, name))))

@@ -191,9 +191,10 @@ def test_matrices_are_dealt_by_cost() -> None:
     assert deal(shapes, 2) == {"down": 0, "up": 1, "gate": 1, "q": 1}
 
 
-@pytest.mark.parametrize(
-    ("family", "told"), [("gpt2", r"has attn\.c_attn\.weight, which"), ("qwen3_moe", r"has mlp\.experts\.gate_up_proj, which")]
-)
+OTHERS = [("gpt2", r"has attn\.c_attn\.weight, which"), ("qwen3_moe", r"has mlp\.experts\.gate_up_proj, which")]
+
+
+@pytest.mark.parametrize(("family", "told"), OTHERS)
 def test_layers_of_more_than_linears_are_refused(family: str, told: str, tmp_path: Path) -> None:
     tiny_model(family).save_pretrained(tmp_path / "model")
     asked = Pruning(model=str(tmp_path / "model"), method="magnitude", pattern=Pattern.share(0.5), output=tmp_path / "out")

@@ -4,7 +4,7 @@
     grouped_product    Y[s] = X[s] · V_eᵀ                                                         V trained
 
 Row s belongs to expert e if ``ends[e-1] <= s < ends[e]``. A bank of experts is one stored matrix (E·C, length), expert
-after expert, and ``channels`` are rows of it, as many of every expert. On a GPU all experts are one launch
+after expert, and ``channels`` are rows of it, as many of every expert. On a GPU in bf16 all experts are one launch
 (:func:`torch.nn.functional.grouped_mm`), and ``ends`` is read there; on a CPU every expert that has rows is a GEMM. What
 a gradient keeps of a frozen bank is the parts as they are stored; kept rows are decoded once in the forward and once in
 the backward.

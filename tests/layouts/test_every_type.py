@@ -43,7 +43,7 @@ def lora(model_type: str) -> PeftModel:
     # By whole names: "w1" and "gate_proj" are other things too in some types.
     paths = [layer.path_of(name) for layer in decoder_layers(base) for name in layer.names]
     # Where experts alone are known, adapters before them, so that gradients go through them.
-    paths = paths or [path for path, m in base.named_modules() if isinstance(m, nn.Linear) and "attn." in path]
+    paths = paths or [path for path, m in base.named_modules() if type(m) is nn.Linear and "attn." in path]
     assert paths
     torch.manual_seed(1)
     model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=paths, task_type="CAUSAL_LM"))

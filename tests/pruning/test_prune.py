@@ -119,8 +119,9 @@ def stopped_after(layers: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def test_it_goes_on_after_the_last_layer(one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = asked_of("sparsegpt", "2:4", tmp_path)
+def test_it_goes_on_after_the_last_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, whole = (asked_of("sparsegpt", "2:4", tmp_path / name) for name in ("stopped", "whole"))
+    prune(whole)
     with stopped_after(2, monkeypatch), pytest.raises(StopError):
         prune(asked)
     partial = asked.output.with_name(f"{asked.output.name}.partial")
@@ -133,7 +134,7 @@ def test_it_goes_on_after_the_last_layer(one: Path, tmp_path: Path, monkeypatch:
     record = prune(asked)
     assert not partial.exists() and len(record["layers"]) == len(list(asked.output.glob("*.safetensors"))) - 1
     assert all((asked.output / name).stat().st_mtime_ns == when for name, when in written.items())
-    expected, found = tensors(one / asked.output.name), tensors(asked.output)
+    expected, found = tensors(whole.output), tensors(asked.output)
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
     with pytest.raises(FileExistsError, match="exists already"):
         prune(asked)

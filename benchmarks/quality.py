@@ -45,6 +45,7 @@ from sparselora_dist.train.metrics import flop_model
 # The repository keeps its root off sys.path, and with it the folder of the script.
 sys.path.append(str(Path(__file__).resolve().parent))
 from quality_variants import (
+    GROUPS,
     VARIANTS,
     Budget,
     Layers,
@@ -115,7 +116,7 @@ class Harness:
         file = Path(options.calibrated or Path(options.output) / "sparse_lora.json")
         set_seed(0)
         depth = AutoConfig.from_pretrained(options.model, trust_remote_code=False).num_hidden_layers
-        config = self.config({group: dict.fromkeys(range(depth), 0.5) for group in ("ffn", "qk", "vo")})
+        config = self.config({group: dict.fromkeys(range(depth), 0.5) for group in GROUPS})
         engine = make_engine(config)
         model, _ = build_model(config, engine.placement())
         engine.prepare(model)

@@ -8,16 +8,16 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparselora_kernels import Weight, ffn_down, gated_product, gated_up, rows_of
+from sparselora_kernels import Weight, gated_product, gated_up, rows_of
 from sparselora_kernels.activations import activation_name
 
-from ..codecs.linear import FrozenLinear, compute_input
+from ..codecs.linear import compute_input
 from ..layouts import Parts, base_linear
 from ..method.tokens import TokenPartition
 from .context import SparseContext
 from .estimator import FFNEstimator
-from .lora import kept_update, low_rank_update
-from .neurons import Chosen, NeuronChooser, known, project
+from .lora import low_rank_update
+from .neurons import Chosen, NeuronChooser, known, project, project_down, rows_and_channels
 
 _GATED = ("gate_proj", "up_proj")
 
@@ -55,6 +55,7 @@ class SparseFFN(NeuronChooser, nn.Module):
         name = activation_name(activation)
         assert name is not None, activation  # The layout was checked.
         self.activation = name
+        self._halves = [self._half(name) for name in _GATED]
         self.estimator = estimator
         self.set_up(context, layer, keep, lora_branch)
         self.train(mlp.training)
@@ -84,15 +85,14 @@ class SparseFFN(NeuronChooser, nn.Module):
 
     def _gate_and_up(self, outputs: list[Tensor]) -> list[Tensor]:
         """From what the matrices before down gave."""
-        halves = (self._half(name) for name in _GATED)
-        return [outputs[i] if rows is None else outputs[i][..., rows] for i, rows in halves]
+        return [outputs[i] if rows is None else outputs[i][..., rows] for i, rows in self._halves]
 
     def _kept(self, x: Tensor, tokens: TokenPartition, chosen: Chosen) -> Tensor:
         """``x`` (T, H) -> (T, H), the intermediate of context tokens as wide as what is ``chosen``; dense tokens are
         computed while the ranks' scores are on their way."""
         *first, outer = self.projections
         low = [low_rank_update(module, x) for module in first]
-        gate, up = (_operands(first[i], low[i], rows) for i, rows in map(self._half, _GATED))
+        gate, up = (_operands(first[i], low[i], rows) for i, rows in self._halves)
         hidden = gated_up(
             x,
             gate.weight,
@@ -108,28 +108,14 @@ class SparseFFN(NeuronChooser, nn.Module):
             up_b=up.b,
             activation=self.activation,
         )
-        down: FrozenLinear = base_linear(outer)
-        channels = known(chosen)
-        low_dense, low_context, b = kept_update(outer, *hidden, channels)
-        return ffn_down(
-            *hidden,
-            down.stored,
-            tokens.dense,
-            tokens.context,
-            channels,
-            x.shape[0],
-            bias=down.bias,
-            low_dense=low_dense,
-            low_context=low_context,
-            b=b,
-        )
+        return project_down(outer, *hidden, tokens, known(chosen))
 
     def _whole_branch(self, x: Tensor, tokens: TokenPartition, chosen: Chosen) -> Tensor:
         """``x`` (T, H) -> (T, H), sparse in the frozen branch alone."""
         *first, down = self.projections
-        lists = {"dense_rows": tokens.dense, "context_rows": tokens.context, "channels": known(chosen)}
+        lists = rows_and_channels(tokens, chosen)
         starts: list[list[int]] = [[] for _ in first]
-        for i, rows in map(self._half, _GATED):
+        for i, rows in self._halves:
             starts[i].append(0 if rows is None else rows.start)
         outputs = []
         for module, at in zip(first, starts):

@@ -8,13 +8,14 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from sparselora_kernels import lora_linear, select_checked
+from sparselora_kernels import ffn_down, lora_linear, select_checked
 
 from ..codecs.linear import FrozenLinear, compute_input
 from ..layouts import base_linear
+from ..method.tokens import TokenPartition
 from ..sync.masks import Site
 from .context import SparseContext
-from .lora import active_branches, low_rank_update
+from .lora import active_branches, kept_update, low_rank_update
 from .micro_batch import MicroBatch
 from .traced import Handle, kept
 
@@ -80,6 +81,30 @@ class NeuronChooser:
     def branch_is_whole(self, *modules: nn.Module) -> bool:
         """Whether LoRA branches keep all neurons, and there are some."""
         return self.lora_branch == "dense" and any(next(active_branches(module), None) for module in modules)
+
+
+def rows_and_channels(tokens: TokenPartition, chosen: Chosen) -> dict[str, Tensor]:
+    """As :func:`project` takes them."""
+    return {"dense_rows": tokens.dense, "context_rows": tokens.context, "channels": known(chosen)}
+
+
+def project_down(outer: nn.Module, dense: Tensor, context: Tensor, tokens: TokenPartition, channels: Tensor) -> Tensor:
+    """The down matrix, with what its branch keeps: ``dense`` (n, I) and ``context`` (m, k) -> (T, H)."""
+    base: FrozenLinear = base_linear(outer)
+    low_dense, low_context, b = kept_update(outer, dense, context, channels)
+    return ffn_down(
+        dense,
+        context,
+        base.stored,
+        tokens.dense,
+        tokens.context,
+        channels,
+        tokens.tokens,
+        bias=base.bias,
+        low_dense=low_dense,
+        low_context=low_context,
+        b=b,
+    )
 
 
 def project(module: nn.Module, x: Tensor, lists: dict[str, Tensor]) -> Tensor:

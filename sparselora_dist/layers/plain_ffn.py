@@ -11,15 +11,15 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from sparselora_kernels import ffn_down, ffn_up
+from sparselora_kernels import ffn_up
 
 from ..codecs.linear import compute_input
 from ..layouts import base_linear
 from ..method.tokens import TokenPartition
 from .context import SparseContext
 from .estimator import PlainFFNEstimator
-from .lora import kept_update, low_rank_update
-from .neurons import Chosen, NeuronChooser, known, project
+from .lora import low_rank_update
+from .neurons import Chosen, NeuronChooser, known, project, project_down, rows_and_channels
 
 
 class PlainFFN(NeuronChooser):
@@ -90,7 +90,7 @@ class PlainFFN(NeuronChooser):
         chosen, whole = self.neurons(flat, batch), self.branch_is_whole(*self._linears)
         self._given = tokens, chosen, x.shape[:-1], whole
         if whole:
-            return project(outer, flat, _lists(tokens, chosen)).view(*x.shape[:-1], -1)
+            return project(outer, flat, rows_and_channels(tokens, chosen)).view(*x.shape[:-1], -1)
         base: Any = base_linear(outer)
         low, b = low_rank_update(outer, flat)
         y = ffn_up(flat, base.stored, tokens.dense, tokens.context, chosen, bias=base.bias, low=low, b=b)
@@ -104,30 +104,12 @@ class PlainFFN(NeuronChooser):
         outer, channels = self._linears[1], known(chosen)
         if whole:
             flat = compute_input(h).reshape(-1, h.shape[-1])
-            return project(outer, flat, _lists(tokens, channels)).view(*shape, -1)
-        base: Any = base_linear(outer)
+            return project(outer, flat, rows_and_channels(tokens, channels)).view(*shape, -1)
         dense, context = tokens.dense.shape[0], tokens.context.shape[0]
-        k, width = channels.shape[0], base.in_features
+        k, width = channels.shape[0], base_linear(outer).in_features
         parts = compute_input(h).flatten().split([dense * width, context * k])
         hidden = parts[0].view(dense, width), parts[1].view(context, k)
-        low_dense, low_context, b = kept_update(outer, *hidden, channels)
-        y = ffn_down(
-            *hidden,
-            base.stored,
-            tokens.dense,
-            tokens.context,
-            channels,
-            tokens.tokens,
-            bias=base.bias,
-            low_dense=low_dense,
-            low_context=low_context,
-            b=b,
-        )
-        return y.view(*shape, -1)
-
-
-def _lists(tokens: TokenPartition, chosen: Chosen) -> dict[str, Tensor]:
-    return {"dense_rows": tokens.dense, "context_rows": tokens.context, "channels": known(chosen)}
+        return project_down(outer, *hidden, tokens, channels).view(*shape, -1)
 
 
 class _Instead:

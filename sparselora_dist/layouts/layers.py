@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..config.sparse import GROUPS
 from ..method.channels import SCORED, HeadGeometry
 from .attention import Attention
 from .experts import Experts, find_experts
@@ -15,8 +16,6 @@ from .ffn import FFN
 from .names import Rows, UnsupportedModelError, base_linear, causal_lm
 from .registry import find_attention, find_ffn
 from .tried import first_child
-
-GROUPS = ("ffn", "qk", "vo", "experts")
 
 
 @dataclass(frozen=True, slots=True)

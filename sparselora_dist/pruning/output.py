@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from importlib.metadata import version
@@ -77,7 +76,7 @@ class GrowingModel:
     def add(self, number: int, tensors: dict[str, Tensor], zeros: dict[str, float]) -> None:
         """Write a layer; ``zeros`` is the share of zeros of each of its matrices."""
         self._save(self.file(number), tensors)
-        data = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
+        data = read_json(self.folder / RECORD)
         data["layers"][str(number)] = {name: round(share, 6) for name, share in zeros.items()}
         self._write(data)
 

@@ -19,7 +19,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import TrainerState
 
-import sparselora_dist.layers.ffn
+import sparselora_dist.layers.neurons
 import sparselora_kernels.reference.score as reference
 from sparselora_dist import SparseLoRACallback, SparseLoRAConfig, apply_sparselora, selection
 from sparselora_dist.apply import find_state
@@ -151,9 +151,9 @@ class Bad(torch.autograd.Function):
 @pytest.mark.parametrize("how", ["item", "mask", "tolist"])
 @modes
 def test_the_check_sees_a_wait_in_backward(how: str, reentrant: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = sparselora_dist.layers.ffn.ffn_down
+    original = sparselora_dist.layers.neurons.ffn_down
     bad: Any = lambda *args, **options: Bad.apply(original(*args, **options), how)  # noqa: E731
-    monkeypatch.setattr(sparselora_dist.layers.ffn, "ffn_down", bad)
+    monkeypatch.setattr(sparselora_dist.layers.neurons, "ffn_down", bad)
     assert step(make(reentrant)).all - step(make(reentrant, sparse=False)).all
 
 

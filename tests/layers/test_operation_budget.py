@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import sparselora_dist.layers.ffn as ffn
+import sparselora_dist.layers.neurons as neurons
 from sparselora_dist import SparseLoRAConfig, apply_sparselora
 from sparselora_dist.apply import find_state
 from sparselora_dist.method.tokens import partition_tokens
@@ -94,8 +95,8 @@ def test_recomputation_stops_where_nothing_after_is_kept(
 ) -> None:
     """As it does in a dense layer: there PyTorch keeps the input of down for an adapter of its own only."""
     runs: Counter[str] = Counter()
-    for name in ("gated_up", "ffn_down"):
-        monkeypatch.setattr(ffn, name, counted(name, getattr(ffn, name), runs))
+    for room, name in ((ffn, "gated_up"), (neurons, "ffn_down")):
+        monkeypatch.setattr(room, name, counted(name, getattr(room, name), runs))
     model = tiny_lora(targets=targets)
     apply_sparselora(model, SparseLoRAConfig.from_dict({"layers": {"ffn": {"0-2": 0.5}}}))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

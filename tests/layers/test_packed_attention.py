@@ -13,6 +13,7 @@ from sparselora_dist import SparseLoRAConfig, apply_sparselora, selection
 from sparselora_dist.apply import find_state
 from sparselora_dist.layers.packed_attention import IMPLEMENTATION, PackedRows, use_packed_attention
 from sparselora_dist.method.tokens import partition_tokens
+from support.every_type import tiny_config, tiny_model
 from support.models import ALL_LINEAR, FAMILIES, batch, gradients, tiny_lora
 
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -144,3 +145,17 @@ def test_only_sdpa_is_replaced() -> None:
     model.set_attn_implementation("eager")
     use_packed_attention(model)
     assert model.config._attn_implementation == "eager"
+
+
+def test_padding_on_the_left_with_a_softcap() -> None:
+    """A query of the padding sees nothing, and must not make its whole row NaN in the next layer."""
+    config = tiny_config("gemma2")
+    config.attn_logit_softcapping = 5.0
+    model = tiny_model("gemma2", config).eval()
+    ids, mask = torch.arange(3, 17).view(2, 7), torch.ones(2, 7, dtype=torch.long)
+    mask[1, :3] = 0
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+        use_packed_attention(model, instead_of=("eager", "sdpa"))
+        got = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

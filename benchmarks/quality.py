@@ -308,14 +308,14 @@ def _line(head: str, what: str, rows: list[dict], flops: str, by: dict[tuple[str
         str(len(rows)),
         str(rows[0]["steps"]),
         flops,
-        _spread([row["loss"] for row in rows], "{:.4f}"),
-        "" if same else _spread([100 * p for p in pairs], "{:+.2f}") + " %",
-        _spread([100 * r for r in right], "{:.1f}") + " %" if right else "",
+        spread([row["loss"] for row in rows], "{:.4f}"),
+        "" if same else spread([100 * p for p in pairs], "{:+.2f}") + " %",
+        spread([100 * r for r in right], "{:.1f}") + " %" if right else "",
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def _spread(values: list[float], form: str) -> str:
+def spread(values: list[float], form: str) -> str:
     """Mean ± standard deviation over seeds."""
     mean = form.format(statistics.mean(values))
     return f"{mean} ± {form.replace('+', '').format(statistics.stdev(values))}" if len(values) > 1 else mean

@@ -53,9 +53,8 @@ def arms(group: str) -> Iterator[Arm]:
     elif group == "math":
         yield from (Arm("math", base, "untuned") for base in ("dense", *BASES))
         yield Arm("math", "dense", "plain")
-        for base in ("wanda 0.5", "wanda 2:4"):
-            yield Arm("math", base, "plain")
-            yield Arm("math", base, "masked")
+        yield Arm("math", "wanda 2:4", "plain")
+        yield Arm("math", "wanda 2:4", "masked")
     elif group == "sparse":
         yield Arm("math", "wanda 2:4", "masked + SparseLoRA")
     elif group == "starts":

@@ -17,10 +17,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +41,8 @@ from sparselora_dist.train.metrics import flop_model
 # The repository keeps its root off sys.path, and with it the folder of the script.
 sys.path.append(str(Path(__file__).resolve().parent))
 from pruned_arms import BASES, GROUPS, WAYS, Arm, arms, write_general_text
-from quality import read_rows, spread
+from pruned_table import table
+from quality import read_rows
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SAME = 1e-4
@@ -166,11 +165,12 @@ class Harness:
         if arm.base != "dense":
             merged: Any = engine.model.merge_and_unload()
             row["filled"] = put_zeros_back(merged, AutoModelForCausalLM.from_pretrained(base))
-            row["zeros back"] = mean_loss(merged, held_out, self.pad)
             if masked and row["filled"]:
                 raise SystemExit(f"{arm}, seed {seed}: merging filled in {row['filled']} zeros of the base")
-            if masked:
-                self.same("merged", row["zeros back"], loss)
+            if not masked:
+                row["zeros back"] = mean_loss(merged, held_out, self.pad)
+            elif seed == 0:
+                self.same("merged", mean_loss(merged, held_out, self.pad), loss)
         engine.close()
         return row
 
@@ -248,61 +248,14 @@ def run(options: argparse.Namespace) -> None:
         print(f"{arm.task}, {arm.base}, {arm.way}, seed {seed}: loss {row['loss']:.4f}, {row['seconds']} s", flush=True)
 
 
-# --- table -----------------------------------------------------------------------------------------------------------
+# --- commands ---------------------------------------------------------------------------------------------------------
 
 
-def table(folder: Path) -> Iterator[str]:
-    """Markdown lines, a table per task."""
-    rows = read_rows(folder)
-    for task in dict.fromkeys(row["task"] for row in rows):
-        mine = [row for row in rows if row["task"] == task]
-        losses = {(row["base"], row["way"], row["seed"]): row["loss"] for row in mine}
-        yield f"| {task}: base | tuned by | seeds | held-out loss | perplexity | gap recovered | of what tuning leaves | "\
-            "against plain | zeros filled in | loss, zeros put back |"
-        yield "|---|---|---|---|---|---|---|---|---|---|"
-        for base, way in dict.fromkeys((row["base"], row["way"]) for row in mine):
-            yield _line(base, way, [row for row in mine if (row["base"], row["way"]) == (base, way)], losses)
-        yield ""
-
-
-def _line(base: str, way: str, rows: list[dict[str, Any]], losses: dict[tuple[str, str, int], float]) -> str:
-    tuned, pruned = way != "untuned", base != "dense"
-    start, dense = losses.get((base, "untuned", 0)), losses.get(("dense", "untuned", 0))
-    gaps, left, plain = [], [], []
-    for row in rows:
-        if tuned and pruned and start is not None and dense is not None:
-            gaps.append(100 * (start - row["loss"]) / (start - dense))
-            if (reference := losses.get(("dense", "plain", row["seed"]))) is not None:
-                left.append(100 * (1 - (row["loss"] - reference) / (start - dense)))
-        if way not in ("untuned", "plain") and (other := losses.get((base, "plain", row["seed"]))) is not None:
-            plain.append(100 * (row["loss"] / other - 1))
-    filled = [row["filled"] for row in rows if "filled" in row]
-    back = [row["zeros back"] for row in rows if "zeros back" in row]
-    mean = sum(row["loss"] for row in rows) / len(rows)
-    cells = [
-        base,
-        {"untuned": "", "plain": "LoRA, unmasked" if pruned else "LoRA"}.get(way, way),
-        str(len(rows)),
-        spread([row["loss"] for row in rows], "{:.4f}"),
-        f"{math.exp(mean):.3f}",
-        spread(gaps, "{:.0f}") + " %" if gaps else "",
-        spread(left, "{:.0f}") + " %" if left else "",
-        spread(plain, "{:+.2f}") + " %" if plain else "",
-        f"{max(filled):,}" if filled else "",
-        spread(back, "{:.4f}") if back else "",
-    ]
-    return f"| {' | '.join(cells)} |"
-
-
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("run", help="prune, tune and evaluate what DIR lacks")
+def parser_of_run(command: argparse.ArgumentParser) -> None:
+    """What is pruned, on what, and how it is tuned."""
     command.add_argument("--model", required=True, help="folder")
     command.add_argument("--data", required=True, help="folder with math/ and commonsense/")
     command.add_argument("--output", required=True, metavar="DIR")
-    command.add_argument("--seeds", type=int, default=3)
-    command.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP")
     command.add_argument("--lora-rank", type=int, default=16)
     command.add_argument("--steps", type=int, default=40)
     command.add_argument("--batch", type=int, default=8, help="rows per step")
@@ -310,13 +263,22 @@ def main(arguments: list[str]) -> None:
     command.add_argument("--max-length", type=int, default=160)
     command.add_argument("--eval-rows", type=int, default=120)
     command.add_argument("--sequences", type=int, default=64, help="of --max-length tokens, for calibration")
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("run", help="prune, tune and evaluate what DIR lacks")
+    parser_of_run(command)
+    command.add_argument("--seeds", type=int, default=3)
+    command.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP")
     show = commands.add_parser("table", help="print the tables of DIR")
     show.add_argument("output", metavar="DIR")
     options = parser.parse_args(arguments)
     if options.command == "run":
         run(options)
     else:
-        print("\n".join(table(Path(options.output))))
+        print("\n".join(table(read_rows(Path(options.output)))))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
             path.parent.mkdir(exist_ok=True)
             path.write_text(rows)
     words = ["--model", str(ROOT / "demo" / "model"), "--data", str(data), "--output", str(data / "out")]
-    return [*words, "--steps", "2", "--batch", "4", "--eval-rows", "6", "--sequences", "2", "--max-length", "32"]
+    return [*words, "--steps", "2", "--batch", "4", "--eval-rows", "6", "--sequences", "2", "--max-length", "160"]
 
 
 def test_an_arm_of_every_kind(
@@ -58,6 +58,8 @@ def test_an_arm_of_every_kind(
     ]
     listed = {a for group in script.GROUPS for a in script.arms(group)}
     assert {a.way for a in listed} >= {a.way for a in chosen} and {a.base for a in listed} == {"dense", *script.BASES}
+    sparse = script.WAYS["masked + SparseLoRA"]["sparse_lora"]
+    monkeypatch.setitem(sparse, "layers", {"ffn": {"2-3": 0.9}})  # The demo model has five.
     monkeypatch.setattr(script, "arms", lambda group: chosen if group == "general" else [])
     folder = Path(options[options.index("--output") + 1])
     for _ in range(2):

@@ -23,6 +23,7 @@ from ..config.sparse import GROUPS
 from ..data import TokenDataset, collate, load_dataset_tokens, padding_id
 from ..io.adapter import ADAPTER_FILE, is_adapted, load_adapter
 from ..io.load import check_model, load_base, load_tokenizer
+from ..io.start_adapter import completed
 from ..layouts import decoder_layers
 from ..sharding.placement import Placement
 from .fidelity import group_means
@@ -59,7 +60,7 @@ def find_subject(target: str, config: str | None) -> Subject:
         )
     settings = RunConfig.from_file(config or folder / "run.json")
     if run is None:
-        settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, name_or_path=target))
+        settings = dataclasses.replace(completed(settings), model=dataclasses.replace(settings.model, name_or_path=target))
         return Subject(config=settings, run=None, adapter=None)
     adapter = run / "adapter"
     return Subject(config=settings, run=run, adapter=adapter if (adapter / ADAPTER_FILE).is_file() else None)

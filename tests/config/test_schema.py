@@ -124,5 +124,6 @@ def test_every_key_is_described() -> None:
         for key, value in definition["properties"].items():
             assert name == "LoraSection" or "description" in value or "$ref" in value, f"{name}.{key}"
     known = set(SCHEMA["$defs"]["LoraSection"]["properties"])
-    assert {"r", "lora_alpha", "rank_pattern"} <= known <= {*peft.LoraConfig.__dataclass_fields__}
+    assert {"r", "lora_alpha", "rank_pattern", "init_from"} <= known
+    assert known - {"init_from"} <= {*peft.LoraConfig.__dataclass_fields__}
     assert not known & {"use_dora", "megatron_core", "auto_mapping", "trust_remote_code"}

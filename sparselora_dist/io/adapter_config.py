@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Container
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,10 @@ def read_adapter_config(path: Path, use: str, also: Container[str] = ()) -> Any:
         if key not in _UNDERSTOOD and key not in also and value:
             raise ValueError(f"{path}: {key!r} is {value!r}: only plain LoRA can be {use}")
     try:
-        config = LoraConfig.from_pretrained(str(path.parent))
+        with warnings.catch_warnings():
+            # Keys that this version does not know: they are not set, or whoever asks takes them into account.
+            warnings.filterwarnings("ignore", "Unexpected keyword arguments")
+            config = LoraConfig.from_pretrained(str(path.parent))
         patterns = (config.target_modules, config.exclude_modules, *config.rank_pattern, *config.alpha_pattern)
         for pattern in patterns:
             re.compile(pattern if isinstance(pattern, str) else "")
@@ -75,5 +79,7 @@ def stored_shape(files: TensorFiles, key: str) -> tuple[int, ...]:
     """
     info = files.tensors[key]
     if info.dtype not in ("F64", "F32", "F16", "BF16"):
-        raise CorruptFileError(f"{files.folder / info.file}: {key!r} is stored as {info.dtype}, expected floating point")
+        raise CorruptFileError(
+            f"{files.folder / info.file}: {key!r} is stored as {info.dtype}, expected floating point"
+        )
     return info.shape

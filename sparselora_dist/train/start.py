@@ -59,9 +59,7 @@ def _together(engine: Engine) -> Callable[[], AbstractContextManager[None]]:
     return Placement(engine.device, group=dist.group.WORLD).together
 
 
-def begin(
-    config: RunConfig, engine: Engine, base: Any, held: ExitStack, start: StartAdapter | None = None
-) -> Begun:
+def begin(config: RunConfig, engine: Engine, base: Any, held: ExitStack, start: StartAdapter | None = None) -> Begun:
     """Everything that can be refused without the model. A collective: what one rank finds wrong ends all of them.
 
     Args:

@@ -21,7 +21,7 @@ from sparselora_dist.train import run
 from support.harness import run_ranks
 from support.merging import edit_json, load, make_adapter
 from support.refusals import never_loads, says
-from support.trainer_workers import observe
+from support.trainer_workers import branch_off, observe
 
 from .conftest import Tiny
 
@@ -51,10 +51,18 @@ def adapter(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def plain(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the rank and alpha that the tiny runs say."""
+    folder = tmp_path_factory.mktemp("start") / "plain"
+    make_adapter(folder, Path(tiny.model), r=4, lora_alpha=8, target_modules=["q_proj", "o_proj"])
+    return folder
+
+
 @pytest.fixture
-def broken(adapter: Path, tmp_path: Path) -> Path:
+def broken(plain: Path, tmp_path: Path) -> Path:
     """A copy that may be damaged."""
-    return shutil.copytree(adapter, tmp_path / "broken")
+    return shutil.copytree(plain, tmp_path / "broken")
 
 
 def starting(tiny: Tiny, engine: str, out: Path, init_from: Path, **sections: dict[str, Any]) -> dict[str, Any]:
@@ -107,5 +115,99 @@ def test_the_first_loss_is_pefts_and_no_value_is_rounded(tiny: Tiny, adapter: Pa
         assert sorted(said["target_modules"]) == sorted(ADAPTER["target_modules"])
     used = json.loads((tmp_path / "zero3" / "run.json").read_text())["lora"]
     assert used["init_from"] == str(adapter) and used["rank_pattern"] == ADAPTER["rank_pattern"]
+    assert f"| started from | the adapter `{adapter}` |" in (tmp_path / "zero3" / "adapter" / "README.md").read_text()
     # A run's record is read without the adapter that it started from.
     assert RunConfig.from_file(tmp_path / "zero3" / "run.json").lora.build().r == 6
+
+
+def tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
+    """A change of what the file holds."""
+
+    def apply(folder: Path) -> None:
+        held = load_file(folder / FILE)
+        change(held)
+        save_file(held, folder / FILE)
+
+    return apply
+
+
+def said(**values: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "adapter_config.json", **values)
+
+
+def other_rank(held: dict[str, Tensor]) -> None:
+    held[f"{Q}.lora_A.weight"], held[f"{Q}.lora_B.weight"] = torch.ones(3, 48), torch.ones(48, 3)
+
+
+BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
+    "missing key": (
+        tensors(lambda held: held.pop(f"{Q}.lora_B.weight")),
+        [FILE, f"'{Q}.lora_B.weight' is missing", '\'lora.target_modules\' is ["o_proj", "q_proj"]'],
+    ),
+    "extra key": (
+        tensors(lambda held: held.update({Q.replace("1.", "7.") + ".lora_A.weight": torch.ones(4, 48)})),
+        [FILE, "layers.7.self_attn.q_proj.lora_A.weight' belongs to nothing that the run adapts"],
+    ),
+    "wrong shape": (
+        tensors(lambda held: held.update({f"{Q}.lora_A.weight": torch.ones(4, 47)})),
+        [FILE, f"'{Q}.lora_A.weight' has shape (4, 47), expected (4, 48)", "another base model's"],
+    ),
+    "NaN": (
+        tensors(lambda held: held[f"{Q}.lora_B.weight"][5].fill_(torch.nan)),
+        [FILE, f"'{Q}.lora_B.weight' holds NaN"],
+    ),
+    "DoRA": (said(use_dora=True), ["adapter_config.json: 'use_dora' is True", "only plain LoRA can be started from"]),
+    "DoRA unsaid": (
+        tensors(lambda held: held.update({f"{Q}.lora_magnitude_vector": torch.ones(48)})),
+        [f"'{Q}.lora_magnitude_vector' is DoRA's"],
+    ),
+    "rewritten base": (
+        said(init_lora_weights="pissa_niter_4"),
+        ["'init_lora_weights' is 'pissa_niter_4'", "base weights"],
+    ),
+    "rank mismatch": (tensors(other_rank), [f"'{Q}.lora_A.weight'", "its rank is 3, and 'lora.r'", "says 4"]),
+    "rank contradicted": (said(r=2), ["'lora.r' is 4, but", "adapter_config.json", "says 2", "leave 'lora.r' out"]),
+    "truncated": (
+        lambda folder: (folder / FILE).write_bytes((folder / FILE).read_bytes()[:-8]),
+        [FILE, "is truncated: its header describes"],
+    ),
+    "pickled": (
+        lambda folder: (folder / FILE).rename(folder / "adapter_model.bin"),
+        ["'lora.init_from' is", f"without {FILE} (adapter_model.bin is never loaded)"],
+    ),
+    "zeros of a pruned model": (
+        said(sparse_base={"modules": ["model.layers.0.self_attn.q_proj"]}),
+        ["adapter_config.json says 'sparse_base'", "'sparse_base.enabled'"],
+    ),
+    "not there": (shutil.rmtree, ["'lora.init_from' is", "does not exist", "a safetensors file"]),
+}
+
+
+@pytest.mark.parametrize(("damage", "words"), BAD.values(), ids=BAD)
+def test_a_bad_adapter_is_refused_before_the_model_is_loaded(
+    damage: Callable[[Path], Any], words: list[str], broken: Path, refused: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never_loads(monkeypatch)
+    damage(broken)
+    says(refused("--lora.init_from", str(broken)), *words)
+
+
+def test_a_resumed_run_goes_on_from_its_checkpoint(
+    tiny: Tiny, plain: Path, broken: Path, tmp_path: Path, refused: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora = {"init_from": str(plain)}
+    train: dict[str, Any] = {"max_steps": 2, "save_steps": 1}
+    whole = tiny.config("single", tmp_path / "whole", train=train, lora=lora, data={"eval": None})
+    run(RunConfig.from_dict(whole))
+    branch_off(tmp_path / "whole", tmp_path / "on", 1)
+    on = {**whole, "train": {**whole["train"], "output_dir": str(tmp_path / "on"), "resume": True}}
+    run(RunConfig.from_dict(on))
+    first, second = (load_file(tmp_path / name / "adapter" / FILE) for name in ("whole", "on"))
+    assert all(torch.equal(first[key], second[key]) for key in first | second)
+    assert not all(torch.equal(value, first[key]) for key, value in load_file(plain / FILE).items())
+
+    never_loads(monkeypatch)
+    words = ["--train.resume", str(tmp_path / "whole" / "checkpoint-1")]
+    tensors(lambda held: held[f"{Q}.lora_B.weight"].mul_(1.001))(broken)
+    says(refused(*words, "--lora.init_from", str(broken)), "other settings", 'lora.init_from is "an adapter, SHA-256')
+    says(refused(*words, "--lora.target_modules", '["q_proj", "o_proj"]'), 'lora.init_from is null here, "an adapter')

@@ -86,7 +86,7 @@ def completed(config: RunConfig) -> RunConfig:
         raise ConfigError(f"{error} (with what {described} says)") from error
     for key in lora.values:
         own, theirs = _comparable(getattr(mine, key, None)), _comparable(getattr(adapter, key, None))
-        if key not in _SHAPE or own == theirs:
+        if key not in _SHAPE or own == theirs or (key == "target_modules" and theirs is None):
             continue
         if key in ("target_modules", "exclude_modules") and (isinstance(own, str) or isinstance(theirs, str)):
             continue  # An expression may name the same modules: the tensors show it.

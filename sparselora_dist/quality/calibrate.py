@@ -127,7 +127,7 @@ class _Run:
             "batch": self.sample.batch_size,
             "rank": sparse.rank,
             "lora_branch": sparse.lora_branch,
-            **({"init_from_sha256": self.start.sha256} if self.start else {}),
+            "init_from_sha256": self.start.sha256 if self.start else None,
         }
 
     # --- measuring ----------------------------------------------------------------------------------------------------

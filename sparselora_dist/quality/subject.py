@@ -58,9 +58,10 @@ def find_subject(target: str, config: str | None) -> Subject:
             f"'{target}' is not a run ({what}): give the output_dir of a run, or a model together with --config RUN.json, "
             "which says what is sparse and on which data"
         )
-    settings = RunConfig.from_file(config or folder / "run.json")
+    # What a run has written down says all; the adapter that it started from may be gone.
+    settings = completed(RunConfig.from_file(config)) if config else RunConfig.from_file(folder / "run.json")
     if run is None:
-        settings = dataclasses.replace(completed(settings), model=dataclasses.replace(settings.model, name_or_path=target))
+        settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, name_or_path=target))
         return Subject(config=settings, run=None, adapter=None)
     adapter = run / "adapter"
     return Subject(config=settings, run=run, adapter=adapter if (adapter / ADAPTER_FILE).is_file() else None)

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from sparselora_dist import SparseBaseConfig, SparseLoRAConfig, apply_sparselora, remove_sparselora, selection
+from sparselora_dist import SparseBaseConfig, SparseLoRAConfig, apply_sparselora, selection
 from support.models import ALL_LINEAR, FAMILIES, batch, tiny_lora
 from support.oracle import assert_same, drop, train_step
 

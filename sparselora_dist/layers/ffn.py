@@ -114,9 +114,7 @@ class SparseFFN(NeuronChooser, nn.Module):
         )
         return project_down(outer, *hidden, tokens, known(chosen))
 
-    def _one_by_one(
-        self, first: list[Any], x: Tensor, tokens: TokenPartition, chosen: Chosen
-    ) -> tuple[Tensor, Tensor]:
+    def _one_by_one(self, first: list[Any], x: Tensor, tokens: TokenPartition, chosen: Chosen) -> tuple[Tensor, Tensor]:
         """What down is given, dense and context tokens apart, where a matrix before it is masked: each makes a matrix of
         its size for its product, and both at once would make two."""
         dense, context = tokens.dense.shape[0], tokens.context.shape[0]

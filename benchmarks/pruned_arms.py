@@ -15,6 +15,8 @@ BASES = {
     for method in ("magnitude", "wanda", "sparsegpt")
 }
 """Name -> method and pattern. ``dense`` is the model as it was given."""
+LOSA_BASE = "wanda 0.7"
+"""Where LoSA is compared: at half of the weights the gap is too small for layers to matter."""
 
 MASKED = {"enabled": True}
 WAYS: dict[str, dict[str, Any]] = {
@@ -29,8 +31,14 @@ WAYS: dict[str, dict[str, Any]] = {
         "sparse_base": MASKED,
         "sparse_lora": {"enabled": True, "layers": {"ffn": {"2-6": 0.9}}, "rank": 8, "start_step": 0.05},
     },
+    "masked, rank 10": {"sparse_base": MASKED, "lora_rank": 10},
+    # Five rounds of pruning and tuning, and as many steps in all. Mean rank 6 to 10, 10 in the last round's 60 %.
+    "five rounds, uniform": {"lora_rank": 10},
+    "LoSA": {"lora_rank": 10},
 }
-"""Way of tuning -> sections of the run that it sets. ``plain`` is LoRA; on a pruned base it fills the zeros in."""
+"""Way of tuning -> sections of the run that it sets, and the rank. ``plain`` is LoRA; it fills the zeros in."""
+ROUNDS = ("five rounds, uniform", "LoSA")
+"""Those that prune themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +51,7 @@ class Arm:
 
 
 def arms(group: str) -> Iterator[Arm]:
-    """Of ``general``, ``math``, ``sparse`` or ``starts``."""
+    """Of one of GROUPS."""
     if group == "general":
         yield from (Arm("general", base, "untuned") for base in ("dense", *BASES))
         yield Arm("general", "dense", "plain")
@@ -60,9 +68,12 @@ def arms(group: str) -> Iterator[Arm]:
     elif group == "starts":
         for way in ("straight", "straight, gradient start", "exact, gradient start"):
             yield Arm("general", "wanda 2:4", way)
+    elif group == "losa":
+        for way in ("untuned", "masked, rank 10", "five rounds, uniform", "LoSA"):
+            yield Arm("general", LOSA_BASE, way)
 
 
-GROUPS = ("general", "math", "sparse", "starts")
+GROUPS = ("general", "math", "sparse", "losa", "starts")
 
 COMMONSENSE = ("boolq", "arc_easy", "openbookqa")
 

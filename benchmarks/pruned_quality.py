@@ -19,6 +19,7 @@ import itertools
 import json
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,13 @@ from sparselora_dist.engines import make_engine
 from sparselora_dist.io.load import load_tokenizer
 from sparselora_dist.pruning.pattern import Pattern
 from sparselora_dist.pruning.prune import Pruning, prune
+from sparselora_dist.train.gradient_start import start_at_gradient
 from sparselora_dist.train.loop import TrainingLoop
 from sparselora_dist.train.metrics import flop_model
 
 # The repository keeps its root off sys.path, and with it the folder of the script.
 sys.path.append(str(Path(__file__).resolve().parent))
-from pruned_arms import BASES, GROUPS, WAYS, Arm, arms, write_general_text
+from pruned_arms import BASES, GROUPS, ROUNDS, WAYS, Arm, arms, write_general_text
 from pruned_table import table
 from quality import read_rows
 
@@ -57,16 +59,15 @@ class Harness:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.folder = options, Path(options.output)
-        data, tokenizer = Path(options.data), load_tokenizer(self.config(options.model, "general").model)
-        self.pad = padding_id(tokenizer)
-        paths = {
-            "general": write_general_text(data, self.folder, 4 * options.batch * options.steps, options.eval_rows),
+        data, rows = Path(options.data), options.batch * options.steps
+        self.paths = {
+            "general": write_general_text(data, self.folder, 4 * rows, options.eval_rows),
             "math": (data / "math" / "train.jsonl", data / "math" / "eval.jsonl"),
         }
-        self.calibration = str(paths["general"][0])
-        rows = options.batch * options.steps
+        tokenizer = load_tokenizer(self.config(options.model, "general").model)
+        self.pad = padding_id(tokenizer)
         self.texts: dict[str, tuple[TokenDataset, TokenDataset]] = {}
-        for task, (train, held_out) in paths.items():
+        for task, (train, held_out) in self.paths.items():
             self.texts[task] = (
                 load_dataset_tokens(str(train), tokenizer, options.max_length, "train", rows),
                 load_dataset_tokens(str(held_out), tokenizer, options.max_length, "validation", options.eval_rows),
@@ -74,13 +75,13 @@ class Harness:
         self.untuned: dict[tuple[str, str], float] = {}
 
     def config(self, base: str, task: str, seed: int = 0, **sections: Any) -> RunConfig:
-        options = self.options
+        options, rank = self.options, sections.pop("lora_rank", self.options.lora_rank)
         return RunConfig.from_dict(
             {
                 "model": {"name_or_path": base, "dtype": "float32"},
-                "lora": {"r": options.lora_rank, "lora_alpha": 2 * options.lora_rank, "target_modules": LINEARS},
+                "lora": {"r": rank, "lora_alpha": 2 * rank, "target_modules": LINEARS},
                 "sparse_lora": {"enabled": False},
-                "data": {"train": task, "eval": task, "max_length": options.max_length},
+                "data": {"train": str(self.paths[task][0]), "max_length": options.max_length},
                 "train": {
                     "output_dir": str(self.folder / "log"),
                     "max_steps": options.steps,
@@ -98,7 +99,7 @@ class Harness:
         """The folder of a base; pruned now if it is not there."""
         if name == "dense":
             return self.options.model
-        method, pattern = BASES[name]
+        method, pattern = BASES.get(name) or name.split()
         output = self.folder / "bases" / f"{method}-{pattern.replace(':', 'of')}"
         wanted = Pattern.parse(pattern) if ":" in pattern else Pattern.share(float(pattern))
         if not output.is_dir():
@@ -108,7 +109,7 @@ class Harness:
                     method=method,
                     pattern=wanted,
                     output=output,
-                    data=None if method == "magnitude" else self.calibration,
+                    data=None if method == "magnitude" else str(self.paths["general"][0]),
                     sequences=self.options.sequences,
                     length=self.options.max_length,
                 )
@@ -129,6 +130,8 @@ class Harness:
         if arm.way == "untuned":
             model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
             row |= {"loss": mean_loss(model, held_out, self.pad)}
+        elif arm.way in ROUNDS:
+            row |= self.tune_in_rounds(arm, seed)
         else:
             row |= self.tune(arm, base, seed)
         return {**row, "seconds": round(time.perf_counter() - started, 1)}
@@ -158,6 +161,8 @@ class Harness:
             flops=flop_model(model, state),
         )
         began = time.perf_counter()
+        if config.sparse_base.start == "gradient":
+            start_at_gradient(loop, state.masked, config.sparse_base.start_rows)
         loop.run()
         trained = time.perf_counter() - began
         loss = mean_loss(engine.model, held_out, self.pad)
@@ -173,6 +178,22 @@ class Harness:
                 self.same("merged", mean_loss(merged, held_out, self.pad), loss)
         engine.close()
         return row
+
+    def tune_in_rounds(self, arm: Arm, seed: int) -> dict[str, Any]:
+        from pruned_losa import alike, tuned_in_rounds
+
+        config = self.config(self.options.model, arm.task, seed, **WAYS[arm.way])
+        output = self.folder / "rounds" / f"{arm.way}-{seed}"
+        with nullcontext() if arm.way == "LoSA" else alike():
+            merged, pruned, chosen = tuned_in_rounds(config, arm.base, output, self.options.sequences)
+        weights = matrices(pruned).values()
+        zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+        if abs(zeros - float(arm.base.split()[1])) > 2e-3:
+            raise SystemExit(f"{output} has {zeros:.2%} zeros, and should have those of {arm.base}")
+        if filled := put_zeros_back(merged, pruned):
+            raise SystemExit(f"{arm}, seed {seed}: merging filled in {filled} zeros of the base")
+        loss = mean_loss(merged, self.texts[arm.task][1], self.pad)
+        return {"steps": self.options.steps, "loss": loss, "filled": filled, **chosen}
 
     def loss_of(self, arm: Arm, base: str) -> float:
         key = (arm.task, arm.base)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from .adapter import ADAPTER_FILE
 from .manifest import CorruptFileError
+from .marker import KEY, marked_modules
 from .shard_files import TensorFiles, read_json
 
 CONFIG_FILE = "adapter_config.json"
@@ -24,7 +26,7 @@ _UNDERSTOOD = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "eva_config",
     "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha",
     "lora_bias", "lora_dropout", "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size",
-    "r", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
+    "r", "rank_pattern", "revision", "runtime_config", "sparse_base", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
 # Initialisations that leave the base weights alone; the others (PiSSA, OLoRA, CorDA, LoftQ ...) change them.
 _PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -46,6 +48,7 @@ class Adapter:
         config: PEFT's ``LoraConfig``.
         deltas: by the name of the base tensor.
         replaced: key in the adapter file by the name of the base tensor (``modules_to_save``, trained biases).
+        masked: names of the base tensors whose zeros it was trained under.
 
     Raises:
         FileNotFoundError, CorruptFileError: a missing, truncated or inconsistent file.
@@ -55,7 +58,9 @@ class Adapter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path = folder / ADAPTER_FILE
-        self.config = _read_config(folder / CONFIG_FILE)
+        data = read_json(folder / CONFIG_FILE)
+        self.config = _read_config(folder / CONFIG_FILE, data)
+        self.masked = {f"{module}.weight" for module in marked_modules(data, folder / CONFIG_FILE)}
         self.files = TensorFiles(folder, [ADAPTER_FILE])
         self.deltas: dict[str, Delta] = {}
         self.replaced: dict[str, str] = {}
@@ -79,6 +84,12 @@ class Adapter:
         if not factors and not self.replaced:
             raise CorruptFileError(f"{self.path} is empty")
         self._check_targets(set(factors), shapes)
+        for name in sorted(self.masked):
+            for where, lacks in (("the base model", name not in shapes), (self.path, name not in self.deltas)):
+                if lacks:
+                    raise CorruptFileError(
+                        f"{self.folder / CONFIG_FILE}: {KEY!r} names {name.removesuffix('.weight')!r}, which {where} does not have"
+                    )
 
     def touches(self, name: str) -> bool:
         return name in self.deltas or name in self.replaced
@@ -179,10 +190,9 @@ class Adapter:
                 )
 
 
-def _read_config(path: Path) -> Any:
+def _read_config(path: Path, data: dict[str, Any]) -> Any:
     from peft import LoraConfig
 
-    data = read_json(path)
     if data.get("peft_type") != "LORA":
         raise ValueError(f"{path}: 'peft_type' is {data.get('peft_type')!r}, only 'LORA' can be merged")
     if data.get("init_lora_weights", True) not in _PLAIN_INIT:
@@ -194,7 +204,10 @@ def _read_config(path: Path) -> Any:
         if key not in _UNDERSTOOD and value:
             raise ValueError(f"{path}: {key!r} is {value!r}: only plain LoRA can be merged")
     try:
-        config = LoraConfig.from_pretrained(str(path.parent))
+        with warnings.catch_warnings():
+            # PEFT warns of the mark, which is read here.
+            warnings.filterwarnings("ignore", rf"Unexpected keyword arguments \['{KEY}'\]")
+            config = LoraConfig.from_pretrained(str(path.parent))
         patterns = (config.target_modules, config.exclude_modules, *config.rank_pattern, *config.alpha_pattern)
         for pattern in patterns:
             re.compile(pattern if isinstance(pattern, str) else "")

@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..config.run import RunConfig
-from ..io.adapter import is_adapted, load_adapter
+from ..io.adapter import is_adapted, load_adapter, put_adapter
 from ..io.load import LoadReport, check_model, load_base
+from ..io.start_adapter import StartAdapter
 from ..layers.packed_attention import use_packed_attention
 from ..sharding.placement import Placement
 from .liger import use_liger
@@ -28,6 +29,7 @@ def build_model(
     local_ranks: int = 1,
     progress: bool = False,
     adapter: Path | None = None,
+    start: StartAdapter | None = None,
 ) -> tuple[Any, LoadReport]:
     """Base model, adapter and sparse layers, before the engine shards what is not sharded yet; and what loading took.
 
@@ -36,7 +38,9 @@ def build_model(
         placement: which part of the frozen weights this rank keeps.
         local_ranks: ranks that share this host's memory.
         progress: show a bar while the weights load.
-        adapter: folder of an adapter to start from.
+        adapter: folder of an adapter to continue with, a checkpoint's.
+        start: what the adapter starts from otherwise (``lora.init_from``). Under ZeRO-3 the parameters are the masters
+            rounded; :meth:`Engine.load_state` gives the masters the values themselves.
     """
     if config.train.use_liger_kernel:
         use_liger(check_model(config.model).model_type)
@@ -63,7 +67,10 @@ def build_model(
                 parameter.data = parameter.data.to(getattr(torch, config.model.dtype))
     if adapter:
         load_adapter(model, adapter)
-    apply_sparselora(model, config.sparse_lora, weights=base.weights, timeout=config.train.ddp_timeout)
+    elif start:
+        put_adapter(model, start.tensors, start.path)
+    sparse_base, timeout = config.sparse_base, config.train.ddp_timeout
+    apply_sparselora(model, config.sparse_lora, sparse_base=sparse_base, weights=base.weights, timeout=timeout)
     if config.train.gradient_checkpointing or config.engine.fsdp_options().get("fsdp_activation_checkpointing"):
         # Keeping the state of the random numbers for recomputation costs host time in every layer.
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": drops(model)}

@@ -18,6 +18,7 @@ from ..engines import make_engine
 from ..io.adapter import is_adapted
 from ..io.factors import write_factors
 from ..io.load import check_model, load_base, load_tokenizer
+from ..io.start_adapter import completed
 from ..layouts import decoder_layers
 from ..method.estimator import low_rank_factors
 from ..train.moments import second_moments
@@ -42,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("rows", "batch"):
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
-    config = replace(RunConfig.from_file(arguments.config), engine=EngineSection(name="single"))
+    config = replace(completed(RunConfig.from_file(arguments.config)), engine=EngineSection(name="single"))
     disable_progress_bar()
     check_model(config.model)
     tokenizer = load_tokenizer(config.model)

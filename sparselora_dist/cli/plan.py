@@ -47,6 +47,10 @@ def run(arguments: argparse.Namespace) -> int:
         ConfigError: an argument, the run file or the model's config cannot be used.
     """
     config = RunConfig.from_file(arguments.config)
+    if config.lora.init_from:
+        from ..io.start_adapter import completed  # PEFT, which a plan needs for nothing else.
+
+        config = completed(config)
     shape = find_shape(arguments.model or config.model.name_or_path)
     cluster = Cluster(
         gpu=find_gpu(arguments.gpu),

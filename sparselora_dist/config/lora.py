@@ -1,4 +1,4 @@
-"""The ``lora`` section: PEFT's ``LoraConfig`` names, passed on as they are."""
+"""The ``lora`` section: PEFT's ``LoraConfig`` names, passed on as they are, and what the adapter starts from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import ConfigDict, TypeAdapter, model_serializer, with_config
 from typing_extensions import TypedDict
 
 from .errors import ConfigError, require, show, unknown_key
-from .limits import ALLOWED, AboveZero, BelowOne, Positive, Says
+from .limits import ALLOWED, AboveZero, BelowOne, Path, Positive, Says
 from .model import CONFIG, Section, parse, section
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ _DEFAULTS: dict[str, Any] = {
     "lora_alpha": 32,
     "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
 }
+_START = "init_from"
 _VARIANT = (
     "it changes the adapter's forward, which the sparse layers compute themselves: plain LoRA only; remove the key"
 )
@@ -71,25 +72,42 @@ class LoraSection(Section):
     PATH: ClassVar[str] = "lora"
 
     values: dict[str, Any] = field(default_factory=dict)
-    """``LoraConfig`` keyword arguments, defaults filled in (r 16, lora_alpha 32, q/k/v/o, CAUSAL_LM)."""
+    """``LoraConfig`` keyword arguments, defaults filled in (r 16, lora_alpha 32, q/k/v/o, CAUSAL_LM).
+
+    With ``init_from`` they are what the run says itself, until :meth:`completed` has filled in the adapter's.
+    """
+
+    init_from: Path | None = None
+    """An adapter to start from: a folder that PEFT wrote, or a safetensors file. Not PEFT's; a resumed run reads on."""
 
     def __post_init__(self) -> None:
-        known = _known()
+        known = [*_known(), _START]
         for key, value in self.values.items():
             if key in _REFUSED and value not in (None, False):
                 raise ConfigError(f"'{self.PATH}.{key}' is refused ({show(value)}): {_REFUSED[key]}")
             if key not in known and key not in _REFUSED:
                 raise unknown_key(self.PATH, key, known)
-        object.__setattr__(self, "values", parse(LoraValues, {**_DEFAULTS, **self.values}, self.PATH))
+        defaults = {} if self.init_from else _DEFAULTS
+        object.__setattr__(self, "values", parse(LoraValues, {**defaults, **self.values}, self.PATH))
+        initial = self.values.get("init_lora_weights", True)
+        if self.init_from and initial is not True:
+            raise ConfigError(
+                f"'{self.PATH}.init_lora_weights' is {show(initial)}, and '{self.PATH}.{_START}' is "
+                f"{show(self.init_from)}: both say what the adapter starts from; remove one"
+            )
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LoraSection:
         require(isinstance(data, dict), cls.PATH, data, "an object with the names of PEFT's LoraConfig")
-        return cls(values=data)
+        return cls(values={key: value for key, value in data.items() if key != _START}, init_from=data.get(_START))
 
     @model_serializer
     def to_dict(self) -> dict[str, Any]:
-        return copy.deepcopy(self.values)
+        return copy.deepcopy(self.values) | ({_START: self.init_from} if self.init_from else {})
+
+    def completed(self, adapter: dict[str, Any]) -> LoraSection:
+        """With what the run does not say itself taken from ``adapter``, PEFT's names again, and then from the defaults."""
+        return LoraSection(values={**_DEFAULTS, **adapter, **self.values}, init_from=self.init_from)
 
     @classmethod
     def __get_pydantic_json_schema__(cls, *_: Any) -> dict[str, Any]:
@@ -98,12 +116,23 @@ class LoraSection(Section):
         names = {name: schema["properties"].get(name, {}) for name in _known()}
         for name, value in _DEFAULTS.items():
             names[name]["default"] = value
+        words = "An adapter to start from: a folder that PEFT wrote, or a safetensors file. Not one of PEFT's names."
+        names[_START] = {
+            "anyOf": [{"type": "string", "minLength": 1}, {"type": "null"}], "default": None, "description": words
+        }  # fmt: skip
         return schema | {"description": cls.__doc__, "properties": names, "additionalProperties": False}
 
     def build(self) -> LoraConfig:
-        """The ``peft.LoraConfig``. What PEFT itself refuses is a ConfigError here."""
+        """The ``peft.LoraConfig``. What PEFT itself refuses is a ConfigError here.
+
+        Also a section that starts from an adapter which nobody has read yet (:meth:`completed`).
+        """
         import peft
 
+        if missing := sorted(_DEFAULTS.keys() - self.values.keys()):
+            raise ConfigError(
+                f"'{self.PATH}.{_START}' is {show(self.init_from)}, not read yet: '{self.PATH}.{missing[0]}' is not known"
+            )
         values = {key: value for key, value in copy.deepcopy(self.values).items() if key not in _REFUSED}
         try:
             return peft.LoraConfig(**values)

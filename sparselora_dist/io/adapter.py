@@ -58,8 +58,12 @@ def saved_names(model: Any, names: Iterable[str]) -> dict[str, str]:
 
 def load_adapter(model: Any, folder: Path) -> None:
     """Put an adapter's values into a PEFT model whose parameters are whole (before an engine shards them)."""
-    saved, _ = read_safetensors(folder / ADAPTER_FILE)
-    result = set_peft_model_state_dict(model, saved)
+    put_adapter(model, read_safetensors(folder / ADAPTER_FILE)[0], folder / ADAPTER_FILE)
+
+
+def put_adapter(model: Any, tensors: dict[str, Tensor], path: Path) -> None:
+    """The same with values by PEFT's names on disk; ``path`` is where they are from."""
+    result = set_peft_model_state_dict(model, tensors)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     if wrong := [*result.unexpected_keys, *sorted(trainable.intersection(result.missing_keys))]:
-        raise CorruptFileError(f"{folder / ADAPTER_FILE} does not fit the model: {wrong[:3]}")
+        raise CorruptFileError(f"{path} does not fit the model: {wrong[:3]}")

@@ -113,7 +113,7 @@ def load_base(
         check_quantization_config(config, codec, section.name_or_path)
         config.__dict__.pop("quantization_config", None)
         checkpoint = TensorFiles.of_model(checkpoint_folder(section.name_or_path))
-        model = _without_weights(config, dtype, section.attn_implementation)
+        model = model_without_weights(config, dtype, section.attn_implementation)
         model.requires_grad_(False)
         layers = decoder_layers(model)
         check_known(model, layers)
@@ -139,7 +139,7 @@ def load_base(
     return LoadedBase(model, CheckpointWeights(checkpoint, codec, dtype, layers), report)
 
 
-def _without_weights(config: Any, dtype: torch.dtype, implementation: str | None) -> Any:
+def model_without_weights(config: Any, dtype: torch.dtype, implementation: str | None) -> Any:
     """The model with its parameters on the meta device. One whose family has no SDPA gets the family's own attention."""
     with init_empty_weights(include_buffers=False):
         try:

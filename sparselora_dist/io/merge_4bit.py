@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..codecs.nf4_files import file_bytes, file_tensors
 from ..layouts import UnsupportedModelError, decoder_layers
-from .merge_base import BaseWeights, model_without_weights
+from .merge_base import BaseWeights, meta_model
 
 
 class FourBit:
@@ -37,7 +37,7 @@ class FourBit:
         if weights.quantized:
             self.names = set(weights.quantized)
         else:
-            _, model = model_without_weights(weights.folder)
+            _, model = meta_model(weights.folder)
             if any(layer.experts for layer in decoder_layers(model)):
                 raise UnsupportedModelError(
                     f"{weights.folder}: --save-in-4bit of a mixture of experts: bitsandbytes has no form for its experts. "

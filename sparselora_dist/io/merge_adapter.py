@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .adapter import ADAPTER_FILE
+from .adapter_config import CONFIG_FILE, PREFIX, read_adapter_config, stored_shape
 from .manifest import CorruptFileError
 from .marker import KEY, marked_modules
 from .shard_files import TensorFiles, read_json
-
-CONFIG_FILE = "adapter_config.json"
-_PREFIX = "base_model.model."
-# Keys of adapter_config.json that say nothing about the weights, or that are taken into account here. Any other key that
-# is set is a variant of LoRA, of this version of PEFT or of a later one.
-_UNDERSTOOD = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "eva_config",
-    "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha",
-    "lora_bias", "lora_dropout", "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size",
-    "r", "rank_pattern", "revision", "runtime_config", "sparse_base", "target_modules", "task_type", "use_rslora",
-}  # fmt: skip
-# Initialisations that leave the base weights alone; the others (PiSSA, OLoRA, CorDA, LoftQ ...) change them.
-_PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +43,9 @@ class Adapter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path = folder / ADAPTER_FILE
-        data = read_json(folder / CONFIG_FILE)
-        self.config = _read_config(folder / CONFIG_FILE, data)
-        self.masked = {f"{module}.weight" for module in marked_modules(data, folder / CONFIG_FILE)}
+        self.config = read_adapter_config(folder / CONFIG_FILE, "merged", (KEY,))
+        marked = marked_modules(read_json(folder / CONFIG_FILE), folder / CONFIG_FILE)
+        self.masked = {f"{module}.weight" for module in marked}
         self.files = TensorFiles(folder, [ADAPTER_FILE])
         self.deltas: dict[str, Delta] = {}
         self.replaced: dict[str, str] = {}
@@ -88,7 +73,8 @@ class Adapter:
             for where, lacks in (("the base model", name not in shapes), (self.path, name not in self.deltas)):
                 if lacks:
                     raise CorruptFileError(
-                        f"{self.folder / CONFIG_FILE}: {KEY!r} names {name.removesuffix('.weight')!r}, which {where} does not have"
+                        f"{self.folder / CONFIG_FILE}: {KEY!r} names {name.removesuffix('.weight')!r}, which {where} does "
+                        "not have"
                     )
 
     def touches(self, name: str) -> bool:
@@ -108,15 +94,12 @@ class Adapter:
     # --- resolution --------------------------------------------------------------------------------------------------
 
     def _own_name(self, key: str) -> str:
-        if not key.startswith(_PREFIX):
-            raise CorruptFileError(f"{self.path}: {key!r} does not start with {_PREFIX!r}, as PEFT writes it")
-        return key.removeprefix(_PREFIX)
+        if not key.startswith(PREFIX):
+            raise CorruptFileError(f"{self.path}: {key!r} does not start with {PREFIX!r}, as PEFT writes it")
+        return key.removeprefix(PREFIX)
 
     def _shape(self, key: str) -> tuple[int, ...]:
-        info = self.files.tensors[key]
-        if info.dtype not in ("F64", "F32", "F16", "BF16"):
-            raise CorruptFileError(f"{self.path}: {key!r} is stored as {info.dtype}, expected floating point")
-        return info.shape
+        return stored_shape(self.files, key)
 
     def _replace(self, name: str, key: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         if name not in shapes:
@@ -136,7 +119,7 @@ class Adapter:
             )
         for letter in "AB":
             if f"{letter}.weight" not in parts:
-                raise CorruptFileError(f"{self.path}: {_PREFIX}{module}.lora_{letter}.weight is missing")
+                raise CorruptFileError(f"{self.path}: {PREFIX}{module}.lora_{letter}.weight is missing")
         if f"{module}.weight" not in shapes:
             raise CorruptFileError(
                 f"{self.path}: {parts['A.weight']!r} belongs to nothing in the base model (no tensor '{module}.weight')"
@@ -188,35 +171,3 @@ class Adapter:
                 raise CorruptFileError(
                     f"{self.path} has tensors for {module!r}, which 'target_modules' of {CONFIG_FILE} do not name"
                 )
-
-
-def _read_config(path: Path, data: dict[str, Any]) -> Any:
-    from peft import LoraConfig
-
-    if data.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: 'peft_type' is {data.get('peft_type')!r}, only 'LORA' can be merged")
-    if data.get("init_lora_weights", True) not in _PLAIN_INIT:
-        raise ValueError(
-            f"{path}: 'init_lora_weights' is {data['init_lora_weights']!r}, which changes the base weights: convert the "
-            "adapter to plain LoRA first (path_initial_model_for_weight_conversion of PEFT's save_pretrained)"
-        )
-    for key, value in data.items():
-        if key not in _UNDERSTOOD and value:
-            raise ValueError(f"{path}: {key!r} is {value!r}: only plain LoRA can be merged")
-    try:
-        with warnings.catch_warnings():
-            # PEFT warns of the mark, which is read here.
-            warnings.filterwarnings("ignore", rf"Unexpected keyword arguments \['{KEY}'\]")
-            config = LoraConfig.from_pretrained(str(path.parent))
-        patterns = (config.target_modules, config.exclude_modules, *config.rank_pattern, *config.alpha_pattern)
-        for pattern in patterns:
-            re.compile(pattern if isinstance(pattern, str) else "")
-        for key, kinds, numbers in (
-            ("rank", int, [config.r, *config.rank_pattern.values()]),
-            ("alpha", (int, float), [config.lora_alpha, *config.alpha_pattern.values()]),
-        ):
-            if wrong := [n for n in numbers if not isinstance(n, kinds) or not math.isfinite(n) or n <= 0]:
-                raise ValueError(f"{key} is {wrong[0]!r}, expected a positive number")
-    except (TypeError, AttributeError, KeyError, ValueError, re.error) as error:
-        raise ValueError(f"{path}: {error}") from error
-    return config

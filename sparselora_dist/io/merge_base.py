@@ -50,7 +50,7 @@ class BaseWeights:
             raise FileNotFoundError(f"--base {folder} is not a folder; download the model first")
         self.folder, self.codec, self.dtype = folder, codec, dtype
         self.raw_config = read_json(folder / "config.json")
-        config, model = model_without_weights(folder)
+        config, model = meta_model(folder)
         self.tied = bool(getattr(config, "tie_word_embeddings", False))
         self._check_quantization()
         self.files = TensorFiles.of_model(folder)
@@ -240,7 +240,7 @@ class BaseWeights:
             raise CorruptFileError(f"{where}: {name!r} is not what bitsandbytes writes: {error!r}") from error
 
 
-def model_without_weights(folder: Path) -> tuple[Any, Any]:
+def meta_model(folder: Path) -> tuple[Any, Any]:
     """The model's config, and the model on the meta device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 

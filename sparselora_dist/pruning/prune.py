@@ -74,7 +74,12 @@ def prune(asked: Pruning, device: torch.device | None = None) -> dict[str, Any]:
     for layer in stream.layers:
         for name, linear in stream.linears(layer).items():
             asked.pattern.check(linear.in_features, f"{layer.path}.{name}")
-    record: dict[str, Any] = {"model": asked.model, "method": asked.method, "pattern": str(asked.pattern), "dtype": dtype}
+    record: dict[str, Any] = {
+        "model": asked.model,
+        "method": asked.method,
+        "pattern": str(asked.pattern),
+        "dtype": dtype,
+    }
     hidden: list[Tensor] = []
     calls = [Call((), {})] * len(stream.layers)
     parts: list[range] = []

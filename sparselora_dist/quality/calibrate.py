@@ -27,6 +27,7 @@ from ..engines import Engine, make_engine
 from ..io.load import check_model, load_tokenizer
 from ..io.manifest import write_text
 from ..io.shard_files import TensorFiles
+from ..io.start_adapter import completed, read_start
 from ..io.stored_names import find_names
 from ..io.weights import CheckpointWeights, checkpoint_folder
 from ..layouts import decoder_layers, described
@@ -63,7 +64,8 @@ def calibrate(config: RunConfig, calibration: Calibration) -> dict[str, Any]:
 
 class _Run:
     def __init__(self, config: RunConfig, calibration: Calibration, engine: Engine) -> None:
-        self.config, self.engine = config, engine
+        config = completed(config)
+        self.config, self.engine, self.start = config, engine, read_start(config)
         if not engine.is_main:
             disable_progress_bar()
         self.shape: ModelShape = from_hf_config(check_model(config.model).to_dict(), config.model.name_or_path)
@@ -125,6 +127,7 @@ class _Run:
             "batch": self.sample.batch_size,
             "rank": sparse.rank,
             "lora_branch": sparse.lora_branch,
+            "init_from_sha256": self.start.sha256 if self.start else None,
         }
 
     # --- measuring ----------------------------------------------------------------------------------------------------
@@ -144,6 +147,7 @@ class _Run:
                 self.engine.placement(),
                 local_ranks=self.engine.ranks.local_world_size,
                 progress=self.engine.is_main,
+                start=self.start,
             )
             state = find_state(model)
             assert state is not None
@@ -247,7 +251,9 @@ class _Run:
 
     def _savings(self, layer: int) -> dict[str, dict[float, float]]:
         return {
-            group: {level: self.budget.saving((layer, group), self.keep[layer, group, level]) for level in self.asked.levels}
+            group: {
+                level: self.budget.saving((layer, group), self.keep[layer, group, level]) for level in self.asked.levels
+            }
             for group in self.asked.groups
             if (layer, group) in self.sites
         }

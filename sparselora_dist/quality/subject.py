@@ -23,6 +23,7 @@ from ..config.sparse import GROUPS
 from ..data import TokenDataset, collate, load_dataset_tokens, padding_id
 from ..io.adapter import ADAPTER_FILE, is_adapted, load_adapter
 from ..io.load import check_model, load_base, load_tokenizer
+from ..io.start_adapter import completed
 from ..layouts import decoder_layers
 from ..sharding.placement import Placement
 from .fidelity import group_means
@@ -57,7 +58,8 @@ def find_subject(target: str, config: str | None) -> Subject:
             f"'{target}' is not a run ({what}): give the output_dir of a run, or a model together with --config RUN.json, "
             "which says what is sparse and on which data"
         )
-    settings = RunConfig.from_file(config or folder / "run.json")
+    # What a run has written down says all; the adapter that it started from may be gone.
+    settings = completed(RunConfig.from_file(config)) if config else RunConfig.from_file(folder / "run.json")
     if run is None:
         settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, name_or_path=target))
         return Subject(config=settings, run=None, adapter=None)

@@ -19,6 +19,7 @@ from ..config.run import RunConfig
 from ..data import TokenDataset
 from ..io.checkpoint import checkpoint_digest
 from ..io.shard_files import TensorFiles, read_json
+from ..io.start_adapter import StartAdapter
 from ..sync.everyone import everyone
 
 Fingerprint = dict[str, Any]
@@ -30,7 +31,8 @@ _TRAIN = (
 )
 # What nodes may say each in their own way: where things are, and what is shown.
 _OWN = (
-    *("model.name_or_path", "data.train", "data.eval", "sparse_lora.factors", "_comment", "train.resume"),
+    *("model.name_or_path", "data.train", "data.eval", "lora.init_from", "sparse_lora.factors", "_comment"),
+    "train.resume",
     *("train.output_dir", "train.logging_dir", "train.run_name", "train.report_to", "train.disable_tqdm"),
 )
 # In config.json, but not of the model.
@@ -38,7 +40,9 @@ _NOTES = ("_name_or_path", "transformers_version", "use_cache")
 _PLACES, _VALUES = 4, 4096
 
 
-def fingerprint(config: RunConfig, base: Any, weights: Path, data: TokenDataset) -> Fingerprint:
+def fingerprint(
+    config: RunConfig, base: Any, weights: Path, data: TokenDataset, start: StartAdapter | None = None
+) -> Fingerprint:
     """What decides the numbers of a run; the rest may change between a checkpoint and the run that continues it.
 
     Args:
@@ -46,6 +50,7 @@ def fingerprint(config: RunConfig, base: Any, weights: Path, data: TokenDataset)
         base: the base model's config.
         weights: its folder. Of each tensor some rows are read.
         data: the training rows as they are tokenised.
+        start: the adapter that the run starts from.
     """
     sparse = config.sparse_lora
     active: dict[str, Any] = {"enabled": sparse.enabled}
@@ -63,6 +68,7 @@ def fingerprint(config: RunConfig, base: Any, weights: Path, data: TokenDataset)
         "quantization": run["quantization"] if config.quantization.load_in_4bit else {"load_in_4bit": False},
     }
     found = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+    found["lora.init_from"] = f"an adapter, SHA-256 {start.sha256[:16]}" if start else None
     found |= {"base model": model_digest(weights), "training data": data_digest(data)}
     return json.loads(json.dumps(found))
 

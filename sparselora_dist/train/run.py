@@ -28,7 +28,8 @@ from ..io.weights import checkpoint_folder
 from ..process import SaidElsewhere
 from .loop import TrainingLoop
 from .metrics import flop_model
-from .start import begin
+from .saving import start_from
+from .start import begin, read_adapter
 from .stopping import Stopped, StopSignals
 
 log = logging.getLogger(__name__)
@@ -69,11 +70,12 @@ def _run(config: RunConfig, engine: Engine, stop: StopSignals) -> dict[str, Any]
     if config.train.use_liger_kernel:
         liger_patch(base.model_type)  # Refuses what cannot work.
     check_positions(base, config.data.max_length)
+    config, start = read_adapter(config, engine)
     config, unpacked = fit_run(config, base)
     if unpacked and engine.is_main:
         log.info("rows are padded, not packed: %s", unpacked)
     with ExitStack() as held:
-        begun = begin(config, engine, base, held)
+        begun = begin(config, engine, base, held, start)
         path = begun.checkpoint_path
         set_seed(config.train.seed)
         model, report = build_model(
@@ -82,12 +84,15 @@ def _run(config: RunConfig, engine: Engine, stop: StopSignals) -> dict[str, Any]
             local_ranks=engine.ranks.local_world_size,
             progress=engine.is_main,
             adapter=path / "adapter" if path else None,
+            start=start,
         )
         load = _report_load(report, config, engine)
         state = find_state(model)
         assert state is not None
         flops = flop_model(model, state)
         engine.prepare(model)
+        if start and not path:
+            start_from(start, engine)
 
         loop = TrainingLoop(
             config=config,

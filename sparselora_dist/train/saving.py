@@ -15,6 +15,7 @@ from ..io.background import BackgroundWriter
 from ..io.checkpoint import Checkpoint, RunState, save_checkpoint
 from ..io.manifest import saving
 from ..io.run_folder import note_checkpoint
+from ..io.start_adapter import StartAdapter
 from ..layers.context import SparseContext
 from .rank_state import gather_rank_state, own_rank_state, set_rank_state
 from .stopping import on_disk
@@ -22,6 +23,12 @@ from .stopping import on_disk
 log = logging.getLogger(__name__)
 # A run that ends with an error lets a checkpoint that is half written become whole, for so many seconds.
 _PATIENCE = 30.0
+
+
+def start_from(start: StartAdapter, engine: Engine) -> None:
+    """Give a prepared engine's masters the values of an adapter, in fp32 whatever the parameters are. A collective."""
+    names = saved_names(engine.module, engine.trainable())
+    engine.load_state({names[name]: value for name, value in start.tensors.items()}, {}, 0)
 
 
 class Saver:

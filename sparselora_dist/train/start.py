@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack, closing
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ..io.load import load_tokenizer
 from ..io.manifest import make_writable
 from ..io.run_folder import claim_folder
 from ..io.run_lock import RunLock
+from ..io.start_adapter import StartAdapter, completed, read_start
 from ..io.weights import checkpoint_folder
 from ..sharding.placement import Placement
 from .disk import check_space
@@ -42,7 +44,22 @@ class Begun:
     trackers: Trackers
 
 
-def begin(config: RunConfig, engine: Engine, base: Any, held: ExitStack) -> Begun:
+def read_adapter(config: RunConfig, engine: Engine) -> tuple[RunConfig, StartAdapter | None]:
+    """The run with what the adapter of ``lora.init_from`` says, and its values; without one as it is. A collective.
+
+    Raises:
+        ConfigError, OSError, ValueError: see :mod:`sparselora_dist.io.start_adapter`.
+    """
+    with _together(engine)():  # Also without one: another rank's file may name one.
+        config = completed(config)
+        return config, read_start(config)
+
+
+def _together(engine: Engine) -> Callable[[], AbstractContextManager[None]]:
+    return Placement(engine.device, group=dist.group.WORLD).together
+
+
+def begin(config: RunConfig, engine: Engine, base: Any, held: ExitStack, start: StartAdapter | None = None) -> Begun:
     """Everything that can be refused without the model. A collective: what one rank finds wrong ends all of them.
 
     Args:
@@ -50,9 +67,10 @@ def begin(config: RunConfig, engine: Engine, base: Any, held: ExitStack) -> Begu
         engine: is told the number of steps.
         base: the base model's config.
         held: what ends with the run: the lock on its folder, and the trackers.
+        start: the adapter that the run starts from.
     """
     output_dir = Path(config.train.output_dir)
-    together = Placement(engine.device, group=dist.group.WORLD).together
+    together = _together(engine)
     with together():
         if engine.is_main:
             chosen_trackers(config.train)
@@ -75,7 +93,7 @@ def begin(config: RunConfig, engine: Engine, base: Any, held: ExitStack) -> Begu
         total_steps = _total_steps(config, sampler)
         path = resolve_resume(config.train.resume, output_dir)
         resumed = load_checkpoint(path) if path else None
-        own = fingerprint(config, base, checkpoint_folder(config.model.name_or_path), train_data)
+        own = fingerprint(config, base, checkpoint_folder(config.model.name_or_path), train_data, start)
         if resumed and path:
             _check_resume(resumed, sampler.global_batch_size, total_steps, path)
             same_as_saved(own, resumed.state.fingerprint, path)

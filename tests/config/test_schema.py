@@ -74,6 +74,8 @@ MISTAKES = [
     ("engine", "name", "zero2"),
     ("engine", "fsdp", {"fsdp_version": 1}),
     ("lora", "target_modules", 3),
+    ("lora", "init_from", 3),
+    ("lora", "init_from", ""),
     # a value out of range
     ("train", "learning_rate", -1),
     ("train", "per_device_train_batch_size", 0),
@@ -109,6 +111,7 @@ def test_a_mistake_is_flagged_as_the_run_refuses_it(section: str, key: str, valu
         ("sparse_lora", "layers", {"ffn": {"3-30, 31": 0.99, "1": 0}}),
         ("engine", "fsdp", {"dp_shard_size": "auto", "fsdp_mixed_precision_policy": {"param_dtype": "bf16"}}),
         ("lora", "rank_pattern", {"q_proj": 4}),
+        ("lora", "init_from", "runs/mine/adapter"),
     ],
 )
 def test_what_a_run_takes_is_not_flagged(section: str, key: str, value: Any) -> None:
@@ -124,5 +127,6 @@ def test_every_key_is_described() -> None:
         for key, value in definition["properties"].items():
             assert name == "LoraSection" or "description" in value or "$ref" in value, f"{name}.{key}"
     known = set(SCHEMA["$defs"]["LoraSection"]["properties"])
-    assert {"r", "lora_alpha", "rank_pattern"} <= known <= {*peft.LoraConfig.__dataclass_fields__}
+    assert {"r", "lora_alpha", "rank_pattern", "init_from"} <= known
+    assert known - {"init_from"} <= {*peft.LoraConfig.__dataclass_fields__}
     assert not known & {"use_dora", "megatron_core", "auto_mapping", "trust_remote_code"}

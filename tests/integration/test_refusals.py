@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import RwkvConfig, RwkvForCausalLM
 
 from support.harness import run_launch, run_ranks
+from support.merging import make_adapter
+from support.models import ATTENTION
 from support.refusals import never_loads, says
 
 from .conftest import VOCABULARY, Tiny, byte_tokenizer, task_rows, write_rows
@@ -105,6 +107,7 @@ def test_ranks_that_differ(tiny: Tiny, tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     tensors["model.layers.0.input_layernorm.weight"][0] += 1
     save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    make_adapter(tmp_path / "start", Path(tiny.model), target_modules=ATTENTION)
     config = tiny.config("fsdp2", tmp_path / "out")
     changes = [
         {"train": {"seed": 7}},
@@ -112,9 +115,10 @@ def test_ranks_that_differ(tiny: Tiny, tmp_path: Path) -> None:
         {"data": {"train": data}},
         {"data": {"eval": data}},
         {"model": {"name_or_path": str(tmp_path / "model")}},
+        {"lora": {"init_from": str(tmp_path / "start")}},
     ]
     words = ["train.seed is 7 here, 42 there", "train.max_steps is 9 here, 6 there", "training data is"]
-    words += ["evaluation data is", "base model is"]
+    words += ["evaluation data is", "base model is", "lora.init_from is"]
     first, second = run_ranks("support.trainer_workers:refusals", 2, config, changes, timeout=180)
     for one, other, part in zip(first, second, words, strict=True):
         says(one, "rank 1 on ", " differs from rank 0 on ", part, "the same run file")

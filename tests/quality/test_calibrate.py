@@ -20,6 +20,7 @@ from sparselora_dist.engines.ranks import free_port
 from sparselora_dist.quality import heatmap
 from support.every_type import tiny_config, tiny_model
 from support.harness import ROOT, run_launch
+from support.merging import make_adapter
 from support.models import tiny_base
 
 from ..integration.conftest import VOCABULARY, Tiny, byte_tokenizer, write_rows
@@ -214,6 +215,19 @@ def test_another_target_only_chooses_again(
     assert len(probes) == 1 and probes[0], "only the new choice as a whole"
     chosen = curves_of(output)["flops"]["chosen_share"]
     assert curves_of(single)["flops"]["chosen_share"] < chosen <= 0.7
+
+
+def test_a_given_adapter_is_measured_with_and_its_record_is_its_own(
+    tiny: Tiny, single: Path, work: Path, alone: None, capsys: pytest.CaptureFixture
+) -> None:
+    make_adapter(work / "adapter", Path(tiny.model), target_modules=["q_proj", "down_proj"], r=4, lora_alpha=8)
+    lora = {"init_from": str(work / "adapter")}
+    config = tiny.config_file(work / "started.json", "single", work / "run", lora=lora, sparse_lora={"start_step": 0})
+    own = [*words(config, work / "started"), "--groups", "ffn"]
+    assert main(own) == 0
+    assert abs(curves_of(work / "started")["dense_loss"] - curves_of(single)["dense_loss"]) > 1e-3
+    assert main(words(str(work / "single.json"), work / "started")) == 2
+    assert "init_from_sha256" in capsys.readouterr().err
 
 
 def test_the_output_trains(tiny: Tiny, single: Path, work: Path) -> None:

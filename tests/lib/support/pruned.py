@@ -34,7 +34,7 @@ def keep(weight: Tensor, pattern: str) -> Tensor:
 
 def save_pruned(folder: Path, pattern: str, shard: str | None = "40KB", **options: Any) -> Path:
     """A tiny base whose decoder matrices have zeros, in bf16."""
-    model = tiny_base(**({"dtype": torch.bfloat16} | BLOCKS | options))
+    model = tiny_base(**({"dtype": torch.bfloat16, "num_key_value_heads": 4} | BLOCKS | options))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.split(".")[-2] in ALL_LINEAR:

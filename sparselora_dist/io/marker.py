@@ -44,6 +44,19 @@ def marked_modules(config: Mapping[str, Any], source: Path) -> tuple[str, ...]:
     return tuple(modules)
 
 
+def tell_reader(card: Path, modules: Iterable[str]) -> None:
+    """Put :func:`marked_sentence` at the end of an adapter's README, once."""
+    text = card.read_text(encoding="utf-8")
+    if (sentence := marked_sentence(modules)) not in text:
+        card.write_text(f"{text.rstrip()}\n\n{sentence}\n", encoding="utf-8")
+
+
+def marked_names(config: Any) -> list[str]:
+    """The modules that an adapter's config in memory is marked with."""
+    mark = getattr(config, KEY, None)
+    return list(mark["modules"]) if mark else []
+
+
 def marked_sentence(modules: Iterable[str]) -> str:
     """What a reader of the adapter's card must know."""
     count = len(set(modules))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
@@ -16,7 +16,7 @@ from ..io.marker import KEY, marked_config, marked_names
 class MaskedLoraConfig(LoraConfig):
     """PEFT's config of an adapter whose layers are masked. PEFT writes every field of a config into its file."""
 
-    sparse_base: Optional[dict[str, Any]] = None
+    sparse_base: dict[str, Any] | None = None
     """See :mod:`sparselora_dist.io.marker`."""
 
 

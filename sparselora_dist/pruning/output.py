@@ -17,7 +17,6 @@ from ..io.model_folder import PRUNING_FILE, copy_companions, output_config, save
 from ..io.shard_files import INDEX_FILE, TensorFiles, read_header, read_json
 
 
-
 class GrowingModel:
     """``<output>.partial`` until :meth:`finish`; a decoder layer a file, and the rest in the last.
 

@@ -22,7 +22,7 @@ from sparselora_dist.config.run import ModelSection
 from sparselora_dist.io.load import load_base
 from sparselora_dist.io.merge import merge_adapter
 from sparselora_dist.sharding.placement import Placement
-from support.merging import edit_json, load, logits, make_adapter, save_base, tensors
+from support.merging import BLOCKS, edit_json, load, logits, make_adapter, save_base, tensors
 from support.pruned import PATTERNS, make_marked, mark, save_pruned
 
 pytest.importorskip("bitsandbytes")
@@ -200,7 +200,7 @@ def refused(base: Path, adapter: Path, out: Path, match: str, **options: Any) ->
 
 def test_a_base_without_the_zeros_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
     """Dense, and dense in 4 bits, where 9 % of the codes are that of zero."""
-    dense = save_base(tmp_path / "dense", dtype=torch.bfloat16, **{"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8})
+    dense = save_base(tmp_path / "dense", dtype=torch.bfloat16, **BLOCKS)
     said = (
         r"adapter_config.json: 'sparse_base' says that the adapter was trained under the zeros of "
         r"'model.layers.0.mlp.down_proj', but .* of that matrix of .* are zero: it is not the pruned model"

@@ -133,7 +133,7 @@ class TrainingLoop:
         engine, world = self.engine, self.engine.ranks.world_size
         counts = self.context.counts
         counts.dense = counts.context = 0
-        loss = self._forward_backward(step, batch, labels)
+        loss = self.forward_backward(step, batch, labels)
         engine.heartbeat.at(f"optimizer of step {step + 1}")
         self.context.sync.check()  # No step is taken on masks that the ranks did not agree on.
         bad = not engine.gradients_are_finite()
@@ -145,11 +145,11 @@ class TrainingLoop:
             )
         if bad_ranks:
             held = engine.nonfinite_gradients()
-            arose = own_nonfinite(engine, partial(self._forward_backward, step, batch, labels))
+            arose = own_nonfinite(engine, partial(self.forward_backward, step, batch, labels))
             engine.refuse_gradients(f"step {step + 1}", arose, held)
         return StepResult(total, engine.step(), context)
 
-    def _forward_backward(self, step: int, batch: GlobalBatch | PackedBatch, labels: int) -> Tensor:
+    def forward_backward(self, step: int, batch: GlobalBatch | PackedBatch, labels: int) -> Tensor:
         """Of every micro-batch; this rank's sum of the losses."""
         engine, world = self.engine, self.engine.ranks.world_size
         loss = torch.zeros((), device=engine.device)

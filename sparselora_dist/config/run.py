@@ -166,7 +166,7 @@ class RunConfig(Section):
                     f"'lora.{key}' is {show(lora[key])} with 'sparse_base.enabled': an adapter that keeps a pruned matrix' "
                     "zeros is one matrix with it, without dropout, without a bias, and not on experts. Remove the key"
                 )
-        if self.sparse_base.start == "gradient" and lora.get("init_from"):
+        if self.sparse_base.start == "gradient" and self.lora.init_from:
             raise ConfigError(
                 "'sparse_base.start' is \"gradient\" with 'lora.init_from', which says where the adapter starts: use one"
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,10 @@ class Delta:
 class Adapter:
     """A PEFT folder with a LoRA adapter.
 
+    Args:
+        folder: with ``adapter_config.json`` and the tensors.
+        also: keys of the config that whoever reads it takes into account, beside those that a merge does.
+
     Attributes:
         config: PEFT's ``LoraConfig``.
         deltas: by the name of the base tensor.
@@ -38,10 +42,10 @@ class Adapter:
         ValueError: not plain LoRA; the key of ``adapter_config.json`` is named.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, also: Container[str] = ()) -> None:
         self.folder = folder
         self.path = folder / ADAPTER_FILE
-        self.config = read_adapter_config(folder / CONFIG_FILE, "merged")
+        self.config = read_adapter_config(folder / CONFIG_FILE, "merged", also)
         self.files = TensorFiles(folder, [ADAPTER_FILE])
         self.deltas: dict[str, Delta] = {}
         self.replaced: dict[str, str] = {}

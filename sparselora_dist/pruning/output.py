@@ -73,11 +73,22 @@ class GrowingModel:
         written = TensorFiles(self.folder, [self.file(number)])
         return {name: written.read(name) for name in written.tensors}
 
-    def add(self, number: int, tensors: dict[str, Tensor], zeros: dict[str, float]) -> None:
-        """Write a layer; ``zeros`` is the share of zeros of each of its matrices."""
+    def add(
+        self, number: int, tensors: dict[str, Tensor], zeros: dict[str, float], error: float | None = None
+    ) -> None:
+        """Write a layer.
+
+        Args:
+            number: of the layer.
+            tensors: by the files' names.
+            zeros: the share of zeros of each of its matrices.
+            error: how far its outputs are from the reference's, where there is one.
+        """
         self._save(self.file(number), tensors)
         data = read_json(self.folder / RECORD)
         data["layers"][str(number)] = {name: round(share, 6) for name, share in zeros.items()}
+        if error is not None:
+            data.setdefault("errors", {})[str(number)] = error
         self._write(data)
 
     def _save(self, file: str, tensors: dict[str, Tensor]) -> None:

@@ -41,10 +41,10 @@ class GrowingModel:
             raise FileExistsError(f"{output} exists already: choose another --output, or remove it")
         if (self.folder / RECORD).is_file():
             begun = read_json(self.folder / RECORD)["asked"]
-            if different := [key for key in record if begun.get(key) != record[key]]:
+            if different := [key for key in {**record, **begun} if begun.get(key) != record.get(key)]:
                 key = different[0]
                 raise ConfigError(
-                    f"{self.folder} was begun with {key} {begun.get(key)!r}, not {record[key]!r}: give what it was begun "
+                    f"{self.folder} was begun with {key} {begun.get(key)!r}, not {record.get(key)!r}: give what it was begun "
                     "with to go on, or remove it"
                 )
             return

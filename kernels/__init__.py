@@ -17,7 +17,9 @@ from .grouped import grouped_linear, grouped_product
 from .label_loss import chunk_rows, label_loss, label_scores, row_bytes, scores_of
 from .lora_joined import lora_joined
 from .lora_linear import lora_linear, lora_order
+from .masked_linear import masked_down, masked_linear, masked_up
 from .nf4 import nf4_rows
+from .nonzero import nonzero
 from .routing import Pairs, collect, expert_pairs, spread
 from .score import ffn_score, gated_ffn_score, projection_score, projection_scores
 from .select import kept_count, kept_per_expert, select_channels, select_checked, select_grouped
@@ -47,8 +49,12 @@ __all__ = [
     "lora_joined",
     "lora_linear",
     "lora_order",
+    "masked_down",
+    "masked_linear",
+    "masked_up",
     "nf4_layout",
     "nf4_rows",
+    "nonzero",
     "projection_score",
     "projection_scores",
     "row_bytes",

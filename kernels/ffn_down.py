@@ -18,7 +18,7 @@ from .operator import held, hold, register, register_with_gradient
 from .stored import Weight, refuse_trainable, unpack, weight_of
 
 
-def _forward(
+def forward(
     h_dense: Tensor,
     h_context: Tensor,
     parts: list[Tensor],
@@ -46,7 +46,7 @@ def _forward_fake(h_dense: Tensor, h_context: Tensor, parts: list[Tensor], layou
     return h_context.new_empty(tokens, weight_of(parts, layout).length)
 
 
-def _backward(
+def backward(
     grad: Tensor,
     parts: list[Tensor],
     layout: list[int],
@@ -77,7 +77,7 @@ def _backward_fake(grad: Tensor, parts: list[Tensor], layout: list[int], *rest: 
     return wide, grad.new_empty(context_rows.shape[0], channels.shape[0]), *like
 
 
-_run_backward = register("ffn_down_backward", _backward, _backward_fake)
+_run_backward = register("ffn_down_backward", backward, _backward_fake)
 
 
 def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -95,7 +95,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple:
     return *grads[:2], [None] * len(parts), None, None, *updates, None, None, None, None
 
 
-_run = register_with_gradient("ffn_down", _forward, _forward_fake, keep=_keep, gradients=_gradients)
+_run = register_with_gradient("ffn_down", forward, _forward_fake, keep=_keep, gradients=_gradients)
 
 
 def ffn_down(

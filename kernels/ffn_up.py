@@ -22,7 +22,7 @@ from .operator import held, hold, is_traced, register, register_with_gradient
 from .stored import Weight, refuse_trainable, unpack, weight_of
 
 
-def _forward(
+def forward(
     x: Tensor,
     parts: list[Tensor],
     layout: list[int],
@@ -57,7 +57,7 @@ def _known(channels: Tensor | Callable[[], Tensor]) -> Tensor:
     return channels if isinstance(channels, Tensor) else channels()
 
 
-def _backward(
+def backward(
     grad: Tensor,
     parts: list[Tensor],
     layout: list[int],
@@ -96,7 +96,7 @@ def _backward_fake(grad: Tensor, parts: list[Tensor], layout: list[int], *rest: 
     return grad.new_empty(tokens, length) if needs_input else grad.new_empty(0), *like
 
 
-_run_backward = register("ffn_up_backward", _backward, _backward_fake)
+_run_backward = register("ffn_up_backward", backward, _backward_fake)
 
 
 def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -114,7 +114,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple:
     return grads[0] if needs_input else None, [None] * len(parts), None, None, *update, None, None, None
 
 
-_run = register_with_gradient("ffn_up", _forward, _forward_fake, keep=_keep, gradients=_gradients)
+_run = register_with_gradient("ffn_up", forward, _forward_fake, keep=_keep, gradients=_gradients)
 
 
 def ffn_up(

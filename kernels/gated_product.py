@@ -59,16 +59,17 @@ _run = register_with_gradient(
 )
 
 
-def gated_product(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+def gated_product(gate: Tensor, up: Tensor, activation: str, *, compact: bool = False) -> Tensor:
     """``act(gate) · up``, rounded once where a GPU computes it; exact gradients for both.
 
     Args:
         gate, up: of one shape and dtype.
         activation: a name that :func:`sparselora_kernels.activations.activate` knows.
+        compact: keep no more than gate and up for backward on a CPU too.
 
     Returns:
         Of their shape and dtype.
     """
-    if not _one_launch(gate):
+    if not compact and not _one_launch(gate):
         return activate(activation, gate) * up
     return _run(gate.contiguous(), up.contiguous(), activation)

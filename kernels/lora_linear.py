@@ -62,7 +62,7 @@ def _order(x: Tensor, weight: EncodedWeight, a: Tensor, b: Tensor, sparse: bool,
     return lora_order(x.shape[0], a.shape[1], b.shape[0], a.shape[0], merge=merge and not sparse)
 
 
-def _forward(
+def forward(
     x: Tensor,
     parts: list[Tensor],
     layout: list[int],
@@ -128,7 +128,7 @@ def _forward_fake(x: Tensor, parts: list[Tensor], layout: list[int], *rest: Any)
     return x.new_empty(x.shape[0], out), x.new_empty(x.shape[0], a.shape[0]) if kept else x.new_empty(0)
 
 
-def _backward(
+def backward(
     grad: Tensor,
     x: Tensor | None,
     low: Tensor,
@@ -206,7 +206,7 @@ def _backward_fake(
     )
 
 
-_run_backward = register("lora_linear_backward", _backward, _backward_fake)
+_run_backward = register("lora_linear_backward", backward, _backward_fake)
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -249,7 +249,7 @@ def _gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple:
     return tuple(none)
 
 
-_run = register_with_gradient("lora_linear", _forward, _forward_fake, keep=_keep, gradients=_gradients)
+_run = register_with_gradient("lora_linear", forward, _forward_fake, keep=_keep, gradients=_gradients)
 
 
 def lora_linear(

@@ -135,6 +135,8 @@ def _nf4_rows(
             return nf4.nf4_rows(
                 codes, scales, channels, *tables, dtype, length=length, double_quant=double_quant, first=first
             )
+    if dtype not in _KERNEL_DTYPES:  # bitsandbytes would write nothing.
+        return _nf4_rows(codes, scales, channels, torch.float32, length, double_quant, first).to(dtype)
     import bitsandbytes  # noqa: F401  (registers the operators)
 
     absmax = row_absmax(scales, channels, length, double_quant, first)

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .apply import apply_sparselora, remove_sparselora, selection, set_step, shared_masks, sparse_tokens
     from .config.sparse import SparseLoRAConfig
+    from .config.sparse_base import SparseBaseConfig
     from .integrations.own_loss import SparseLossMixin
     from .integrations.trainer import SparseLoRACallback
 
 _HOMES = {
+    "SparseBaseConfig": "config.sparse_base",
     "SparseLoRACallback": "integrations.trainer",
     "SparseLoRAConfig": "config.sparse",
     "SparseLossMixin": "integrations.own_loss",
@@ -26,6 +28,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "SparseBaseConfig",
     "SparseLoRACallback",
     "SparseLoRAConfig",
     "SparseLossMixin",

@@ -10,7 +10,10 @@ from .indexed_linear import indexed_nn, indexed_nt
 from .label_loss import label_loss, label_scores
 from .lora_joined import lora_joined
 from .lora_linear import lora_linear
+from .masked_linear import masked_down, masked_linear, masked_up
+from .masked_weight import masked_weight
 from .nf4 import nf4_rows
+from .nonzero import nonzero
 from .score import ffn_score, gated_ffn_score, projection_score
 from .select import select_channels
 
@@ -30,7 +33,12 @@ __all__ = [
     "label_scores",
     "lora_joined",
     "lora_linear",
+    "masked_down",
+    "masked_linear",
+    "masked_up",
+    "masked_weight",
     "nf4_rows",
+    "nonzero",
     "projection_score",
     "select_channels",
 ]

@@ -22,5 +22,7 @@ def spread(x: Tensor, chosen: Tensor, rows: Tensor, experts: int) -> Tensor:
 def collect(y: Tensor, chosen: Tensor, rows: Tensor, experts: int) -> Tensor:
     """See :func:`sparselora_kernels.collect`."""
     pairs, _ = expert_pairs(chosen, rows, experts)
-    found = [sum((y[s] for s, pair in enumerate(pairs) if pair[1] == n), y.new_zeros(y.shape[1])) for n in range(len(rows))]
+    found = [
+        sum((y[s] for s, pair in enumerate(pairs) if pair[1] == n), y.new_zeros(y.shape[1])) for n in range(len(rows))
+    ]
     return torch.stack(found) if found else y[:0]

@@ -69,7 +69,8 @@ def build_model(
         load_adapter(model, adapter)
     elif start:
         put_adapter(model, start.tensors, start.path)
-    apply_sparselora(model, config.sparse_lora, weights=base.weights, timeout=config.train.ddp_timeout)
+    sparse_base, timeout = config.sparse_base, config.train.ddp_timeout
+    apply_sparselora(model, config.sparse_lora, sparse_base=sparse_base, weights=base.weights, timeout=timeout)
     if config.train.gradient_checkpointing or config.engine.fsdp_options().get("fsdp_activation_checkpointing"):
         # Keeping the state of the random numbers for recomputation costs host time in every layer.
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": drops(model)}

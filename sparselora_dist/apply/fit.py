@@ -49,5 +49,9 @@ def _check_parameters(asked: list[str], layers: list[DecoderLayer]) -> None:
         wanted = re.sub(r"(^|\.)\d+\.", r"\1N.", name)
         if not any(path == wanted or path.endswith(f".{wanted}") for path in numberless):
             there = sorted({path.split(".", 3)[-1] for path in paths})
-            allowed = f"allowed: {', '.join(there)}" if there else "this model has no routed experts: use target_modules"
-            raise ConfigError(f"'lora.target_parameters' holds {name!r}, which is no matrix of routed experts; {allowed}")
+            allowed = (
+                f"allowed: {', '.join(there)}" if there else "this model has no routed experts: use target_modules"
+            )
+            raise ConfigError(
+                f"'lora.target_parameters' holds {name!r}, which is no matrix of routed experts; {allowed}"
+            )

@@ -17,8 +17,10 @@ from ..codecs.linear import FrozenLinear, FrozenMatrix
 from ..layers.estimator import AttentionEstimator, ExpertsEstimator, FFNEstimator, PlainFFNEstimator
 from ..layers.experts import SparseExperts
 from ..layers.lora import cannot_merge, merge_by_layout, set_base_linear
+from ..layers.masked import mask_delta
 from ..layouts import causal_lm, decoder_layers
 from ..sharding.parameters import distribute_like, is_dtensor
+from .state import state_of
 
 _ESTIMATORS = (FFNEstimator, PlainFFNEstimator, AttentionEstimator, ExpertsEstimator)
 
@@ -60,7 +62,10 @@ class _Unload(_Override):
         if merge:
             self.owner._check_merge_allowed()
         _check(self.model)
+        masked = list(state_of(self.model).masked.values())
         self.remove_sparselora(self.model)
+        for lora in masked:
+            mask_delta(lora)
         for layer in decoder_layers(self.model):
             for name in layer.names:
                 linear = layer.matrix(name)
@@ -172,7 +177,7 @@ def merge_as_the_family(model: nn.Module, remove: Callable[[nn.Module], nn.Modul
 
     Args:
         model: what :func:`~.model.apply_sparselora` was given.
-        remove: :func:`~.model.remove_sparselora`.
+        remove: :func:`~.model.remove_sparselora`, without its warning.
     """
     lm: Any = causal_lm(model)
     handles: list[Any] = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from typing import Any
 
 import torch.distributed as dist
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ..config.ranges import AUTO
 from ..config.sparse import GROUPS, SparseLoRAConfig
+from ..config.sparse_base import SparseBaseConfig
 from ..io.factors import FactorSet
 from ..io.weights import ModelWeights, WeightSource
 from ..layers.context import SparseContext
@@ -30,6 +32,7 @@ from ..sharding.units import mark_unit, unmark_unit
 from ..sync.masks import MaskSync
 from .experts import replace_experts
 from .factors import estimator_factors
+from .masking import find_pruned, mask
 from .merging import merge_as_the_family
 from .replace import check_frozen, fuse_branches, replace_attention, replace_ffn, restore, take_over
 from .state import STATE, SparseState, find_state, state_of
@@ -42,6 +45,7 @@ def apply_sparselora(
     model: nn.Module,
     config: SparseLoRAConfig,
     *,
+    sparse_base: SparseBaseConfig | None = None,
     weights: WeightSource | None = None,
     process_group: dist.ProcessGroup | None = None,
     timeout: float = 1800.0,
@@ -54,6 +58,7 @@ def apply_sparselora(
     Args:
         model: a PEFT model, or a causal LM, of a supported family, with its base weights frozen.
         config: what is sparse, and when.
+        sparse_base: the base is pruned, and its adapters keep it so: ``Ŵ = (W + s·B·A) ⊙ (W ≠ 0)``.
         weights: where the estimator factors are built from; by default the model itself.
         process_group: the data-parallel ranks whose tokens choose the channels; by default all ranks.
         timeout: seconds that a rank waits for the others in mask synchronisation.
@@ -65,7 +70,7 @@ def apply_sparselora(
         UnsupportedModelError: unknown family or layout, or no causal language model.
         ValueError: already applied, weights on several devices, trainable base weights, another method than plain LoRA
             in a sparse module (DoRA, VeRA, ...), prompt learning or X-LoRA anywhere, a layer range that does not fit,
-            factors that do not match.
+            factors that do not match; a ``sparse_base`` that has no zeros, or an adapter on it that cannot be masked.
 
     Whatever it raises, the model is as it was.
     """
@@ -96,7 +101,8 @@ def apply_sparselora(
     context.enabled = bool(active)
     context.skip_unused_logits = config.skip_unused_logits
     context.sparse_references = config.reference == "sparse"
-    state = SparseState(config=config, context=context, sparsity=active)
+    masked = find_pruned(model, config, sparse_base) if sparse_base is not None and sparse_base.enabled else {}
+    state = SparseState(config=config, context=context, sparsity=active, sparse_base=sparse_base, masked=masked)
     factors: FactorSet = {}
     if active:
         factors = estimator_factors(model, active, config, weights or ModelWeights(model), process_group, layers)
@@ -118,6 +124,8 @@ def _apply(model: nn.Module, layers: list[DecoderLayer], state: SparseState, fac
         replace_experts(layer, state, factors)
     for layer in layers:
         fuse_branches(layer, state)
+    if state.sparse_base is not None:
+        mask(state.masked, state.sparse_base)
     take_over(state)
     for module in _units(model, layers):
         mark_unit(module)
@@ -130,7 +138,7 @@ def _apply(model: nn.Module, layers: list[DecoderLayer], state: SparseState, fac
         if layer.index in sparse or (layer is last and trims):
             hook = LayerHook(context, layer.index, required=layer.index in sparse)
             state.handles.append(layer.entry.register_forward_pre_hook(hook, with_kwargs=True))
-    state.handles += merge_as_the_family(model, remove_sparselora)
+    state.handles += merge_as_the_family(model, _remove)
     # PEFT's wrapper hands on to the inner model; whichever of the two is called first opens the micro-batch.
     for entry in {id(m): m for m in (model, causal_lm(model))}.values():
         begin, finish = (OuterBeginHook, OuterFinishHook) if entry is model else (BeginHook, FinishHook)
@@ -204,6 +212,16 @@ def remove_sparselora(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: nothing was applied, or an engine has sharded the weights meanwhile.
     """
+    if masked := state_of(model).masked:
+        warnings.warn(
+            f"{len(masked)} adapters were trained under the mask of a pruned base (sparse_base), and without it are "
+            f"another model (first: {next(iter(masked))}): merge them before, or save them and use sparselora-dist merge",
+            stacklevel=2,
+        )
+    return _remove(model)
+
+
+def _remove(model: nn.Module) -> nn.Module:
     state = state_of(model)
     parts = [base_linear(getattr(parent, name)).parts[0] for parent, name, _ in state.linears]
     for part in [*parts, *(sparse.down_proj.parts[0] for sparse in state.experts)]:

@@ -15,6 +15,7 @@ from ..layers.ffn import SparseFFN
 from ..layers.joined import JoinedLoRA
 from ..layers.linear import AttentionChannels, Role, SparseProjection
 from ..layers.lora import fuse_lora, merge_by_layout, set_base_linear, unfuse_lora
+from ..layers.masked import unmask_lora
 from ..layers.plain_ffn import PlainFFN
 from ..layouts import BY_ROWS, FFN, DecoderLayer, UnsupportedModelError, base_linear, computes_linear
 from ..method.channels import ATTENTION, SCORED, TRANSPOSED
@@ -171,7 +172,9 @@ def fuse_branches(layer: DecoderLayer, state: SparseState) -> None:
         linears = [getattr(part.module, own) for own in part.names.values()]
         for linear in linears:
             merge_by_layout(linear)
-        fused = [linear for linear in linears if fuse_lora(linear, merge=state.config.merge_lora)]
+        masked = set(map(id, state.masked.values()))
+        free = [linear for linear in linears if id(linear) not in masked]
+        fused = [linear for linear in free if fuse_lora(linear, merge=state.config.merge_lora)]
         state.fused += fused
         apart = [layer.linear(name) for name in ATTENTION[:3] if name in part.names]
         if len(apart) == 3 and all(linear in fused for linear in apart):
@@ -209,5 +212,7 @@ def restore(state: SparseState) -> None:
     restore_experts(state)
     for layer in state.fused:
         unfuse_lora(layer)
+    for masked in state.masked.values():
+        unmask_lora(masked)
     for parent in state.estimated:
         delattr(parent, _ESTIMATOR)

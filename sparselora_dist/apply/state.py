@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ..config.sparse import SparseLoRAConfig
+from ..config.sparse_base import SparseBaseConfig
 from ..layers.context import SparseContext
 from ..layers.experts import SparseExperts
 from ..layers.plain_ffn import PlainFFN
@@ -39,6 +41,9 @@ class SparseState:
     """The modules of experts that were put in."""
     fused: list[nn.Module] = field(default_factory=list)
     """LoRA layers that compute base and branch together."""
+    sparse_base: SparseBaseConfig | None = None
+    masked: dict[str, LoraLayer] = field(default_factory=dict)
+    """LoRA layers that keep the zeros of a pruned base, by the base model's names."""
 
 
 def find_state(model: nn.Module) -> SparseState | None:

@@ -47,7 +47,9 @@ def other_methods(layers: list[DecoderLayer], error: UnsupportedModelError) -> U
         for name, module in layer.module.named_modules():
             where = f"{layer.path}.{name}"
             if isinstance(module, AuxiliaryTrainingWrapper):
-                return UnsupportedModelError(f"{where} is trained whole ({type(module).__name__}): {PLAIN_ONLY} ({error})")
+                return UnsupportedModelError(
+                    f"{where} is trained whole ({type(module).__name__}): {PLAIN_ONLY} ({error})"
+                )
             if isinstance(module, BaseTunerLayer) and not isinstance(module, LoraLayer):
                 return UnsupportedModelError(f"{where} carries a {_named(module)}: {PLAIN_ONLY} ({error})")
     return error

@@ -34,7 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target-flops", type=float, required=True, metavar="SHARE", help="of dense LoRA's FLOPs, such as 0.5"
     )
     parser.add_argument(
-        "--groups", default="", metavar="LIST", help="what may be sparse: ffn,qk,vo,experts (default: what the model has)"
+        "--groups",
+        default="",
+        metavar="LIST",
+        help="what may be sparse: ffn,qk,vo,experts (default: what the model has)",
     )
     parser.add_argument(
         "--levels", default="0.25,0.5,0.75,0.9,0.97,0.99", metavar="LIST", help="sparsities (default %(default)s)"

@@ -11,7 +11,7 @@ from annotated_types import Ge
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from .engine import EngineSection
-from .errors import ConfigError, require
+from .errors import ConfigError, require, show
 from .explain import keys_of
 from .files import load_file
 from .limits import Path, Positive, Says
@@ -20,6 +20,7 @@ from .model import Section, parse, section
 from .overrides import apply_overrides
 from .quantization import QuantizationSection
 from .sparse import SparseLoRAConfig
+from .sparse_base import SparseBaseConfig
 from .train import TrainSection
 
 ATTENTION_NAMES = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -107,6 +108,9 @@ class RunConfig(Section):
     sparse_lora: SparseLoRAConfig = field(default_factory=lambda: SparseLoRAConfig(enabled=False))
     """What is left out of the frozen matrices."""
 
+    sparse_base: SparseBaseConfig = field(default_factory=lambda: SparseBaseConfig(enabled=False))
+    """Whether the base is pruned and stays so."""
+
     quantization: QuantizationSection = field(default_factory=QuantizationSection)
     """How the frozen matrices are stored."""
 
@@ -123,6 +127,9 @@ class RunConfig(Section):
                 "'sparse_lora.enabled' is true, but 'sparse_lora.layers' is empty, so that nothing would be sparse: "
                 'name layers, such as {"ffn": {"3-30": 0.99}}, or set \'sparse_lora.enabled\' to false'
             )
+
+        if self.sparse_base.enabled:
+            self._check_masked()
 
         compute = self.quantization.bnb_4bit_compute_dtype
         if self.quantization.load_in_4bit and compute not in (None, self.model.dtype):
@@ -150,6 +157,21 @@ class RunConfig(Section):
                 f"{self.data.max_length} tokens: allowed: integers from {self.data.max_length}, or null"
             )
 
+    def _check_masked(self) -> None:
+        """An adapter under a mask is one product with one matrix."""
+        lora, branch = self.lora.values, self.sparse_lora.lora_branch
+        for key in ("lora_dropout", "lora_bias", "target_parameters"):
+            if lora.get(key):
+                raise ConfigError(
+                    f"'lora.{key}' is {show(lora[key])} with 'sparse_base.enabled': an adapter that keeps a pruned matrix' "
+                    "zeros is one matrix with it, without dropout, without a bias, and not on experts. Remove the key"
+                )
+        if self.sparse_lora.enabled and branch != "kept":
+            raise ConfigError(
+                f"'sparse_lora.lora_branch' is {show(branch)} with 'sparse_base.enabled': the branch is masked with the "
+                'matrix that it is added to, and so limited to its kept channels. Allowed: "kept"'
+            )
+
     @property
     def packing(self) -> bool:
         """Whether micro-batches are packed: as ``data.packing`` says, by default where the attention can."""
@@ -164,7 +186,8 @@ class RunConfig(Section):
 
     @classmethod
     def elsewhere(cls, key: str) -> str | None:
-        sections = (ModelSection, DataSection, TrainSection, SparseLoRAConfig, QuantizationSection, EngineSection)
+        sections: tuple[type[Section], ...] = (ModelSection, DataSection, TrainSection, SparseLoRAConfig)
+        sections += (SparseBaseConfig, QuantizationSection, EngineSection)
         homes = [f"'{section.PATH}.{key}'" for section in sections if key in (keys_of(section) or ())]
         return f" outside the sections: did you mean {' or '.join(homes)}?" if homes else None
 

@@ -23,7 +23,13 @@ from .trainer import SparseLoRACallback
 
 _AUTOMATIC = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
 """Axolotl's LoRA kernels, which it switches on by itself where the YAML is silent."""
-_REPLACING = (*_AUTOMATIC, "liger_glu_activation", "liger_swiglu", "liger_fused_linear_cross_entropy", "cut_cross_entropy")
+_REPLACING = (
+    *_AUTOMATIC,
+    "liger_glu_activation",
+    "liger_swiglu",
+    "liger_fused_linear_cross_entropy",
+    "cut_cross_entropy",
+)
 """What puts forwards of its own in the place of modules that are sparse, or of the loss at label positions."""
 
 

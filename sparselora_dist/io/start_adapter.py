@@ -158,7 +158,7 @@ def _said(lora: LoraSection, file: Path) -> LoraSection:
 
 def _check_zeros(described: Path, config: RunConfig) -> None:
     masked = read_json(described).get("sparse_base")
-    if masked and not getattr(getattr(config, "sparse_base", None), "enabled", False):
+    if masked and not config.sparse_base.enabled:
         raise ConfigError(
             f"{described} says 'sparse_base': the adapter was trained under the zeros of a pruned model, and computes "
             "something else without them. Set 'sparse_base.enabled' to true, or start from another adapter"

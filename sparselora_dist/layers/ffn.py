@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -17,7 +18,8 @@ from ..method.tokens import TokenPartition
 from .context import SparseContext
 from .estimator import FFNEstimator
 from .lora import low_rank_update
-from .neurons import Chosen, NeuronChooser, known, project, project_down, rows_and_channels
+from .masked import masked_by
+from .neurons import Chosen, NeuronChooser, known, project, project_down, project_up, rows_and_channels
 
 _GATED = ("gate_proj", "up_proj")
 
@@ -91,6 +93,8 @@ class SparseFFN(NeuronChooser, nn.Module):
         """``x`` (T, H) -> (T, H), the intermediate of context tokens as wide as what is ``chosen``; dense tokens are
         computed while the ranks' scores are on their way."""
         *first, outer = self.projections
+        if any(map(masked_by, first)):
+            return project_down(outer, *self._one_by_one(first, x, tokens, chosen), tokens, known(chosen))
         low = [low_rank_update(module, x) for module in first]
         gate, up = (_operands(first[i], low[i], rows) for i, rows in self._halves)
         hidden = gated_up(
@@ -110,19 +114,49 @@ class SparseFFN(NeuronChooser, nn.Module):
         )
         return project_down(outer, *hidden, tokens, known(chosen))
 
+    def _one_by_one(self, first: list[Any], x: Tensor, tokens: TokenPartition, chosen: Chosen) -> tuple[Tensor, Tensor]:
+        """What down is given, dense and context tokens apart, where a matrix before it is masked: each makes a matrix of
+        its size for its product, and both at once would make two."""
+        dense, context = tokens.dense.shape[0], tokens.context.shape[0]
+        wide, kept, starts = [], [], self._starts(first)
+        for module, at in zip(first, starts):
+            # A function is called once the dense tokens are under way.
+            of_matrix = partial(_at, chosen, at)
+            flat = project_up(module, x, tokens, of_matrix if callable(chosen) else of_matrix())
+            width = base_linear(module).out_features
+            parts = flat.split([dense * width, flat.shape[0] - dense * width])
+            wide.append(parts[0].view(dense, width))
+            narrow = parts[1].view(context, len(at) * known(chosen).shape[0])
+            kept.append(dict(zip(at, narrow.chunk(len(at), 1))))
+        whole_gate, whole_up = self._gate_and_up(wide)
+        kept_gate, kept_up = (kept[i][0 if rows is None else rows.start] for i, rows in self._halves)
+        return (
+            gated_product(whole_gate, whole_up, self.activation, compact=True),
+            gated_product(kept_gate, kept_up, self.activation, compact=True),
+        )
+
+    def _starts(self, first: list[Any]) -> list[list[int]]:
+        """For each matrix before down, the rows at which gate and up begin in it."""
+        starts: list[list[int]] = [[] for _ in first]
+        for i, rows in self._halves:
+            starts[i].append(0 if rows is None else rows.start)
+        return [sorted(at) for at in starts]
+
     def _whole_branch(self, x: Tensor, tokens: TokenPartition, chosen: Chosen) -> Tensor:
         """``x`` (T, H) -> (T, H), sparse in the frozen branch alone."""
         *first, down = self.projections
         lists = rows_and_channels(tokens, chosen)
-        starts: list[list[int]] = [[] for _ in first]
-        for i, rows in self._halves:
-            starts[i].append(0 if rows is None else rows.start)
         outputs = []
-        for module, at in zip(first, starts):
-            own = [lists["channels"] + start for start in sorted(at)]
-            outputs.append(project(module, x, {**lists, "channels": own[0] if len(own) == 1 else torch.cat(own)}))
+        for module, at in zip(first, self._starts(first)):
+            outputs.append(project(module, x, {**lists, "channels": _at(lists["channels"], at)}))
         gate, up = self._gate_and_up(outputs)
         return project(down, self.act_fn(gate) * up, lists)
+
+
+def _at(chosen: Chosen, starts: list[int]) -> Tensor:
+    """The channels in a matrix that holds several things, from ``starts`` on."""
+    own = [known(chosen) + start for start in starts]
+    return own[0] if len(own) == 1 else torch.cat(own)
 
 
 class _Operands(NamedTuple):

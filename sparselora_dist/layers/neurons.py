@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from sparselora_kernels import ffn_down, lora_linear, select_checked
+from sparselora_kernels import ffn_down, ffn_up, lora_linear, select_checked
 
 from ..codecs.linear import FrozenLinear, compute_input
 from ..layouts import base_linear
@@ -16,6 +16,7 @@ from ..method.tokens import TokenPartition
 from ..sync.masks import Site
 from .context import SparseContext
 from .lora import active_branches, kept_update, low_rank_update
+from .masked import masked_by
 from .micro_batch import MicroBatch
 from .traced import Handle, kept
 
@@ -88,8 +89,19 @@ def rows_and_channels(tokens: TokenPartition, chosen: Chosen) -> dict[str, Tenso
     return {"dense_rows": tokens.dense, "context_rows": tokens.context, "channels": known(chosen)}
 
 
+def project_up(outer: nn.Module, x: Tensor, tokens: TokenPartition, chosen: Chosen) -> Tensor:
+    """The first matrix of an FFN, with what its branch keeps: ``x`` (T, H) -> (D·I + n·k,), dense tokens first."""
+    if masked := masked_by(outer):
+        return masked.up(x, tokens, chosen)
+    base: FrozenLinear = base_linear(outer)
+    low, b = low_rank_update(outer, x)
+    return ffn_up(x, base.stored, tokens.dense, tokens.context, chosen, bias=base.bias, low=low, b=b)
+
+
 def project_down(outer: nn.Module, dense: Tensor, context: Tensor, tokens: TokenPartition, channels: Tensor) -> Tensor:
     """The down matrix, with what its branch keeps: ``dense`` (n, I) and ``context`` (m, k) -> (T, H)."""
+    if masked := masked_by(outer):
+        return masked.down(dense, context, tokens, channels)
     base: FrozenLinear = base_linear(outer)
     low_dense, low_context, b = kept_update(outer, dense, context, channels)
     return ffn_down(

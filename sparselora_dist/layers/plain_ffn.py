@@ -11,15 +11,12 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from sparselora_kernels import ffn_up
-
 from ..codecs.linear import compute_input
 from ..layouts import base_linear
 from ..method.tokens import TokenPartition
 from .context import SparseContext
 from .estimator import PlainFFNEstimator
-from .lora import low_rank_update
-from .neurons import Chosen, NeuronChooser, known, project, project_down, rows_and_channels
+from .neurons import Chosen, NeuronChooser, known, project, project_down, project_up, rows_and_channels
 
 
 class PlainFFN(NeuronChooser):
@@ -91,9 +88,7 @@ class PlainFFN(NeuronChooser):
         self._given = tokens, chosen, x.shape[:-1], whole
         if whole:
             return project(outer, flat, rows_and_channels(tokens, chosen)).view(*x.shape[:-1], -1)
-        base: Any = base_linear(outer)
-        low, b = low_rank_update(outer, flat)
-        y = ffn_up(flat, base.stored, tokens.dense, tokens.context, chosen, bias=base.bias, low=low, b=b)
+        y = project_up(outer, flat, tokens, chosen)
         return y.view(*(1 for _ in x.shape[:-1]), -1)
 
     def down(self, h: Tensor) -> Tensor | None:

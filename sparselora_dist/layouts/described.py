@@ -38,9 +38,7 @@ def _described(text: str, source: str) -> Any:
     check_text(config)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, attn_implementation="eager", trust_remote_code=False
-            )
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False)
     except Exception as error:
         raise ConfigError(f"{source}: Transformers makes no causal language model of it: {error}") from error
     check_known(model, decoder_layers(model))

@@ -49,7 +49,9 @@ class HeadGeometry:
             raise ValueError(f"head_dim {self.head_dim} is odd: rotary pairs need an even width")
 
     @classmethod
-    def of_pairs(cls, heads: int, kv_heads: int, head_dim: int, pairs: tuple[tuple[int, int], ...] | None) -> HeadGeometry:
+    def of_pairs(
+        cls, heads: int, kv_heads: int, head_dim: int, pairs: tuple[tuple[int, int], ...] | None
+    ) -> HeadGeometry:
         """With ``pairs`` left out where they are the usual ones."""
         usual = tuple((p, p + head_dim // 2) for p in range(head_dim // 2))
         return cls(heads=heads, kv_heads=kv_heads, head_dim=head_dim, pairs=None if pairs == usual else pairs)

@@ -77,7 +77,8 @@ def layer_shares(
         return kept_channels(group, count, sparsity) / count
 
     return tuple(
-        LayerShare(**{g: share(g, layer, by[layer]) for g, by in sparsity.items() if layer in by}) for layer in range(layers)
+        LayerShare(**{g: share(g, layer, by[layer]) for g, by in sparsity.items() if layer in by})
+        for layer in range(layers)
     )
 
 

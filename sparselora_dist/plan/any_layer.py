@@ -15,7 +15,18 @@ from ..layouts import DecoderLayer, base_linear, innermost
 from ..method.channels import SCORED, TRANSPOSED
 from .parts import Module, Parameter, Tree
 
-_ORDER = ("input", "pre_mixer", "ln_1", "attn", "attention", "mixer", "post_attention", "pre_feedforward", "ln_2", "pre_ff")
+_ORDER = (
+    "input",
+    "pre_mixer",
+    "ln_1",
+    "attn",
+    "attention",
+    "mixer",
+    "post_attention",
+    "pre_feedforward",
+    "ln_2",
+    "pre_ff",
+)
 
 
 def tree_of_model(builder: Any, model: Any, layers: list[DecoderLayer], rest: list[tuple[str, Any]]) -> Tree:

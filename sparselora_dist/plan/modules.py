@@ -48,7 +48,9 @@ def build_tree(shape: ModelShape, config: RunConfig, codec: Codec, adapter: torc
 
 def _finished(tree: Tree, config: RunConfig) -> Tree:
     tree.embedding.read_in_backward = False  # It is frozen.
-    tree.head.read_in_backward = not config.sparse_lora.skip_unused_logits  # Else the loss in chunks has read it already.
+    tree.head.read_in_backward = (
+        not config.sparse_lora.skip_unused_logits
+    )  # Else the loss in chunks has read it already.
     return tree
 
 

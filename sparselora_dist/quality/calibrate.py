@@ -251,7 +251,9 @@ class _Run:
 
     def _savings(self, layer: int) -> dict[str, dict[float, float]]:
         return {
-            group: {level: self.budget.saving((layer, group), self.keep[layer, group, level]) for level in self.asked.levels}
+            group: {
+                level: self.budget.saving((layer, group), self.keep[layer, group, level]) for level in self.asked.levels
+            }
             for group in self.asked.groups
             if (layer, group) in self.sites
         }

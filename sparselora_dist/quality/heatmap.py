@@ -11,7 +11,12 @@ from typing import Any
 
 from .budget import Site
 
-_NAMES = {"ffn": "FFN neurons", "qk": "query/key pairs", "vo": "value/output channels", "experts": "neurons of each expert"}
+_NAMES = {
+    "ffn": "FFN neurons",
+    "qk": "query/key pairs",
+    "vo": "value/output channels",
+    "experts": "neurons of each expert",
+}
 # From light to dark with the value, so that it also reads in grey; the red of the choice is in no colour of it.
 _COLOURS, _GRID, _MARK = "Blues", "#e1e1e1", "#d62728"
 # Inches. On a screen of 400 pixels the type of 11 points is 12 pixels high.

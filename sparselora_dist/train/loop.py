@@ -287,7 +287,7 @@ class TrainingLoop:
         folder = self.train.output_dir
         if step == 0:
             raise Stopped(f"{told}: no step was taken yet, {folder} holds nothing to resume: start the run again")
-        raise Stopped(f"{told}: saved checkpoint-{step} in {folder}; train.resume true (or \"auto\") continues it")
+        raise Stopped(f'{told}: saved checkpoint-{step} in {folder}; train.resume true (or "auto") continues it')
 
     def _restore(self, resumed: Checkpoint) -> None:
         self.saver.restore(resumed)

@@ -93,7 +93,7 @@ def on_disk(output_dir: Path) -> str:
     newest = newest_checkpoint(output_dir)
     if newest is None:
         return f"{output_dir} holds no checkpoint"
-    return f"the newest checkpoint is {newest}: train.resume true (or \"auto\") continues it"
+    return f'the newest checkpoint is {newest}: train.resume true (or "auto") continues it'
 
 
 def _ancestors() -> list[int]:

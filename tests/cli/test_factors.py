@@ -44,7 +44,9 @@ def _kept(path: Path) -> tuple[dict[int, set[int]], dict[int, set[int]]]:
     model, _ = build_model(config, engine.placement())
     inputs: dict[int, torch.Tensor] = {}
     for layer in decoder_layers(model):
-        layer.module.mlp.register_forward_pre_hook(lambda _, args, k=layer.index: inputs.update({k: args[0].flatten(0, 1)}))
+        layer.module.mlp.register_forward_pre_hook(
+            lambda _, args, k=layer.index: inputs.update({k: args[0].flatten(0, 1)})
+        )
     model(**collate(rows, [36, 37, 38, 39], padding_id(tokenizer)))
     # The last layer's FFN runs at label positions only and chooses no neurons.
     chosen = {k: set(groups["ffn"].tolist()) for k, groups in selection(model).items() if "ffn" in groups}

@@ -218,7 +218,9 @@ def test_a_reference_that_is_computed_before_is_refused(tiny: Tiny, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("loss", "whole"), [("nll", True), ("chunked_nll", False)])
-def test_an_sft_trainer_that_reads_every_logit_gets_them(loss: str, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_sft_trainer_that_reads_every_logit_gets_them(
+    loss: str, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As TRL's did before 1.16, for its metrics."""
 
     class SFTTrainer:

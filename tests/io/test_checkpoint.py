@@ -116,7 +116,9 @@ def test_a_missing_or_broken_manifest(model: PeftModel, tmp_path: Path) -> None:
 def test_a_manifest_that_verifies_nothing(model: PeftModel, tmp_path: Path, content: str) -> None:
     path = save_checkpoint(model, make(model), tmp_path)
     (path / "manifest.json").write_text(content)
-    with pytest.raises(CorruptFileError, match=r"manifest.json (has no SHA-256 of adapter/.*state.json|cannot be read)"):
+    with pytest.raises(
+        CorruptFileError, match=r"manifest.json (has no SHA-256 of adapter/.*state.json|cannot be read)"
+    ):
         load_checkpoint(path)
 
 

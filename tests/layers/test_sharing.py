@@ -174,7 +174,9 @@ def test_the_token_partition_is_made_once(monkeypatch: pytest.MonkeyPatch) -> No
 
     made: list[Tensor] = []
     plain = module.partition_tokens
-    monkeypatch.setattr(module, "partition_tokens", lambda labels, *a, **k: made.append(labels) or plain(labels, *a, **k))
+    monkeypatch.setattr(
+        module, "partition_tokens", lambda labels, *a, **k: made.append(labels) or plain(labels, *a, **k)
+    )
     _, run = watched()
     data = batch()
     run(data), reference(run, data)

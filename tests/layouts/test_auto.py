@@ -42,7 +42,9 @@ def test_a_named_layer_that_cannot_is_refused() -> None:
 def test_a_run_refuses_what_has_no_known_layer_before_it_loads() -> None:
     data = {"model": {"name_or_path": "x"}, "data": {"train": "x"}, "train": {"output_dir": "x"}}
     sparse = {"sparse_lora": {"layers": {"ffn": {"0": 0.5}}}}
-    with pytest.raises(UnsupportedModelError, match=r"'rwkv'\) is not supported: .* not known \(ffn: .*RwkvFeedForward"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"'rwkv'\) is not supported: .* not known \(ffn: .*RwkvFeedForward"
+    ):
         fit_run(RunConfig.from_dict(data | sparse), tiny_config("rwkv"))
 
 

@@ -69,7 +69,10 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
         ({"num_hidden_layers": None}, "'num_hidden_layers' is None"),
         ({"num_key_value_heads": 4}, "6 query heads are not a multiple of 4 key/value heads"),
         ({"model_type": "rwkv"}, r"'rwkv'\) is not supported: rwkv\.blocks\.0 is not known"),
-        ({"model_type": "nonsense"}, "'model_type' is 'nonsense': allowed: types that the installed Transformers knows"),
+        (
+            {"model_type": "nonsense"},
+            "'model_type' is 'nonsense': allowed: types that the installed Transformers knows",
+        ),
     ],
 )
 def test_bad_configs_are_named(change: dict[str, object], message: str, tmp_path: Path) -> None:

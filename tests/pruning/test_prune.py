@@ -198,7 +198,9 @@ OTHERS = [("gpt2", r"has attn\.c_attn\.weight, which"), ("qwen3_moe", r"has mlp\
 @pytest.mark.parametrize(("family", "told"), OTHERS)
 def test_layers_of_more_than_linears_are_refused(family: str, told: str, tmp_path: Path) -> None:
     tiny_model(family).save_pretrained(tmp_path / "model")
-    asked = Pruning(model=str(tmp_path / "model"), method="magnitude", pattern=Pattern.share(0.5), output=tmp_path / "out")
+    asked = Pruning(
+        model=str(tmp_path / "model"), method="magnitude", pattern=Pattern.share(0.5), output=tmp_path / "out"
+    )
     with pytest.raises(ValueError, match=told):
         prune(asked)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -189,7 +189,9 @@ def test_adapters_on_experts_by_name(tmp_path: Path) -> None:
     assert sum("experts" in name for name in mine) == 4 * 4  # A and B of two matrices in four layers.
     fit_run(asking("model.layers.3.mlp.experts.down_proj", "layers.2.mlp.experts.gate_up_proj"), base)
     for wrong in ("mlp.experts.gate_proj", "self_attn.q_proj.weight", "up_down_proj"):
-        with pytest.raises(ConfigError, match=rf"'lora.target_parameters' holds '{wrong}'.*allowed: mlp.experts.down_proj"):
+        with pytest.raises(
+            ConfigError, match=rf"'lora.target_parameters' holds '{wrong}'.*allowed: mlp.experts.down_proj"
+        ):
             fit_run(asking(wrong), base)
     dense = made("smollm3", tmp_path / "dense")
     with pytest.raises(ConfigError, match="no routed experts: use target_modules"):

@@ -38,9 +38,17 @@ def some(channels: int, kept: int) -> Tensor:
     return torch.randperm(channels)[:kept].sort().values
 
 
-def nf4(weight: Tensor) -> tuple[EncodedWeight, Tensor]:
+def pruned(shape: tuple[int, int]) -> Tensor:
+    """A random matrix with half of its values zero, but not all."""
+    weight = torch.randn(shape)
+    weight[torch.rand(shape) < 0.5] = 0
+    weight[-1, -1] = 0.7
+    return weight
+
+
+def nf4(weight: Tensor, double_quant: bool = True) -> tuple[EncodedWeight, Tensor]:
     """A matrix (C, length) in NF4, and the values that it then has, in fp32."""
-    codec = NF4Codec(double_quant=True)
+    codec = NF4Codec(double_quant=double_quant)
     encoded = codec.encode(weight, 0)
     stored = unpack(codec.stored(tuple(encoded.values()), weight.shape[1]))
     return stored, stored.decode(None, torch.float32)

@@ -50,7 +50,9 @@ def commands(page: str) -> list[Command]:
     for block in blocks(page):
         for line in block.replace("\\\n", " ").splitlines():
             words = tuple(shlex.split(line))
-            at = next((i for i, word in enumerate(words) if word.startswith("examples/") and word.endswith(".py")), None)
+            at = next(
+                (i for i, word in enumerate(words) if word.startswith("examples/") and word.endswith(".py")), None
+            )
             if at is not None:
                 found.append(Command(words[:at], words[at:]))
     return found

@@ -24,7 +24,14 @@ _TEXT: dict[str, Any] = {
 # Angles of time, height and width.
 _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
 _CLIP = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14}
-_QWEN = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "patch_size": 14, "out_hidden_size": 64}
+_QWEN = {
+    "depth": 2,
+    "hidden_size": 32,
+    "num_heads": 2,
+    "intermediate_size": 48,
+    "patch_size": 14,
+    "out_hidden_size": 64,
+}
 _QWEN_TOP = {"video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": START + 1}
 
 

@@ -39,7 +39,9 @@ class ByRanks(LoadScopeScheduling):
         return unit(nodeid.partition("::")[0])
 
     def _assign_work_unit(self, node: Any) -> None:
-        others = [scope for other, work in self.assigned_work.items() if other is not node for scope in self._open(work)]
+        others = [
+            scope for other, work in self.assigned_work.items() if other is not node for scope in self._open(work)
+        ]
         wanted = not any(map(starts_ranks, others))
         found = next((scope for scope in self.workqueue if starts_ranks(scope) == wanted), None)
         if found is not None:

@@ -7,10 +7,8 @@ One equality and boxes: an optimum fills the layers from the smallest p_i on, so
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
 
 BETA = {"sparsegpt": 100.0}
 """β by method; 1 of the others."""
@@ -21,15 +19,15 @@ def leeway(sparsity: float) -> float:
     return 0.01 if sparsity <= 0.5 else 0.02 if sparsity <= 0.6 else 0.03
 
 
-def importance(similarity: Tensor, beta: float) -> list[float]:
+def importance(alike: Sequence[float], beta: float) -> list[float]:
     """p_i: small where a layer's inputs are like the other layers'.
 
     Args:
-        similarity: (L, L), CKA of the layers' inputs.
+        alike: c_i, the sum of its inputs' CKA with the other layers'.
         beta: how much that counts.
     """
-    alike = similarity.double().sum(1) - similarity.double().diagonal()
-    return torch.exp(-beta * alike / alike.sum()).tolist()
+    total = sum(alike)
+    return [math.exp(-beta * one / total) for one in alike]
 
 
 def layer_shares(importance: Sequence[float], sparsity: float, delta: float, weights: Sequence[int]) -> list[float]:

@@ -44,8 +44,8 @@ class GrowingModel:
             if different := [key for key in {**record, **begun} if begun.get(key) != record.get(key)]:
                 key = different[0]
                 raise ConfigError(
-                    f"{self.folder} was begun with {key} {begun.get(key)!r}, not {record.get(key)!r}: give what it was begun "
-                    "with to go on, or remove it"
+                    f"{self.folder} was begun with {key} {begun.get(key)!r}, not {record.get(key)!r}: give what it was "
+                    "begun with to go on, or remove it"
                 )
             return
         size = sum(math.prod(info.shape) for info in files.tensors.values()) * getattr(torch, record["dtype"]).itemsize

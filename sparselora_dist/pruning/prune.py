@@ -28,6 +28,7 @@ from .pattern import Pattern
 from .source import Source
 from .statistics import Inputs, gather, parts_of, sharers
 
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pruning:
     """What is asked for.

@@ -8,18 +8,21 @@ can be loaded. What cannot be done (4-bit or sharded weights) is refused before 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..codecs import PlainCodec
 from ..codecs.linear import FrozenLinear, FrozenMatrix
+from ..io.marker import tell_reader
 from ..layers.estimator import AttentionEstimator, ExpertsEstimator, FFNEstimator, PlainFFNEstimator
 from ..layers.experts import SparseExperts
 from ..layers.lora import cannot_merge, merge_by_layout, set_base_linear
 from ..layers.masked import mask_delta
 from ..layouts import causal_lm, decoder_layers
 from ..sharding.parameters import distribute_like, is_dtensor
+from .marking import all_marked, mark_adapters
 from .state import state_of
 
 _ESTIMATORS = (FFNEstimator, PlainFFNEstimator, AttentionEstimator, ExpertsEstimator)
@@ -97,7 +100,19 @@ class _Inject(_Override):
                     f"the adapter {adapter_name!r} is on {name} (target_parameters), a matrix of experts that are sparse: "
                     "add it before apply_sparselora"
                 )
-        return super().__call__(model, adapter_name, *args, **kwargs)
+        result = super().__call__(model, adapter_name, *args, **kwargs)
+        mark_adapters(self.owner.peft_config, state_of(self.model).masked)
+        return result
+
+
+class _Card(_Override):
+    """PEFT's ``create_or_update_model_card``, which it calls where it saves."""
+
+    def __call__(self, output_dir: str) -> Any:
+        result = super().__call__(output_dir)
+        if modules := all_marked(self.owner.peft_config.values()):
+            tell_reader(Path(output_dir) / "README.md", modules)
+        return result
 
 
 class _Save(_Override):
@@ -188,5 +203,5 @@ def merge_as_the_family(model: nn.Module, remove: Callable[[nn.Module], nn.Modul
     tuner = getattr(model, "base_model", None)
     if lm is not model and hasattr(type(tuner), "_unload_and_optionally_merge"):
         handles += [_Unload(tuner, model, remove), _MergeAdapter(tuner, "merge_adapter", model)]
-        handles.append(_Inject(tuner, "inject_adapter", model))
+        handles += [_Inject(tuner, "inject_adapter", model), _Card(model, "create_or_update_model_card", model)]
     return handles

@@ -32,6 +32,7 @@ from ..sharding.units import mark_unit, unmark_unit
 from ..sync.masks import MaskSync
 from .experts import replace_experts
 from .factors import estimator_factors
+from .marking import mark_adapters
 from .masking import find_pruned, mask
 from .merging import merge_as_the_family
 from .replace import check_frozen, fuse_branches, replace_attention, replace_ffn, restore, take_over
@@ -138,6 +139,7 @@ def _apply(model: nn.Module, layers: list[DecoderLayer], state: SparseState, fac
         if layer.index in sparse or (layer is last and trims):
             hook = LayerHook(context, layer.index, required=layer.index in sparse)
             state.handles.append(layer.entry.register_forward_pre_hook(hook, with_kwargs=True))
+    mark_adapters(getattr(model, "peft_config", {}), state.masked)
     state.handles += merge_as_the_family(model, _remove)
     # PEFT's wrapper hands on to the inner model; whichever of the two is called first opens the micro-batch.
     for entry in {id(m): m for m in (model, causal_lm(model))}.values():

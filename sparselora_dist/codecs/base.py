@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sparselora_kernels import Weight
+from sparselora_kernels import EncodedWeight, Weight
 from sparselora_kernels.stored import unpack
 
 from ..sharding.placement import Share, alone
@@ -58,8 +58,11 @@ class Codec(ABC):
     def stored(self, parts: tuple[Tensor, ...], length: int) -> Weight:
         """The parts, in the order of :meth:`parts`, as the kernels take them."""
 
+    def whole(self, matrix: Tensor) -> EncodedWeight:
+        """A whole matrix (C, length), stored."""
+        encoded = self.encode(matrix, 0)
+        return unpack(self.stored(tuple(encoded[name] for name in self.parts(matrix.shape[1])), matrix.shape[1]))
+
     def roundtrip(self, matrix: Tensor) -> Tensor:
         """What a whole matrix (C, length) becomes by being stored, in its own dtype."""
-        encoded = self.encode(matrix, 0)
-        weight = self.stored(tuple(encoded[name] for name in self.parts(matrix.shape[1])), matrix.shape[1])
-        return unpack(weight).decode(None, matrix.dtype)
+        return self.whole(matrix).decode(None, matrix.dtype)

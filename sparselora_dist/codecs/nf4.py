@@ -59,7 +59,7 @@ class NF4Codec(Codec):
         length = rows.shape[1]
         if padding := -length % BLOCK:
             rows = torch.nn.functional.pad(rows, (0, padding))
-        codes, absmax = _quantize(rows.contiguous(), length)
+        codes, absmax = quantize_rows(rows.contiguous(), length)
         if not self.double_quant:
             return {"codes": codes, "scales": _bytes(absmax)}
         return {"codes": codes, "scales": pack_scales(*quantize_absmax(absmax, first, share(absmax)), first)}
@@ -68,7 +68,7 @@ class NF4Codec(Codec):
         return EncodedWeight(parts, nf4_layout(length, self.double_quant))
 
 
-def _quantize(rows: Tensor, length: int) -> tuple[Tensor, Tensor]:
+def quantize_rows(rows: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Codes (n, padded / 2) uint8 and absmax (n, nb) fp32 of rows of whole blocks."""
     n, padded = rows.shape
     if not n:

@@ -2,7 +2,8 @@
 
     merged = base + scaling · (B @ A)    in fp32, rounded once
 
-``base`` is what training saw: the checkpoint's weights, or what 4-bit storage makes of them.
+``base`` is what training saw: the checkpoint's weights, or what 4-bit storage makes of them. An adapter that was trained under
+the zeros of a pruned model says so, and its sum is zero wherever ``base`` is.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from tqdm import tqdm
 
 from ..codecs import NF4Codec
 from .manifest import publish
-from .merge_adapter import Adapter
+from .marker import KEY
+from .merge_4bit import FourBit
+from .merge_adapter import CONFIG_FILE, Adapter
 from .merge_base import BaseWeights
-from .model_folder import copy_companions, output_config, save_tensors, write_json
+from .model_folder import PRUNING_FILE, copy_companions, output_config, save_tensors, write_json
 from .shard_files import INDEX_FILE
 
 log = logging.getLogger(__name__)
@@ -41,16 +44,23 @@ class MergeSummary:
     """Bytes of all tensors."""
     merged: int
     """Matrices that a LoRA delta was added to."""
+    masked: int
+    """Those of them that are zero wherever the base is."""
     replaced: int
     """Tensors that the adapter holds whole (``modules_to_save``, biases)."""
     dequantized: int
     """Matrices that are what 4-bit storage makes of them."""
     dtype: str
+    """Of what is not in 4 bits."""
+    quantized: int
+    """Matrices that are written in 4 bits."""
 
     def __str__(self) -> str:
         words = [f"merged {self.merged} matrices"]
+        words += [f"kept the zeros of {self.masked} matrices"] if self.masked else []
         words += [f"replaced {self.replaced} tensors"] if self.replaced else []
         words += [f"dequantised {self.dequantized} matrices"] if self.dequantized else []
+        words += [f"quantised {self.quantized} matrices to nf4"] if self.quantized else []
         files = "1 file" if self.files == 1 else f"{self.files} files"
         return f"wrote {self.output}: {files}, {self.size / 1e9:.3g} GB in {self.dtype}; {', '.join(words)}"
 
@@ -62,6 +72,7 @@ def merge_adapter(
     *,
     dtype: str = "bfloat16",
     load_in_4bit: bool = False,
+    save_in_4bit: bool = False,
     double_quant: bool = True,
 ) -> MergeSummary:
     """Write the base model with the adapter merged into it, in the base's own shard layout.
@@ -75,11 +86,13 @@ def merge_adapter(
         output: must not exist.
         dtype: of the result, and what training computed in: ``bfloat16``, ``float32`` or ``float16``.
         load_in_4bit: the adapter was trained with ``quantization.load_in_4bit``.
-        double_quant: that run's ``quantization.bnb_4bit_use_double_quant``.
+        save_in_4bit: write the linears' weights in NF4, as bitsandbytes quantises the merged model in ``dtype``.
+        double_quant: that run's ``quantization.bnb_4bit_use_double_quant``, and that of the output in 4 bits.
 
     Raises:
-        ValueError, OSError: see :class:`BaseWeights` and :class:`Adapter`; an output that exists or does not fit on
-            the disk; a result that is not finite.
+        ValueError, OSError: see :class:`BaseWeights`, :class:`Adapter` and :class:`FourBit`; an output that exists or does
+            not fit on the disk; a result that is not finite; an adapter that was trained under zeros which the base does
+            not have.
     """
     base, adapter, output = Path(base), Path(adapter), Path(output).absolute()
     if dtype not in DTYPES:
@@ -92,9 +105,11 @@ def merge_adapter(
     weights = BaseWeights(base, NF4Codec(double_quant=double_quant) if load_in_4bit else None, DTYPES[dtype])
     has_head = weights.head in weights.shapes
     lora.resolve(weights.shapes if has_head else {**weights.shapes, weights.head: weights.shapes[weights.embedding]})
+    four_bit = FourBit(weights, double_quant, DTYPES[dtype]) if save_in_4bit else None
     untied = _resolve_tied(weights, lora, has_head)
+    _check_zeros(weights, lora)
     _warn_about_another_base(weights, lora)
-    return _write(weights, lora, output, dtype, untied)
+    return _write(weights, lora, output, dtype, untied, four_bit)
 
 
 def _resolve_tied(weights: BaseWeights, lora: Adapter, has_head: bool) -> bool:
@@ -119,6 +134,22 @@ def _resolve_tied(weights: BaseWeights, lora: Adapter, has_head: bool) -> bool:
     return True
 
 
+def _check_zeros(weights: BaseWeights, lora: Adapter) -> None:
+    """Refuse a base that is not pruned where the adapter says that it is."""
+    for name in sorted(lora.masked):
+        if (share := weights.zeros(name)) < weights.least_zeros(name):
+            raise ValueError(
+                f"{lora.folder / CONFIG_FILE}: {KEY!r} says that the adapter was trained under the zeros of "
+                f"{name.removesuffix('.weight')!r}, but {share:.2%} of that matrix of {weights.folder} are zero: it is not the "
+                "pruned model. Give that one as --base"
+            )
+    if (weights.folder / PRUNING_FILE).is_file() and lora.deltas and not lora.masked:
+        log.warning(
+            "%s is a pruned model, and the adapter %s was not trained under its zeros (no %r in %s): they are filled",
+            weights.folder, lora.folder, KEY, CONFIG_FILE,
+        )  # fmt: skip
+
+
 def _warn_about_another_base(weights: BaseWeights, lora: Adapter) -> None:
     trained_on = str(lora.config.base_model_name_or_path or "")
     # The name of the folder, or the folder of the hub's cache: models--org--name/snapshots/<revision>.
@@ -130,60 +161,91 @@ def _warn_about_another_base(weights: BaseWeights, lora: Adapter) -> None:
         )  # fmt: skip
 
 
-def _write(weights: BaseWeights, lora: Adapter, output: Path, dtype: str, untied: bool) -> MergeSummary:
+def _write(
+    weights: BaseWeights, lora: Adapter, output: Path, dtype: str, untied: bool, four_bit: FourBit | None
+) -> MergeSummary:
     target = DTYPES[dtype]
     names = list(weights.shapes)
-    sizes = {name: math.prod(weights.shapes[name]) * _itemsize(weights, name, target) for name in names}
-    summary = MergeSummary(
-        output=output,
-        files=len(weights.shards),
-        size=sum(sizes.values()),
-        merged=sum(len(delta.keys) == 2 for delta in lora.deltas.values()),
-        replaced=len(lora.replaced),
-        dequantized=sum(weights.dequantized(name) and name not in lora.replaced for name in names),
-        dtype=dtype,
-    )
     output.parent.mkdir(parents=True, exist_ok=True)
+    needed = sum(_size(weights, name, target, four_bit) for name in names)
     free = shutil.disk_usage(output.parent).free
-    if free < summary.size:
-        raise OSError(f"{output.parent} has {free} bytes free, the merged model needs {summary.size}")
+    if free < needed:
+        raise OSError(f"{output.parent} has {free} bytes free, the merged model needs {needed}")
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    weight_map: dict[str, str] = {}
+    size = 0
     try:
         temporary.mkdir()
         for file, members in tqdm(weights.shards.items(), desc="merging", unit="shard", disable=None):
-            save_tensors({name: _merged(weights, lora, name, target) for name in members}, temporary / file)
+            shard = _shard(weights, lora, members, target, four_bit)
+            save_tensors(shard, temporary / file)
+            weight_map |= dict.fromkeys(shard, file)
+            size += sum(tensor.nbytes for tensor in shard.values())
+            del shard
         if weights.files.sharded:
-            total = {"total_parameters": sum(math.prod(shape) for shape in weights.shapes.values())}
-            total["total_size"] = summary.size
-            write_json(
-                {
-                    "metadata": total,
-                    "weight_map": {name: file for file, members in weights.shards.items() for name in members},
-                },
-                temporary / INDEX_FILE,
-            )
-        write_json(output_config(weights.raw_config, dtype, untied), temporary / "config.json")
+            total = {"total_parameters": sum(math.prod(shape) for shape in weights.shapes.values()), "total_size": size}
+            write_json({"metadata": total, "weight_map": weight_map}, temporary / INDEX_FILE)
+        config = output_config(weights.raw_config, dtype, untied)
+        if four_bit:
+            config["quantization_config"] = four_bit.section
+        write_json(config, temporary / "config.json")
         copy_companions(weights.folder, temporary)
+        record = weights.folder / PRUNING_FILE
+        if record.is_file() and lora.masked >= {name for name in lora.deltas if name.endswith(".weight")}:
+            shutil.copyfile(record, temporary / PRUNING_FILE)  # It tells the truth of the output still.
         if output.exists():
             raise FileExistsError(f"{output} was made by something else meanwhile")
         publish(temporary, output)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return summary
+    return MergeSummary(
+        output=output,
+        files=len(weights.shards),
+        size=size,
+        merged=sum(len(delta.keys) == 2 for delta in lora.deltas.values()),
+        masked=len(lora.masked),
+        replaced=len(lora.replaced),
+        dequantized=sum(weights.dequantized(name) and name not in lora.replaced for name in names),
+        dtype=dtype,
+        quantized=len(four_bit.names) if four_bit else 0,
+    )
 
 
-def _itemsize(weights: BaseWeights, name: str, target: torch.dtype) -> int:
-    return target.itemsize if weights.is_float(name) else weights.files.get(name).dtype.itemsize
+def _shard(
+    weights: BaseWeights, lora: Adapter, members: list[str], target: torch.dtype, four_bit: FourBit | None
+) -> dict[str, Tensor]:
+    """All tensors of a file of the output."""
+    shard: dict[str, Tensor] = {}
+    for name in members:
+        value = _merged(weights, lora, name, target)
+        shard |= four_bit.tensors(name, value) if four_bit else {name: value}
+    return shard
+
+
+def _size(weights: BaseWeights, name: str, target: torch.dtype, four_bit: FourBit | None) -> int:
+    """Bytes on the disk, about where they are in 4 bits."""
+    if four_bit and (size := four_bit.bytes_of(name, weights.shapes[name])) is not None:
+        return size
+    itemsize = target.itemsize if weights.is_float(name) else weights.files.get(name).dtype.itemsize
+    return math.prod(weights.shapes[name]) * itemsize
 
 
 def _merged(weights: BaseWeights, lora: Adapter, name: str, target: torch.dtype) -> Tensor:
     """One tensor of the output."""
-    replacement = lora.replaced.get(name)
-    value = weights.get(name) if replacement is None else lora.files.get(replacement)
+    replacement, kept = lora.replaced.get(name), None
+    if replacement is not None:
+        value = lora.files.get(replacement)
+    elif name in lora.masked:
+        value, kept = weights.masked(name)
+    else:
+        value = weights.get(name)
     if not weights.is_float(name):
         return value.contiguous()
-    result = lora.add(name, value).to(target).contiguous()
+    result = lora.add(name, value)
+    if kept is not None:
+        result.masked_fill_(kept.logical_not(), 0.0)
+    result = result.to(target).contiguous()
     # The extremes are NaN where any value is; unlike isfinite() they take no memory.
     if result.numel() and not all(extreme.isfinite() for extreme in result.aminmax()):
         raise ValueError(

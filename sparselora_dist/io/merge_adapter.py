@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from .adapter import ADAPTER_FILE
 from .adapter_config import CONFIG_FILE, PREFIX, read_adapter_config, stored_shape
 from .manifest import CorruptFileError
-from .shard_files import TensorFiles
+from .marker import KEY, marked_modules
+from .shard_files import TensorFiles, read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,24 +29,23 @@ class Delta:
 class Adapter:
     """A PEFT folder with a LoRA adapter.
 
-    Args:
-        folder: with ``adapter_config.json`` and the tensors.
-        also: keys of the config that whoever reads it takes into account, beside those that a merge does.
-
     Attributes:
         config: PEFT's ``LoraConfig``.
         deltas: by the name of the base tensor.
         replaced: key in the adapter file by the name of the base tensor (``modules_to_save``, trained biases).
+        masked: names of the base tensors whose zeros it was trained under.
 
     Raises:
         FileNotFoundError, CorruptFileError: a missing, truncated or inconsistent file.
         ValueError: not plain LoRA; the key of ``adapter_config.json`` is named.
     """
 
-    def __init__(self, folder: Path, also: Container[str] = ()) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path = folder / ADAPTER_FILE
-        self.config = read_adapter_config(folder / CONFIG_FILE, "merged", also)
+        self.config = read_adapter_config(folder / CONFIG_FILE, "merged", (KEY,))
+        marked = marked_modules(read_json(folder / CONFIG_FILE), folder / CONFIG_FILE)
+        self.masked = {f"{module}.weight" for module in marked}
         self.files = TensorFiles(folder, [ADAPTER_FILE])
         self.deltas: dict[str, Delta] = {}
         self.replaced: dict[str, str] = {}
@@ -69,6 +69,13 @@ class Adapter:
         if not factors and not self.replaced:
             raise CorruptFileError(f"{self.path} is empty")
         self._check_targets(set(factors), shapes)
+        for name in sorted(self.masked):
+            for where, lacks in (("the base model", name not in shapes), (self.path, name not in self.deltas)):
+                if lacks:
+                    raise CorruptFileError(
+                        f"{self.folder / CONFIG_FILE}: {KEY!r} names {name.removesuffix('.weight')!r}, which {where} does "
+                        "not have"
+                    )
 
     def touches(self, name: str) -> bool:
         return name in self.deltas or name in self.replaced

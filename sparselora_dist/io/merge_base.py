@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparselora_kernels import EncodedWeight, nonzero
+
 from ..codecs import NF4Codec
+from ..codecs.nf4_files import nonzero_of_codes
 from ..layouts import UnsupportedModelError, check_config, decoder_layers
 from ..method.channels import TRANSPOSED
 from .manifest import CorruptFileError
-from .shard_files import TensorFiles, read_json
+from .shard_files import TensorFiles, read_json, spaced
 from .stored_names import find_names
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -33,6 +36,7 @@ class BaseWeights:
         shapes: of every matrix and vector by name.
         shards: the names by file, in the files' order.
         raw_config: the contents of ``config.json``.
+        quantized: the names of 4-bit matrices, and of all the tensors that describe each.
 
     Raises:
         FileNotFoundError, CorruptFileError: see :meth:`TensorFiles.of_model`; also a tensor that is missing or has
@@ -46,22 +50,22 @@ class BaseWeights:
             raise FileNotFoundError(f"--base {folder} is not a folder; download the model first")
         self.folder, self.codec, self.dtype = folder, codec, dtype
         self.raw_config = read_json(folder / "config.json")
-        config, model = _without_weights(folder)
+        config, model = meta_model(folder)
         self.tied = bool(getattr(config, "tie_word_embeddings", False))
         self._check_quantization()
         self.files = TensorFiles.of_model(folder)
         find_names(model, self.files)
         names = {module: f"{path}.weight" for path, module in model.named_modules()}
-        self.head = self._key(names[model.get_output_embeddings()])
-        self.embedding = self._key(names[model.get_input_embeddings()])
+        self.head = self.key(names[model.get_output_embeddings()])
+        self.embedding = self.key(names[model.get_input_embeddings()])
         self._expected, self._decoder = self._named(model)
-        self._encoded = self._find_encoded()
-        if (self._encoded or codec is not None) and find_spec("bitsandbytes") is None:
+        self.quantized = self._find_encoded()
+        if (self.quantized or codec is not None) and find_spec("bitsandbytes") is None:
             raise ValueError("4-bit weights need bitsandbytes: pip install 'sparselora-dist[quantization]'")
         self._head_is_embedding = False
-        states = {state for states in self._encoded.values() for state in states}
+        states = {state for states in self.quantized.values() for state in states}
         self.shapes = {name: info.shape for name, info in self.files.tensors.items() if name not in states}
-        self.shapes |= {name: self._encoded_shape(name) for name in self._encoded}
+        self.shapes |= {name: self._encoded_shape(name) for name in self.quantized}
         self._check()
 
     @property
@@ -74,7 +78,7 @@ class BaseWeights:
 
     def is_float(self, name: str) -> bool:
         """Whether a tensor is cast to the output's dtype: the model's own are, a leftover buffer in the files is not."""
-        if name in self._encoded or (name == self.head and self._head_is_embedding):
+        if name in self.quantized or (name == self.head and self._head_is_embedding):
             return True
         return name in self._expected and self._stored(name) in FLOATS
 
@@ -83,7 +87,7 @@ class BaseWeights:
 
     def dequantized(self, name: str) -> bool:
         """Whether :meth:`get` gives what 4-bit storage makes of the matrix."""
-        return name in self._encoded or (not self._encoded and self.codec is not None and name in self._decoder)
+        return name in self.quantized or (not self.quantized and self.codec is not None and name in self._decoder)
 
     def untie(self) -> None:
         """Give the LM head, which a tied model shares with the embedding, a matrix of its own."""
@@ -94,21 +98,51 @@ class BaseWeights:
         """One tensor, whole; a 4-bit one in the training dtype, any other as the file has it."""
         if name == self.head and self._head_is_embedding:
             return self.files.get(self.embedding)
-        value = self._decode(name) if name in self._encoded else self.files.get(name)
+        value = self._decode(name) if name in self.quantized else self.files.get(name)
+        return value if (stored := self._stored_again(name, value)) is None else stored[0]
+
+    def masked(self, name: str) -> tuple[Tensor, Tensor]:
+        """A matrix as :meth:`get` gives it, and where it is not zero in what training saw; of 4-bit codes where the code
+        is not that of zero."""
+        value = self._decode(name) if name in self.quantized else self.files.get(name)
+        if (stored := self._stored_again(name, value)) is not None:
+            decoded, weight, transposed = stored
+            kept = nonzero(weight)
+            return decoded, kept.t() if transposed else kept
+        if name in self.quantized:
+            return value, nonzero_of_codes(self.files.get(name), self.shapes[name])
+        return value, value != 0
+
+    def zeros(self, name: str) -> float:
+        """Share of zeros of a matrix in the files: of some values, and where these have hardly any, of all."""
+        value, coded = self.files.get(name), name in self.quantized
+        for part in (spaced(value), value):
+            kept = nonzero_of_codes(part, (2 * part.numel(),)) if coded else part != 0
+            share = 1 - kept.double().mean().item()
+            if share >= self.least_zeros(name):
+                break
+        return share
+
+    def least_zeros(self, name: str) -> float:
+        """The share of zeros below which a matrix is not taken for a pruned one."""
+        return 0.12 if name in self.quantized else 0.01  # 4-bit codes of weights without zeros have 9 % of them.
+
+    def _stored_again(self, name: str, value: Tensor) -> tuple[Tensor, EncodedWeight, bool] | None:
+        """Of a matrix that training quantised: what it became (out, in), as it was stored, and whether transposed."""
         kind = self._decoder.get(name)
-        if self.codec is None or kind is None or (name in self._encoded and kind not in TRANSPOSED):
-            return value
-        if self._encoded and name not in self._encoded:  # Training keeps what a quantised checkpoint left as it was.
-            return value
-        value = value.to(self.dtype)
+        if self.codec is None or kind is None or (name in self.quantized and kind not in TRANSPOSED):
+            return None
+        if self.quantized and name not in self.quantized:  # Training keeps what a quantised checkpoint left as it was.
+            return None
+        value, transposed = value.to(self.dtype), kind in TRANSPOSED
         try:
-            if kind in TRANSPOSED:
-                return self.codec.roundtrip(value.t().contiguous()).t()
-            return self.codec.roundtrip(value)
+            weight = self.codec.whole(value.t().contiguous() if transposed else value)
         except ValueError as error:
             raise ValueError(f"{self.folder / self.files.tensors[name].file}: {name!r}: {error}") from error
+        decoded = weight.decode(None, self.dtype)
+        return decoded.t() if transposed else decoded, weight, transposed
 
-    def _key(self, name: str) -> str:
+    def key(self, name: str) -> str:
         """What the files call a parameter of the model."""
         return self.files.renamed.get(name, name)
 
@@ -120,13 +154,13 @@ class BaseWeights:
                 f"{self.folder}: --load-in-4bit of a mixture of experts: what 4-bit storage makes of its experts is not "
                 "merged into. Load the adapter with PEFT instead"
             )
-        matrices = {self._key(f"{layer.path_of(name)}.weight"): name for layer in layers for name in layer.names}
+        matrices = {self.key(f"{layer.path_of(name)}.weight"): name for layer in layers for name in layer.names}
         expected: dict[str, tuple[int, ...]] = {}
         for name, tensor in model.state_dict().items():
             if stack := self.files.stacks.get(name):
                 expected |= {key: self.files.tensors[key].shape for keys in stack.keys for key in keys}
             else:
-                expected[self._key(name)] = tuple(tensor.shape)
+                expected[self.key(name)] = tuple(tensor.shape)
         return expected, matrices
 
     # --- checks ------------------------------------------------------------------------------------------------------
@@ -150,7 +184,7 @@ class BaseWeights:
         return {weight: [name for name in names if name.startswith(f"{weight}.")] for weight in weights}
 
     def _encoded_shape(self, name: str) -> tuple[int, ...]:
-        key = next(state for state in self._encoded[name] if _STATE in state)
+        key = next(state for state in self.quantized[name] if _STATE in state)
         where = f"{self.folder / self.files.tensors[key].file}: {key!r}"
         if not key.endswith("nf4"):
             raise ValueError(f"{where} is not nf4, the only 4-bit code that is supported")
@@ -196,7 +230,7 @@ class BaseWeights:
         """A 4-bit weight in the training dtype; the product of level and absmax is rounded once."""
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        parts = {state.removeprefix(f"{name}."): self.files.get(state) for state in self._encoded[name]}
+        parts = {state.removeprefix(f"{name}."): self.files.get(state) for state in self.quantized[name]}
         try:
             state = QuantState.from_dict(parts, device=torch.device("cpu"))
             state.dtype = self.dtype
@@ -206,7 +240,7 @@ class BaseWeights:
             raise CorruptFileError(f"{where}: {name!r} is not what bitsandbytes writes: {error!r}") from error
 
 
-def _without_weights(folder: Path) -> tuple[Any, Any]:
+def meta_model(folder: Path) -> tuple[Any, Any]:
     """The model's config, and the model on the meta device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 

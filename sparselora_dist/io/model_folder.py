@@ -11,6 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+PRUNING_FILE = "pruning.json"
+"""In the folder of a pruned model: how it was made."""
+
 # Everything else in a model folder is weights in other formats, or code.
 _COMPANIONS = (
     "generation_config.json", "tokenizer*.json", "tokenizer.model*", "tekken.json", "special_tokens_map.json",

@@ -26,6 +26,7 @@ from .adapter import ADAPTER_FILE, saved_names
 from .adapter_config import CONFIG_FILE, PREFIX, read_adapter_config, stored_shape
 from .load import check_model, model_without_weights
 from .manifest import CorruptFileError, tensors_sha256
+from .marker import KEY, marked_modules
 from .shard_files import TensorFiles, read_json
 
 _KEY = "lora.init_from"
@@ -38,7 +39,7 @@ _SHAPE = (
 # A setting of training: the run may have its own.
 _FREE = ("lora_dropout",)
 # Keys that a merge does not take, and a run does.
-_ALSO = {"fan_in_fan_out", "target_parameters", "sparse_base"}
+_ALSO = {"fan_in_fan_out", "target_parameters", KEY}
 # Without a config there is nobody else to ask.
 _BARE = ("r", "lora_alpha", "target_modules")
 _ADAPTER_NAME = re.compile(r"(\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.(?!weight$|bias$)[^.]+")
@@ -157,8 +158,7 @@ def _said(lora: LoraSection, file: Path) -> LoraSection:
 
 
 def _check_zeros(described: Path, config: RunConfig) -> None:
-    masked = read_json(described).get("sparse_base")
-    if masked and not config.sparse_base.enabled:
+    if marked_modules(read_json(described), described) and not config.sparse_base.enabled:
         raise ConfigError(
             f"{described} says 'sparse_base': the adapter was trained under the zeros of a pruned model, and computes "
             "something else without them. Set 'sparse_base.enabled' to true, or start from another adapter"

@@ -18,12 +18,8 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError
-from ..io.adapter_config import CONFIG_FILE
 from ..io.merge_adapter import Adapter
-from ..io.shard_files import TensorFiles, read_json
-
-MARKER = "sparse_base"
-"""Key of ``adapter_config.json``: ``{"modules": [...]}``, the matrices whose zeros the adapter was trained under."""
+from ..io.shard_files import TensorFiles
 
 
 class LayerAdapter:
@@ -39,7 +35,7 @@ class LayerAdapter:
     def __init__(self, folder: Path, files: TensorFiles) -> None:
         if not folder.is_dir():
             raise FileNotFoundError(f"--adapter {folder} is not a folder")
-        self.adapter = Adapter(folder, {MARKER})
+        self.adapter = Adapter(folder)
         self.adapter.resolve({name: info.shape for name, info in files.tensors.items()})
         more = [*self.adapter.replaced, *(name for name, delta in self.adapter.deltas.items() if len(delta.keys) == 1)]
         if more:
@@ -47,7 +43,6 @@ class LayerAdapter:
                 f"--adapter {folder} holds {more[0]!r} beside the factors of plain LoRA (modules_to_save, a bias): only "
                 "those can be taken out of a pruned weight again"
             )
-        self.masked = {f"{name}.weight" for name in (read_json(folder / CONFIG_FILE).get(MARKER) or {}).get("modules", [])}
 
     @property
     def sha256(self) -> str:
@@ -67,7 +62,7 @@ class LayerAdapter:
     def merged(self, key: str, stored: Tensor) -> Tensor:
         """V of a stored matrix (out, in); fp32."""
         value = self.delta(key, stored.device).add_(stored)
-        return value.masked_fill_(stored == 0, 0.0) if key in self.masked else value
+        return value.masked_fill_(stored == 0, 0.0) if key in self.adapter.masked else value
 
     def effective(self, key: str, stored: Tensor) -> Tensor:
         """What a stored matrix computes with the adapter under its zeros; in its dtype."""

@@ -23,12 +23,12 @@ from ..config.run import RunConfig
 from ..engines import discover_ranks
 from ..engines.ranks import local_device, start_distributed
 from ..io.adapter_config import CONFIG_FILE
+from ..io.model_folder import PRUNING_FILE
 from ..io.shard_files import read_json
 from ..sync.heartbeat import Heartbeat
 from .criteria import METHODS
 from .layer_rank import LARGEST, SMALLEST, layer_ranks, mean_rank
 from .layer_share import BETA, importance, layer_shares, leeway, round_sparsity
-from .output import RECORD
 from .pattern import Pattern
 from .prune import Pruning, prune
 from .resize import resize_adapter
@@ -220,7 +220,7 @@ class _Round:
                 ),
                 self.device,
             )
-        errors = self.rounds.on_main(lambda: read_json(self.model / RECORD)["errors"])
+        errors = self.rounds.on_main(lambda: read_json(self.model / PRUNING_FILE)["errors"])
         return [errors[str(layer)] for layer in range(len(shares))]
 
     def _ranks(self, errors: list[float]) -> dict[str, int]:

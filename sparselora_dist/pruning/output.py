@@ -13,10 +13,8 @@ from torch import Tensor
 
 from ..config import ConfigError
 from ..io.manifest import CorruptFileError, publish
-from ..io.model_folder import copy_companions, output_config, save_tensors, write_json
+from ..io.model_folder import PRUNING_FILE, copy_companions, output_config, save_tensors, write_json
 from ..io.shard_files import INDEX_FILE, TensorFiles, read_header, read_json
-
-RECORD = "pruning.json"
 
 
 class GrowingModel:
@@ -39,8 +37,8 @@ class GrowingModel:
         self.folder = output.with_name(f"{output.name}.partial")
         if output.exists() or output.is_symlink():
             raise FileExistsError(f"{output} exists already: choose another --output, or remove it")
-        if (self.folder / RECORD).is_file():
-            begun = read_json(self.folder / RECORD)["asked"]
+        if (self.folder / PRUNING_FILE).is_file():
+            begun = read_json(self.folder / PRUNING_FILE)["asked"]
             if different := [key for key in {**record, **begun} if begun.get(key) != record.get(key)]:
                 key = different[0]
                 raise ConfigError(
@@ -56,9 +54,9 @@ class GrowingModel:
         self._write({"version": version("sparselora-dist"), "asked": record, "layers": {}})
 
     def _write(self, data: dict[str, Any]) -> None:
-        temporary = self.folder / f".{RECORD}.tmp"
+        temporary = self.folder / f".{PRUNING_FILE}.tmp"
         write_json(data, temporary)
-        publish(temporary, self.folder / RECORD)
+        publish(temporary, self.folder / PRUNING_FILE)
 
     def file(self, number: int) -> str:
         return f"model-{number + 1:05d}-of-{self.layers + 1:05d}.safetensors"
@@ -66,7 +64,7 @@ class GrowingModel:
     @property
     def done(self) -> int:
         """Layers that are written, from the first on."""
-        return len(read_json(self.folder / RECORD)["layers"])
+        return len(read_json(self.folder / PRUNING_FILE)["layers"])
 
     def layer(self, number: int) -> dict[str, Tensor]:
         """The tensors of a layer that was written."""
@@ -85,7 +83,7 @@ class GrowingModel:
             error: how far its outputs are from the reference's, where there is one.
         """
         self._save(self.file(number), tensors)
-        data = read_json(self.folder / RECORD)
+        data = read_json(self.folder / PRUNING_FILE)
         data["layers"][str(number)] = {name: round(share, 6) for name, share in zeros.items()}
         if error is not None:
             data.setdefault("errors", {})[str(number)] = error

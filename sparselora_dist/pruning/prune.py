@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..config import ConfigError
+from ..io.model_folder import PRUNING_FILE
 from ..io.shard_files import TensorFiles, read_json
 from ..io.weights import checkpoint_folder
 from ..layouts import DecoderLayer
@@ -23,7 +24,7 @@ from ..sync.everyone import everyone
 from .criteria import METHODS, Method
 from .distance import Reference
 from .layer_stream import Call
-from .output import RECORD, GrowingModel
+from .output import GrowingModel
 from .pattern import Pattern
 from .source import Source
 from .statistics import Inputs, gather, parts_of, sharers
@@ -99,7 +100,7 @@ def prune(asked: Pruning, device: torch.device | None = None) -> dict[str, Any]:
         growing.finish(read_json(source.folder / "config.json"))
     if ranks > 1:
         dist.barrier()
-    return read_json(asked.output.absolute() / RECORD)
+    return read_json(asked.output.absolute() / PRUNING_FILE)
 
 
 def _check(asked: Pruning) -> Method:

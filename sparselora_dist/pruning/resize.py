@@ -8,7 +8,6 @@ scaling s stays, whatever the rank.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,9 +19,9 @@ from torch import Tensor
 from ..io.adapter import ADAPTER_FILE
 from ..io.adapter_config import CONFIG_FILE, PREFIX
 from ..io.manifest import read_safetensors
+from ..io.marker import marked_config
 from ..io.model_folder import save_tensors, write_json
 from ..io.shard_files import read_json
-from .layer_adapter import MARKER
 
 
 def resized(up: Tensor, down: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -90,8 +89,8 @@ def resize_adapter(source: Path, target: Path, layers: Mapping[str, int], base: 
         tensors[other], tensors[key] = up.contiguous(), down.contiguous()
     target.mkdir(parents=True, exist_ok=True)
     save_tensors(tensors, target / ADAPTER_FILE)
-    config |= patterns(layers, config) | {MARKER: {"modules": sorted(marked)}, "base_model_name_or_path": str(base)}
-    write_json(json.loads(json.dumps(config)), target / CONFIG_FILE)
+    config |= patterns(layers, config) | {"base_model_name_or_path": str(base)}
+    write_json(marked_config(config, marked), target / CONFIG_FILE)
 
 
 def _generator(seed: int, module: str) -> torch.Generator:

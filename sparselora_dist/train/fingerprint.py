@@ -35,6 +35,7 @@ _OWN = (
     "train.resume",
     *("train.output_dir", "train.logging_dir", "train.run_name", "train.report_to", "train.disable_tqdm"),
 )
+_MASK = ("enabled", "gradient", "min_sparsity")  # Where the adapter began decides no step after the first.
 # In config.json, but not of the model.
 _NOTES = ("_name_or_path", "transformers_version", "use_cache")
 _PLACES, _VALUES = 4, 4096
@@ -65,6 +66,7 @@ def fingerprint(
         # Module names in any order.
         "lora": {key: sorted(value) if isinstance(value, list) else value for key, value in config.lora.values.items()},
         "sparse_lora": active,
+        "sparse_base": {key: run["sparse_base"][key] for key in _MASK} if config.sparse_base.enabled else {"enabled": False},
         "quantization": run["quantization"] if config.quantization.load_in_4bit else {"load_in_4bit": False},
     }
     found = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}

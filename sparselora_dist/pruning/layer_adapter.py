@@ -12,14 +12,20 @@ All in fp32, rounded once to the model's dtype.
 from __future__ import annotations
 
 import hashlib
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..config import ConfigError
+from ..io.adapter import ADAPTER_FILE
+from ..io.adapter_config import CONFIG_FILE
+from ..io.marker import marked_config
 from ..io.merge_adapter import Adapter
-from ..io.shard_files import TensorFiles
+from ..io.model_folder import write_json
+from ..io.shard_files import TensorFiles, read_json
 
 
 class LayerAdapter:
@@ -48,6 +54,14 @@ class LayerAdapter:
     def sha256(self) -> str:
         """Of the tensors' file, shortened."""
         return hashlib.sha256(self.adapter.path.read_bytes()).hexdigest()[:32]
+
+    def save(self, target: Path, base: Path, pruned: Iterable[str]) -> None:
+        """Write it for a pruned base, marked as under the zeros of ``pruned``, names in the base's files."""
+        config = read_json(self.adapter.folder / CONFIG_FILE) | {"base_model_name_or_path": str(base)}
+        modules = [name.removesuffix(".weight") for name in pruned]
+        target.mkdir(exist_ok=True)
+        shutil.copyfile(self.adapter.path, target / ADAPTER_FILE)
+        write_json(marked_config(config, modules), target / CONFIG_FILE)
 
     def touches(self, key: str) -> bool:
         """Whether a tensor of the model's files has a delta."""

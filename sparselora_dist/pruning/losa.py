@@ -237,7 +237,7 @@ class _Round:
             return
         if not (self.start / CONFIG_FILE).is_file():
             seed = self.asked.config.train.seed + self.number
-            resize_adapter(self.before / "run" / "adapter", self.start, ranks, self.model, seed)
+            resize_adapter(self.model / "adapter", self.start, ranks, seed)
         shutil.rmtree(self.before / "model", ignore_errors=True)
 
     def _outcome(self) -> dict[str, Any]:

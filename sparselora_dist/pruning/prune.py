@@ -6,6 +6,7 @@ on their number: see :mod:`.statistics`.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ class Pruning:
     layer_sparsity: tuple[float, ...] | None = None
     """A share of zeros of each layer."""
     adapter: Path | None = None
-    """On the model: zeros are chosen of the merged weights, and what is written is the model without it again."""
+    """On the model: zeros are chosen of the merged weights, and what is written is the model without it again, and in
+    ``adapter`` the same adapter, marked as under these zeros."""
     reference: str | None = None
     """A model of the same names: how far the layers' outputs are from its is written down, as ``errors``."""
 
@@ -97,6 +99,9 @@ def prune(asked: Pruning, device: torch.device | None = None) -> dict[str, Any]:
             else:
                 work.prune(layer, growing)
     if growing:
+        if source.adapter:
+            keys = [key for layer in stream.layers for *_, key in source.adapted(layer) if patterns[layer.index].sparsity]
+            source.adapter.save(growing.folder / "adapter", growing.output, keys)
         growing.finish(read_json(source.folder / "config.json"))
     if ranks > 1:
         dist.barrier()
@@ -116,6 +121,22 @@ def _check(asked: Pruning) -> Method:
             f"--sequences {asked.sequences} and --length {asked.length}: allowed: integers from 1 and from 2"
         )
     return method
+
+
+def read_shares(path: Path) -> tuple[float, ...]:
+    """A sparsity of each layer, from a file that holds a JSON list.
+
+    Raises:
+        ConfigError: it does not hold one.
+        OSError: it cannot be read.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"--layer-sparsity {path} is not JSON: {error}") from error
+    if not isinstance(found, list) or not found or not all(type(share) in (int, float) for share in found):
+        raise ConfigError(f"--layer-sparsity {path}: expected a list with a number for each layer, such as [0.48, 0.52]")
+    return tuple(map(float, found))
 
 
 def _patterns(asked: Pruning, layers: int) -> list[Pattern]:

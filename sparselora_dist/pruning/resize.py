@@ -19,7 +19,6 @@ from torch import Tensor
 from ..io.adapter import ADAPTER_FILE
 from ..io.adapter_config import CONFIG_FILE, PREFIX
 from ..io.manifest import read_safetensors
-from ..io.marker import marked_config
 from ..io.model_folder import save_tensors, write_json
 from ..io.shard_files import read_json
 
@@ -65,32 +64,28 @@ def patterns(layers: Mapping[str, int], lora: Mapping[str, Any]) -> dict[str, di
     }
 
 
-def resize_adapter(source: Path, target: Path, layers: Mapping[str, int], base: Path, seed: int) -> None:
+def resize_adapter(source: Path, target: Path, layers: Mapping[str, int], seed: int) -> None:
     """Write the adapter of ``source`` to ``target``, its ranks those of ``layers``.
 
     Args:
         source: a folder that PEFT wrote.
         target: made.
         layers: rank by the layer's path; adapters outside these layers stay as they are.
-        base: the pruned model that it is for. Whatever it adapts in these layers is marked as trained under its zeros.
         seed: of the fresh rows.
     """
     config = read_json(source / CONFIG_FILE)
     tensors, _ = read_safetensors(source / ADAPTER_FILE)
-    marked = []
     for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
         module = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
         layer = next((path for path in layers if module.startswith(f"{path}.")), None)
         if layer is None:
             continue
-        marked.append(module)
         other = key.replace(".lora_A.", ".lora_B.")
         up, down = resized(tensors[other], tensors[key], layers[layer], _generator(seed, module))
         tensors[other], tensors[key] = up.contiguous(), down.contiguous()
     target.mkdir(parents=True, exist_ok=True)
     save_tensors(tensors, target / ADAPTER_FILE)
-    config |= patterns(layers, config) | {"base_model_name_or_path": str(base)}
-    write_json(marked_config(config, marked), target / CONFIG_FILE)
+    write_json(config | patterns(layers, config), target / CONFIG_FILE)
 
 
 def _generator(seed: int, module: str) -> torch.Generator:

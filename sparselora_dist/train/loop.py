@@ -126,7 +126,7 @@ class TrainingLoop:
             self.scheduler.step()
         seconds = time.perf_counter() - started
         logits = labels if self.context.skip_unused_logits else None
-        self._record(step, result, lengths, logits, seconds, learning_rate)
+        self._record(step, result, lengths, logits, batch.accumulation, seconds, learning_rate)
 
     def _optimize(self, step: int, batch: GlobalBatch | PackedBatch, labels: int) -> StepResult:
         """Forward and backward of every micro-batch, then the optimizer."""
@@ -168,14 +168,22 @@ class TrainingLoop:
         return loss
 
     def _record(
-        self, step: int, result: StepResult, lengths: Any, logits: int | None, seconds: float, learning_rate: float
+        self,
+        step: int,
+        result: StepResult,
+        lengths: Any,
+        logits: int | None,
+        accumulation: int,
+        seconds: float,
+        learning_rate: float,
     ) -> None:
         tokens, totals = float(lengths.sum()), self.totals
         # Mean length that a token sees, so that the quadratic part of attention is counted right.
         length = float((lengths.astype(float) ** 2).sum()) / max(tokens, 1.0)
         dense_flops = self.flops.dense(tokens, length)
         # Padding is computed by plain LoRA and not here; only real tokens are counted, on both sides.
-        executed = self.flops.executed(tokens - result.context, result.context, length, logits)
+        products = accumulation * self.engine.ranks.world_size
+        executed = self.flops.executed(tokens - result.context, result.context, length, logits, products)
         totals.tokens += tokens
         totals.context += result.context
         totals.flops_dense += dense_flops

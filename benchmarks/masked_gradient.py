@@ -133,6 +133,7 @@ def check_library(harness: Harness, base: str, masked: Masked, factors: Factors,
 
 def lines(options: argparse.Namespace) -> Iterator[str]:
     """The table."""
+    Path(options.output).mkdir(parents=True, exist_ok=True)
     harness = Harness(options)
     (train, held_out), pad = harness.texts["general"], harness.pad
     sampler = GlobalBatchSampler(train.lengths, options.batch, 1, 1, 0, True)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from pruned_arms import WAYS
 from quality import spread
 
 Row = dict[str, Any]
@@ -31,7 +32,9 @@ def table(rows: list[Row]) -> Iterator[str]:
         losses = {(row["base"], row["way"], row["seed"]): row["loss"] for row in mine}
         yield f"| {task}: base | tuned by | {' | '.join(COLUMNS)} |"
         yield "|---" * (len(COLUMNS) + 2) + "|"
-        for base, way in sorted({(row["base"], row["way"]): None for row in mine}, key=lambda pair: pair[0] != "dense"):
+        bases = list(dict.fromkeys(row["base"] for row in mine))
+        pairs = {(row["base"], row["way"]) for row in mine}
+        for base, way in sorted(pairs, key=lambda pair: (bases.index(pair[0]), list(WAYS).index(pair[1]))):
             yield _line(base, way, [row for row in mine if (row["base"], row["way"]) == (base, way)], losses)
         yield ""
 

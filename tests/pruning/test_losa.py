@@ -120,7 +120,7 @@ def test_zeros_are_chosen_of_the_merged_weights_and_the_adapter_is_taken_out(
     changed = 0
     for name, value in base.items():
         assert torch.equal(value == 0, expected[name] == 0) and torch.equal(back[name] == 0, value == 0), name
-        torch.testing.assert_close(back[name], expected[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(back[name], expected[name], rtol=1e-4, atol=1e-5)
         kept = value != 0
         changed += int((value[kept] != before[name][kept]).sum())
         if name.endswith("_proj.weight"):
@@ -141,7 +141,7 @@ def test_a_kept_weight_that_becomes_zero_is_not_lost(tiny: Tiny) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         stored = files.read(key).to(dtype)
         stored[2, 3] = 0.0
-        delta = adapter.delta(key, stored.device)
+        delta = adapter.adapter.add(key, torch.zeros_like(stored))
         pruned = adapter.merged(key, stored)
         pruned[0], pruned[1, :5] = delta[0], 0.0
         left = adapter.without(key, pruned, stored)
@@ -186,7 +186,7 @@ def test_rounds_end_in_a_pruned_model_and_its_adapter(tiny: Tiny, whole: Path, t
     for name, value in adapter.items():
         layer = int(name.split(".layers.")[1].split(".")[0])
         assert value.shape[0 if ".lora_A." in name else 1] == ranks[layer], name
-        if ".lora_B." in name:
+        if ".lora_B." in name and ranks[layer] > 8:
             assert value[:, 8:].abs().max() > 0, "what is beyond rank 8 was trained"
     merge_adapter(whole / "model", whole / "run" / "adapter", tmp_path / "merged", dtype="float32")
     base, merged = tensors(whole / "model"), tensors(tmp_path / "merged")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from . import ffn_down, ffn_up, gated_ffn, grouped, lora_joined  # noqa: F401  (registered when imported)
+from . import ffn_down, ffn_up, gated_ffn, grouped, lora_joined, masked_linear  # noqa: F401  (registered when imported)
 from .lora_linear import lora_order
 from .stored import PLAIN, split_layout
 
@@ -167,6 +167,40 @@ def _ffn_down_backward(
 ) -> int:  # fmt: skip
     base = _base(grad[0], _matrix(parts, layout), dense, context, kept)
     return base if b is None else base + 4 * (dense[0] + context[0]) * b[0] * b[1]
+
+
+def _pairs(tokens: int, matrix: tuple[int, int], dense: Shape, context: Shape, kept: Shape) -> list[tuple[int, int]]:
+    """Tokens and channels that meet in products with a masked adapter's weight: of dense tokens, of context tokens."""
+    return [(tokens, matrix[0])] if dense is None else [(dense[0], matrix[0]), (context[0], kept[0])]
+
+
+@register_flop_formula(_OPS.masked_linear)
+def _masked_linear(
+    x: Shape, h: Shape, parts: Any, layout: Any, bias: Shape, a: Shape, b: Shape, scaling: float, dense: Shape,
+    context: Shape, kept: Shape, *options: Any, **_: Any,
+) -> int:  # fmt: skip
+    matrix = _matrix(parts, layout)
+    return _base(x[0], matrix, dense, context, kept) + 2 * matrix[0] * matrix[1] * a[0]
+
+
+@register_flop_formula(_OPS.masked_linear_backward)
+def _masked_linear_backward(
+    grad: Shape, x: Shape, h: Shape, parts: Any, layout: Any, a: Shape, b: Shape, scaling: float, dense: Shape,
+    context: Shape, kept: Shape, form: int, straight: bool, needs_input: bool, needs_factors: bool, **_: Any,
+) -> int:  # fmt: skip
+    matrix, rank = _matrix(parts, layout), a[0]
+    total = 0
+    if needs_input:
+        total += _base(x[0], matrix, dense, context, kept) + 2 * matrix[0] * matrix[1] * rank
+    for tokens, channels in _pairs(x[0], matrix, dense, context, kept) if needs_factors else ():
+        order = lora_order(tokens, matrix[1], channels, rank)[1]
+        if not tokens:
+            continue
+        if straight and order == "through_rank":
+            total += 4 * tokens * rank * (matrix[1] + channels)
+        else:
+            total += 2 * channels * matrix[1] * (tokens + 2 * rank)
+    return total
 
 
 def _grouped_linear(x: Shape, parts: Any, layout: Any, ends: Shape, kept: Shape, transposed: bool, **_: Any) -> int:

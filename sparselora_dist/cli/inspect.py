@@ -1,4 +1,4 @@
-"""``sparselora-dist inspect``: how well the estimator chooses on your data, and a report of a run."""
+"""``sparselora-dist inspect``: how well the estimator chooses on your data, and a report of a run; a model's zeros."""
 
 from __future__ import annotations
 
@@ -21,15 +21,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=64, metavar="N", help="use the first rows only (default 64)")
     parser.add_argument("--ranks", metavar="8,32", help="ranks of the estimator to compare (default 8,32)")
     parser.add_argument("--output", metavar="DIR", help="where the report goes; else RUN_DIR/inspect")
+    parser.add_argument("--sparsity", action="store_true", help="the zeros of a model folder, by layer and matrix")
+    parser.add_argument("--against", metavar="FOLDER", help="with --sparsity: the model before; its zeros must be here")
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, print, and write ``fidelity.json`` and ``report.html``.
+    """Measure, print, and write ``fidelity.json`` and ``report.html``; with ``--sparsity`` see :mod:`.sparsity`.
 
     Raises:
         ConfigError: an argument, the run, the model or the data cannot be used.
     """
+    if arguments.sparsity:
+        from .sparsity import run as look_at_zeros
+
+        return look_at_zeros(arguments)
+    if arguments.against:
+        raise ConfigError("'--against' compares the zeros of two models: give --sparsity too, or leave it out")
     from transformers.utils.logging import disable_progress_bar
 
     from ..quality.report import write_report

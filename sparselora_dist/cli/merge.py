@@ -47,7 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.no_double_quant and not (arguments.load_in_4bit or arguments.save_in_4bit):
         raise ValueError(
-            "--no-double-quant says how 4-bit weights are stored: give --load-in-4bit too, or --save-in-4bit, or leave it out"
+            "--no-double-quant says how 4-bit weights are stored: give --load-in-4bit too, or --save-in-4bit, or leave it "
+            "out"
         )
     summary = merge_adapter(
         arguments.base,

@@ -11,7 +11,7 @@ from ..config import ConfigError, RunConfig
 from ..plan.hardware import GPUS, Cluster, find_gpu
 from ..plan.layouts import Layout, Plan, make_plan
 from ..plan.shapes import ModelShape, find_shape
-from ..plan.work import Batch
+from ..plan.work import Batch, Work
 
 WIDTH = 116
 _COLUMNS = ("weights", "scales", "factors", "lora", "optimizer", "activations", "gather", "logits")
@@ -103,6 +103,8 @@ def _print(plan: Plan, shape: ModelShape, cluster: Cluster, batch: Batch, config
         f"{batch.tokens} tokens a GPU and micro-batch, {batch.context:.0%} of them context, {steps} micro-batch(es) a step\n"
         f"a GPU's step: {work.dense_flops / 1e12:.1f} TFLOP dense, {work.executed_flops / 1e12:.1f} executed ({saved:.0%})"
     )
+    if config.sparse_base.enabled:
+        print(_masks(work, config))
     print(f"GB a GPU, {gpu.usable / 1e9:.1f} usable; gathered GB and seconds a step; * the run's own layout\n")
     heads = "".join(f"{head:>7}" for head in _HEADS)
     print(f"{'':17}{heads}{'total':>8} {'fits':<4}{'gathered':>9}{'comp s':>8}{'comm s':>8} bound")
@@ -110,6 +112,22 @@ def _print(plan: Plan, shape: ModelShape, cluster: Cluster, batch: Batch, config
         print(_row(layout, layout is plan.configured))
     print()
     print(textwrap.fill(plan.reason[0].upper() + plan.reason[1:] + ".", WIDTH))
+
+
+def _masks(work: Work, config: RunConfig) -> str:
+    """What a pruned base costs."""
+    matrix = work.mask_elements * (2 if config.model.dtype == "bfloat16" else 4) / 1e9
+    gradient = config.sparse_base.gradient
+    instead = {
+        "exact": "B·A of every matrix and the matrix' gradient, instead of products through the rank",
+        "straight_through": "B·A of every matrix, instead of the forward's products through the rank",
+    }
+    text = (
+        f"sparse_base ({gradient}): every adapted matrix counts as pruned; masks add {work.mask_flops / 1e12:+.1f} TFLOP to "
+        f"what is executed ({instead[gradient]}). One transient matrix of {matrix:.2f} GB is in gather; with NF4 it is the "
+        "decoded one. Zeros save neither bytes nor time."
+    )
+    return textwrap.fill(text, WIDTH)
 
 
 def _row(layout: Layout, own: bool) -> str:

@@ -16,6 +16,8 @@ from sparselora_kernels.nf4 import BLOCK, NESTED_BLOCK, absmax_map, levels
 
 from .nf4 import quantize_absmax, quantize_rows
 
+STATE = ".quant_state.bitsandbytes__nf4"
+"""Ends the name of the tensor that describes a matrix, after the matrix' own."""
 _ZEROS = 0x77  # Two values of the level 0.0.
 _MAP_BYTES = 16 * 4
 _STATE_BYTES = 256  # About: JSON.

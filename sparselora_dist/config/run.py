@@ -166,6 +166,10 @@ class RunConfig(Section):
                     f"'lora.{key}' is {show(lora[key])} with 'sparse_base.enabled': an adapter that keeps a pruned matrix' "
                     "zeros is one matrix with it, without dropout, without a bias, and not on experts. Remove the key"
                 )
+        if self.sparse_base.start == "gradient" and self.lora.init_from:
+            raise ConfigError(
+                "'sparse_base.start' is \"gradient\" with 'lora.init_from', which says where the adapter starts: use one"
+            )
         if self.sparse_lora.enabled and branch != "kept":
             raise ConfigError(
                 f"'sparse_lora.lora_branch' is {show(branch)} with 'sparse_base.enabled': the branch is masked with the "

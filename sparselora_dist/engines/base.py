@@ -72,6 +72,14 @@ class Engine(ABC):
     def local_gradients(self) -> dict[str, Tensor]:
         """This rank's part of the gradients that :meth:`step` takes, averaged, before clipping; by parameter."""
 
+    @abstractmethod
+    def full_gradients(self) -> dict[str, Tensor]:
+        """The gradients that :meth:`step` would take, whole, in fp32 on the CPU of every rank. A collective."""
+
+    @abstractmethod
+    def clear_gradients(self) -> None:
+        """Forget them: no step is taken."""
+
     def gradients_are_finite(self) -> bool:
         """Whether this rank's part is; waits for the device."""
         parts = [part for part in self.local_gradients().values() if part.numel()]

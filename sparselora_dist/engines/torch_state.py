@@ -30,6 +30,13 @@ class TorchStateEngine(Engine):
         gradients = {name: p.grad for name, p in self.trainable().items() if p.grad is not None}
         return {name: grad.to_local() if is_dtensor(grad) else grad for name, grad in gradients.items()}
 
+    def full_gradients(self) -> dict[str, Tensor]:
+        return {name: full_tensor(p.grad).float().cpu() for name, p in self.trainable().items() if p.grad is not None}
+
+    def clear_gradients(self) -> None:
+        for p in self.trainable().values():
+            p.grad = None
+
     def step(self) -> float:
         limit = self.config.train.max_grad_norm
         trained = self.trainable()

@@ -227,6 +227,13 @@ class Zero3Engine(Engine):
         get = self._deepspeed.utils.safe_get_local_grad
         return {name: get(p) for name, p in self.trainable().items()}
 
+    def full_gradients(self) -> dict[str, Tensor]:
+        get = self._deepspeed.utils.safe_get_full_grad
+        return {name: get(p).float().cpu().clone() for name, p in self.trainable().items()}
+
+    def clear_gradients(self) -> None:
+        self.model.optimizer.zero_grad()  # The next backward writes over what is there.
+
     def step(self) -> float:
         self.model.step()
         return float(self.model.get_global_grad_norm() or 0.0)

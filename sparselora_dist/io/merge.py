@@ -2,8 +2,8 @@
 
     merged = base + scaling · (B @ A)    in fp32, rounded once
 
-``base`` is what training saw: the checkpoint's weights, or what 4-bit storage makes of them. An adapter that was trained under
-the zeros of a pruned model says so, and its sum is zero wherever ``base`` is.
+``base`` is what training saw: the checkpoint's weights, or what 4-bit storage makes of them. An adapter that was trained
+under the zeros of a pruned model says so, and its sum is zero wherever ``base`` is.
 """
 
 from __future__ import annotations
@@ -140,8 +140,8 @@ def _check_zeros(weights: BaseWeights, lora: Adapter) -> None:
         if (share := weights.zeros(name)) < weights.least_zeros(name):
             raise ValueError(
                 f"{lora.folder / CONFIG_FILE}: {KEY!r} says that the adapter was trained under the zeros of "
-                f"{name.removesuffix('.weight')!r}, but {share:.2%} of that matrix of {weights.folder} are zero: it is not the "
-                "pruned model. Give that one as --base"
+                f"{name.removesuffix('.weight')!r}, but {share:.2%} of that matrix of {weights.folder} are zero: it is not "
+                "the pruned model. Give that one as --base"
             )
     if (weights.folder / PRUNING_FILE).is_file() and lora.deltas and not lora.masked:
         log.warning(

@@ -15,10 +15,9 @@ from sparselora_kernels.nf4 import BLOCK, NESTED_BLOCK, absmax_map
 
 from ..codecs import Codec, NF4Codec, PlainCodec
 from ..codecs.nf4 import pack_scales
+from ..codecs.nf4_files import STATE
 from .manifest import CorruptFileError
 from .shard_files import TensorFiles
-
-_STATE = ".quant_state.bitsandbytes__nf4"
 
 
 class PrequantizedError(ValueError):
@@ -35,7 +34,7 @@ class Prequantized:
 
     def __init__(self, checkpoint: TensorFiles, key: str) -> None:
         self._checkpoint, self._key = checkpoint, key
-        state: dict[str, Any] = json.loads(bytes(checkpoint.read(key + _STATE).tolist()))
+        state: dict[str, Any] = json.loads(bytes(checkpoint.read(key + STATE).tolist()))
         self.shape: tuple[int, int] = tuple(state["shape"])
         self.double_quant = "nested_offset" in state
         self._offset = torch.tensor(state.get("nested_offset", 0.0))
@@ -121,7 +120,7 @@ class Prequantized:
 @lru_cache(maxsize=8)
 def prequantized(checkpoint: TensorFiles, key: str) -> Prequantized | None:
     """The matrix, if it is quantised."""
-    return Prequantized(checkpoint, key) if key + _STATE in checkpoint.tensors else None
+    return Prequantized(checkpoint, key) if key + STATE in checkpoint.tensors else None
 
 
 def stored_codec(checkpoint: TensorFiles, key: str, codec: Codec, dtype: torch.dtype) -> Codec:

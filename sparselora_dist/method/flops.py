@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from sparselora_kernels import kept_count, kept_per_expert
 
 from .channels import FFN, HeadGeometry
+from .masked_flops import MaskedTokens, MaskedWork
 
 _FROZEN = 4  # 2 forward, 2 input gradient
 _TRAINED = 6  # and 2 weight gradient
@@ -109,6 +110,8 @@ class FlopModel:
     """Of each layer; left out where all are of ``hidden``, ``width`` and ``heads``."""
     trims: bool = True
     """Whether the last layer runs them at those positions only."""
+    masked: MaskedWork | None = None
+    """Adapters that keep the zeros of a pruned base."""
 
     def __post_init__(self) -> None:
         if self.sizes == (self._usual,) * len(self.layers):
@@ -179,12 +182,40 @@ class FlopModel:
         linear = self.dense(1, 0)
         return (self.dense(1, 1) - linear) / linear
 
-    def executed(self, dense_tokens: float, context_tokens: float, length: float, logits: float | None = None) -> float:
-        """The same step with ``context_tokens`` of its tokens computed sparsely, estimator included.
+    def executed(
+        self,
+        dense_tokens: float,
+        context_tokens: float,
+        length: float,
+        logits: float | None = None,
+        products: int = 1,
+    ) -> float:
+        """The same step with ``context_tokens`` of its tokens computed sparsely, estimator and masks included.
 
         ``logits`` is the number of positions, all dense, that the LM head runs at, and the last layer's q, o and FFN;
-        ``None`` means that both run at all of them.
+        ``None`` means that both run at all of them. ``products`` is the number of micro-batches, of all ranks together,
+        that the tokens are in.
         """
+        plain = self._executed(dense_tokens, context_tokens, length, logits)
+        return plain + self.masks(dense_tokens, context_tokens, logits, products)
+
+    def masks(
+        self, dense: float, context: float, logits: float | None, products: int, forward_only: bool = False
+    ) -> float:
+        """FLOPs of masked adapters above those of plain ones; ``forward_only``: of one forward."""
+        if self.masked is None:
+            return 0.0
+        tokens = MaskedTokens(
+            layers=self.layers,
+            dense=dense,
+            context=context,
+            labels=logits if self.trims else None,
+            trimmed=TRIMMED,
+            products=products,
+        )
+        return self.masked.extra(tokens, forward_only)
+
+    def _executed(self, dense_tokens: float, context_tokens: float, length: float, logits: float | None) -> float:
         if logits is None:
             context = self._per_token(length) + sum(map(self._sparse, range(len(self.layers)), self.layers))
             return self.dense(dense_tokens, length) + context_tokens * context

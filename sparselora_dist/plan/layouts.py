@@ -75,6 +75,7 @@ class Layout:
             "gathered_bytes_per_step": self.traffic.gathered,
             "flops_dense_equivalent": self.work.dense_flops,
             "flops_executed": self.work.executed_flops,
+            "flops_of_masks": self.work.mask_flops,
             "compute_s": self.compute,
             "communication_s": self.communication,
             "bound": self.bound,
@@ -144,7 +145,8 @@ def evaluate(
     trained = 4 * sum(scheme.part(p) for p in tree.parameters() if p.trainable)
     # fp32 gradients: of every shard from backward to step under FSDP2, made for the step under ZeRO-3.
     held["lora"] += trained
-    gather = moved.live + (decode_buffer(shape, dtype) if storage == "nf4" else 0)
+    # A masked adapter's matrix is computed into the decoded one.
+    gather = moved.live + (decode_buffer(shape, dtype) if storage == "nf4" else done.mask_elements * dtype.itemsize)
     if scheme.engine == "zero3":
         gather += scheme.bucket * dtype.itemsize
     held |= {"activations": done.activations, "gather": gather, "logits": done.logits}

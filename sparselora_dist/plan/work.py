@@ -23,6 +23,7 @@ from sparselora_kernels import chunk_rows, row_bytes
 from ..config import RunConfig
 from ..method.channels import FFN
 from ..method.flops import TRIMMED, FlopModel, LayerShare, layer_shares
+from ..method.masked_flops import MaskedMatrix, MaskedWork
 from .parts import Tree
 from .shapes import ModelShape
 from .storage import checkpointing
@@ -48,6 +49,10 @@ class Work:
     executed_flops: float
     activations: int
     logits: int
+    mask_flops: float = 0.0
+    """Among those executed, of masked adapters (``sparse_base``) above plain ones; below zero where they are fewer."""
+    mask_elements: int = 0
+    """Of the transient matrix that they take."""
 
 
 def shares(shape: ModelShape, config: RunConfig) -> tuple[LayerShare, ...]:
@@ -72,7 +77,24 @@ def flop_model(shape: ModelShape, config: RunConfig, tree: Tree) -> FlopModel:
         ),
         sizes=shape.sizes,
         trims=shape.trims,
+        masked=_masked(config, tree),
     )
+
+
+def _masked(config: RunConfig, tree: Tree) -> MaskedWork | None:
+    """With ``sparse_base`` all adapted matrices: which of them are pruned, the weights say."""
+    if not config.sparse_base.enabled:
+        return None
+    found = []
+    for number, module in enumerate(tree.layers):
+        factors = {p.name: p.shape for p in module.walk() if p.trainable}
+        for name, (rank, columns) in factors.items():
+            path, _, side = name.rpartition(".")
+            # The numbered adapters of experts are no linears'.
+            if side == "lora_A" and not (own := path.rpartition(".")[2]).isdigit():
+                rows = factors[f"{path}.lora_B"][0]
+                found.append(MaskedMatrix(layer=number, name=own, rows=rows, columns=columns, rank=rank))
+    return MaskedWork(tuple(found), config.sparse_base.gradient)
 
 
 def work(shape: ModelShape, config: RunConfig, tree: Tree, batch: Batch) -> Work:
@@ -82,13 +104,29 @@ def work(shape: ModelShape, config: RunConfig, tree: Tree, batch: Batch) -> Work
     labels = batch.tokens * (1 - batch.context) if config.sparse_lora.skip_unused_logits else None
     dense = model.dense(batch.tokens, batch.length)
     executed = model.executed(batch.tokens - context, context, batch.length, labels)
+    masks = model.masks(batch.tokens - context, context, labels, 1)
     if checkpointing(config) != "none":
         dense += _recomputed(model, shape, batch.tokens, 0.0, batch.length)
         executed += _recomputed(model, shape, batch.tokens - context, context, batch.length, labels)
+        again = model.masks(batch.tokens - context, context, labels, 1, forward_only=True)
+        executed, masks = executed + again, masks + again
     steps = config.train.gradient_accumulation_steps
     size = 2 if config.model.dtype == "bfloat16" else 4
     activations = _activations(shape, config, tree, batch, context, labels, size)
-    return Work(steps * dense, steps * executed, activations, _logits(shape, config, batch, labels))
+    return Work(
+        steps * dense,
+        steps * executed,
+        activations,
+        _logits(shape, config, batch, labels),
+        steps * masks,
+        masked_buffer(model),
+    )
+
+
+def masked_buffer(model: FlopModel) -> int:
+    """Elements of the one matrix that a masked adapter takes above plain LoRA: the largest; 0 without masks. With NF4 it is
+    the matrix that is decoded anyway."""
+    return max((one.rows * one.columns for one in model.masked.matrices), default=0) if model.masked else 0
 
 
 def _logits(shape: ModelShape, config: RunConfig, batch: Batch, labels: float | None) -> int:
@@ -121,7 +159,8 @@ def _activations(
     model, layers = flop_model(shape, config, tree), []
     for number, (module, share) in enumerate(zip(tree.layers, shares(shape, config)), 1):
         adapters = [p for p in module.walk() if p.trainable and p.name.endswith("lora_A")]
-        ranks = sum(p.shape[0] for p in adapters)
+        # A masked adapter is a matrix, and no product of it is rank-wide.
+        ranks = 0 if config.sparse_base.enabled else sum(p.shape[0] for p in adapters)
         full = config.sparse_lora.lora_branch == "dense" and any(name in p.name for p in adapters for name in FFN)
         kept = 1.0 if full else share.ffn
         size_of = model.size(number - 1)

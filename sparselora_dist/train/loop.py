@@ -126,14 +126,14 @@ class TrainingLoop:
             self.scheduler.step()
         seconds = time.perf_counter() - started
         logits = labels if self.context.skip_unused_logits else None
-        self._record(step, result, lengths, logits, seconds, learning_rate)
+        self._record(step, result, lengths, logits, batch.accumulation, seconds, learning_rate)
 
     def _optimize(self, step: int, batch: GlobalBatch | PackedBatch, labels: int) -> StepResult:
         """Forward and backward of every micro-batch, then the optimizer."""
         engine, world = self.engine, self.engine.ranks.world_size
         counts = self.context.counts
         counts.dense = counts.context = 0
-        loss = self._forward_backward(step, batch, labels)
+        loss = self.forward_backward(step, batch, labels)
         engine.heartbeat.at(f"optimizer of step {step + 1}")
         self.context.sync.check()  # No step is taken on masks that the ranks did not agree on.
         bad = not engine.gradients_are_finite()
@@ -145,11 +145,11 @@ class TrainingLoop:
             )
         if bad_ranks:
             held = engine.nonfinite_gradients()
-            arose = own_nonfinite(engine, partial(self._forward_backward, step, batch, labels))
+            arose = own_nonfinite(engine, partial(self.forward_backward, step, batch, labels))
             engine.refuse_gradients(f"step {step + 1}", arose, held)
         return StepResult(total, engine.step(), context)
 
-    def _forward_backward(self, step: int, batch: GlobalBatch | PackedBatch, labels: int) -> Tensor:
+    def forward_backward(self, step: int, batch: GlobalBatch | PackedBatch, labels: int) -> Tensor:
         """Of every micro-batch; this rank's sum of the losses."""
         engine, world = self.engine, self.engine.ranks.world_size
         loss = torch.zeros((), device=engine.device)
@@ -168,14 +168,22 @@ class TrainingLoop:
         return loss
 
     def _record(
-        self, step: int, result: StepResult, lengths: Any, logits: int | None, seconds: float, learning_rate: float
+        self,
+        step: int,
+        result: StepResult,
+        lengths: Any,
+        logits: int | None,
+        accumulation: int,
+        seconds: float,
+        learning_rate: float,
     ) -> None:
         tokens, totals = float(lengths.sum()), self.totals
         # Mean length that a token sees, so that the quadratic part of attention is counted right.
         length = float((lengths.astype(float) ** 2).sum()) / max(tokens, 1.0)
         dense_flops = self.flops.dense(tokens, length)
         # Padding is computed by plain LoRA and not here; only real tokens are counted, on both sides.
-        executed = self.flops.executed(tokens - result.context, result.context, length, logits)
+        products = accumulation * self.engine.ranks.world_size
+        executed = self.flops.executed(tokens - result.context, result.context, length, logits, products)
         totals.tokens += tokens
         totals.context += result.context
         totals.flops_dense += dense_flops

@@ -15,9 +15,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..apply import SparseState
 from ..config.train import TrainSection
-from ..layouts import causal_lm, decoder_layers, layer_sizes, widths
+from ..layouts import DecoderLayer, causal_lm, decoder_layers, layer_sizes, widths
 from ..method.channels import HeadGeometry
 from ..method.flops import TRIMMED, FlopModel, layer_shares
+from ..method.masked_flops import MaskedMatrix, MaskedWork
 from .trackers import Trackers
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,23 @@ def flop_model(model: Any, state: SparseState) -> FlopModel:
         lora_elements_trimmed=sum(p.numel() for module in trimmed for p in module.parameters() if p.requires_grad),
         sizes=sizes,
         trims=bool(last.trims),
+        masked=_masked(layers, state),
     )
+
+
+def _masked(layers: list[DecoderLayer], state: SparseState) -> MaskedWork | None:
+    if not state.masked or state.sparse_base is None:
+        return None
+    known = {id(layer.linear(name)): (layer.index, name) for layer in layers for name in layer.names}
+    found = []
+    for path, lora in state.masked.items():
+        index, name = known.get(id(lora), (0, path))
+        linear: Any = lora.get_base_layer()
+        rank = max(a.out_features for a in lora.lora_A.values())
+        found.append(
+            MaskedMatrix(layer=index, name=name, rows=linear.out_features, columns=linear.in_features, rank=rank)
+        )
+    return MaskedWork(tuple(found), state.sparse_base.gradient)
 
 
 class MetricsWriter:

@@ -26,6 +26,7 @@ from ..io.model_card import write_model_card
 from ..io.pretrained import check_positions
 from ..io.weights import checkpoint_folder
 from ..process import SaidElsewhere
+from .gradient_start import start_at_gradient
 from .loop import TrainingLoop
 from .metrics import flop_model
 from .saving import start_from
@@ -109,6 +110,8 @@ def _run(config: RunConfig, engine: Engine, stop: StopSignals) -> dict[str, Any]
             fingerprint=begun.fingerprint,
             stop=stop,
         )
+        if config.sparse_base.enabled and config.sparse_base.start == "gradient" and not path:
+            start_at_gradient(loop, state.masked, config.sparse_base.start_rows)
         if engine.is_main:
             write_text(output_dir / "run.json", json.dumps(config.to_dict(), indent=1))
         summary = loop.run() | {"load": load}

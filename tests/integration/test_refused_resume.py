@@ -49,6 +49,7 @@ def test_resume_beyond_the_end(refused: Callable, finished: Path) -> None:
             {"ffn": {"1": 0.7, "2": 0.7}, "qk": {"1": 0.5}, "vo": {"2": 0.5}},
         ),
         ("sparse_lora", "enabled", False, True),
+        ("sparse_base", "enabled", True, False),
         ("quantization", "load_in_4bit", True, False),
         ("model", "dtype", "bfloat16", "float32"),
     ],

@@ -84,6 +84,19 @@ def trained_bank() -> tuple:
     return x, weight, torch.tensor([2, 2, 9], dtype=torch.int32)
 
 
+def masked_arguments(form: int, sparse: bool = True, quantised: bool = False, straight: bool = False) -> tuple:
+    weight = torch.randn(12, 70) * (torch.rand(12, 70) < 0.5)
+    stored = nf4(weight)[0] if quantised else kernels.EncodedWeight((weight,))
+    inputs, outputs = (12, 70) if form in (1, 3) else (70, 12)
+    x, h = torch.randn(3 if form == 3 else 9, inputs, requires_grad=True), None
+    if form == 3:
+        h = torch.randn(4, 5, requires_grad=True)
+    factors = torch.randn(2, inputs, requires_grad=True), torch.randn(outputs, 2, requires_grad=True)
+    lists = (*split(3, 4, 2), some(12, 5)) if sparse else (None, None, None)
+    parts = list(stored.parts), list(stored.layout)
+    return x, h, *parts, torch.randn(outputs), *factors, 0.5, *lists, form, 9 if form == 3 else 0, straight
+
+
 def frozen_branch(arguments: tuple) -> tuple:
     return *arguments[:4], arguments[4].detach(), arguments[5].detach(), *arguments[6:]
 
@@ -111,6 +124,11 @@ CASES: dict[str, tuple[str, Callable[[], tuple]]] = {
     "up, no dense token": ("ffn_up", lambda: up_arguments(2, 0)),
     "down": ("ffn_down", lambda: down_arguments(0)),
     "down with LoRA": ("ffn_down", lambda: down_arguments(2)),
+    "masked": ("masked_linear", lambda: masked_arguments(0, sparse=False)),
+    "masked q, straight through": ("masked_linear", lambda: masked_arguments(0, straight=True)),
+    "masked o, NF4": ("masked_linear", lambda: masked_arguments(1, quantised=True)),
+    "masked up": ("masked_linear", lambda: masked_arguments(2)),
+    "masked down": ("masked_linear", lambda: masked_arguments(3)),
 }
 
 

@@ -2,67 +2,28 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparselora_dist import SparseBaseConfig, SparseLoRAConfig, apply_sparselora, selection
-from support.models import ALL_LINEAR, FAMILIES, batch, tiny_lora
+from sparselora_dist.apply import find_state
+from sparselora_dist.method.tokens import partition_tokens
+from sparselora_dist.sync.masks import MaskSync
+from support.masked import formula, pruned_lora
+from support.models import ALL_LINEAR, FAMILIES, FUSED, batch, tiny_lora
 from support.oracle import assert_same, drop, train_step
+from support.waits import Waits
+
+from .test_memory import frozen_weights, kept_by_autograd, weight_copies
 
 LAYERS = {"ffn": {"0-2": 0.8}, "qk": {"0-2": 0.5}, "vo": {"1-2": 0.6}}
 DENSE = SparseLoRAConfig(enabled=False, skip_unused_logits=False)
-
-
-class FormulaLinear(nn.Module):
-    """What a masked LoRA layer is, as it is written down; keeps the names of its parameters."""
-
-    def __init__(self, layer: Any, straight: bool) -> None:
-        super().__init__()
-        self.lora_A, self.lora_B = layer.lora_A, layer.lora_B
-        self.scaling, self.straight = layer.scaling["default"], straight
-        self.register_buffer("weight", layer.base_layer.weight.detach().clone())
-        self.bias = layer.base_layer.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        whole = self.weight + self.scaling * self.lora_B["default"].weight @ self.lora_A["default"].weight
-        masked = whole * (self.weight != 0)
-        if self.straight:  # The value of one, the gradient of the other.
-            masked = whole + (masked - whole).detach()
-            y = nn.functional.linear(x, masked.detach(), self.bias)
-            branch = nn.functional.linear(x.detach(), whole)
-            return y + branch - branch.detach()
-        return nn.functional.linear(x, masked, self.bias)
-
-
-def pruned_lora(
-    family: str = "llama", targets: list[str] | None = None, share: float = 0.5, **options: Any
-) -> PeftModel:
-    """A tiny model whose decoder's matrices have that share of zeros, with trained adapters."""
-    model = tiny_lora(family, targets or ALL_LINEAR, **options)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and "layers." in name and "lora" not in name:
-            lowest = parameter.detach().abs().flatten().sort().values[int(share * parameter.numel())]
-            parameter.data[parameter.detach().abs() < lowest] = 0
-    return model
-
-
-def formula(model: PeftModel, straight: bool = False) -> PeftModel:
-    """The same, by :class:`FormulaLinear`."""
-    plain = copy.deepcopy(model)
-    for name, module in list(plain.named_modules()):
-        if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
-            parent, _, own = name.rpartition(".")
-            setattr(plain.get_submodule(parent), own, FormulaLinear(module, straight))
-    return plain
-
-
-def masks_of(model: PeftModel) -> dict[str, Tensor]:
-    return {n: p == 0 for n, p in model.named_parameters() if "base_layer" in n or "rows" in n}
+SPARSE = SparseLoRAConfig(layers=LAYERS, rank=4)
+SOME = [ALL_LINEAR, ["q_proj", "o_proj", "up_proj"], ["gate_proj"], ["down_proj", "k_proj"]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -75,14 +36,12 @@ def test_a_dense_step_is_that_of_the_formula(family: str, gradient: str) -> None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    "targets", [ALL_LINEAR, ["q_proj", "o_proj", "up_proj"], ["gate_proj"], ["down_proj", "k_proj"]], ids="+".join
-)
+@pytest.mark.parametrize("targets", SOME, ids="+".join)
 def test_context_tokens_take_the_kept_channels(family: str, targets: list[str]) -> None:
     """Also where some matrices of an FFN carry adapters and others do not."""
     model = pruned_lora(family, targets)
     plain = formula(model)
-    apply_sparselora(model, SparseLoRAConfig(layers=LAYERS, rank=4), sparse_base=SparseBaseConfig())
+    apply_sparselora(model, SPARSE, sparse_base=SparseBaseConfig())
     got = train_step(model, batch())
     masks = selection(model)
     assert len(masks[1]["ffn"]) == 21
@@ -93,7 +52,94 @@ def test_context_tokens_take_the_kept_channels(family: str, targets: list[str]) 
 def test_in_fp64_nothing_small_is_hidden() -> None:
     model = pruned_lora(dtype=torch.float64)
     plain = formula(model)
-    apply_sparselora(model, SparseLoRAConfig(layers=LAYERS, rank=4), sparse_base=SparseBaseConfig())
+    apply_sparselora(model, SPARSE, sparse_base=SparseBaseConfig())
     got = train_step(model, batch())
     expected = train_step(drop(plain, selection(model), batch()), batch())
     assert_same(expected, got, batch(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", FUSED)
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_fused_matrices_and_ffns_without_a_gate(family: str, sparse: bool) -> None:
+    """One matrix of gate and up, of q, k and v: with all channels kept, a sparse step is the dense one."""
+    model = pruned_lora(family, FUSED[family])
+    expected = train_step(formula(model), batch())
+    layers = {group: {"0-2": 0.0} for group in LAYERS} if sparse else {}
+    config = SparseLoRAConfig(enabled=sparse, layers=layers, rank=4)
+    apply_sparselora(model, config, sparse_base=SparseBaseConfig())
+    assert_same(expected, train_step(model, batch()), batch(), rtol=1e-4, atol=2e-5)
+    assert bool(selection(model)) == sparse
+
+
+def test_a_mask_of_ones_is_plain_lora() -> None:
+    model = tiny_lora(targets=ALL_LINEAR)
+    expected = train_step(model, batch())
+    apply_sparselora(model, DENSE, sparse_base=SparseBaseConfig(min_sparsity=0.0))
+    assert len(find_state(model).masked) == 3 * len(ALL_LINEAR)
+    assert_same(expected, train_step(model, batch()), batch())
+
+
+def _loss(model: PeftModel) -> Tensor:
+    return model(**batch()).loss
+
+
+def test_a_matrix_that_is_not_pruned_keeps_plain_lora() -> None:
+    model = pruned_lora()
+    for name, parameter in model.named_parameters():
+        if "layers.1.self_attn" in name and "base_layer" in name:
+            parameter.data[parameter == 0] = 0.1
+    expected = train_step(formula(model), batch())
+    apply_sparselora(model, DENSE, sparse_base=SparseBaseConfig())
+    masked = find_state(model).masked
+    assert len(masked) == 3 * len(ALL_LINEAR) - 4
+    assert not [name for name in masked if "layers.1.self_attn" in name]
+    assert_same(expected, train_step(model, batch()), batch())
+
+
+@pytest.mark.parametrize("gradient", ["exact", "straight_through"])
+@pytest.mark.parametrize("config", [DENSE, SPARSE], ids=["dense", "sparse"])
+def test_autograd_keeps_what_it_keeps_of_plain_lora_and_nothing_more(gradient: str, config: SparseLoRAConfig) -> None:
+    sizes = []
+    for masked in (False, True):
+        model = pruned_lora()
+        sparse_base = SparseBaseConfig(gradient=gradient) if masked else None
+        apply_sparselora(model, config, sparse_base=sparse_base)
+        frozen = frozen_weights(model)
+        kept = kept_by_autograd(partial(_loss, model))
+        assert weight_copies(kept, frozen) == []
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+        sizes.append(sum(size for place, size in storages.items() if place not in weights))
+    assert sizes[1] <= sizes[0]
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False], ids=["none", "reentrant", "non-reentrant"])
+def test_a_masked_step_waits_for_nothing(reentrant: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MaskSync, "check", lambda self: self._pending.clear())  # As on a GPU.
+    model = apply_sparselora(pruned_lora(), SPARSE, sparse_base=SparseBaseConfig())
+    if reentrant is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    data, context = batch(), find_state(model).context
+    context.hand_over(data["labels"], partition_tokens(data["labels"], data["attention_mask"]))
+    with Waits() as waits:
+        model(**data, use_cache=False, num_items_in_batch=20.0).loss.backward()
+    assert sorted(selection(model)[1]) == ["ffn", "qk", "vo"]
+    assert not waits.ours, waits.ours
+
+
+def test_a_thousand_steps_leave_the_frozen_weights_as_they_were() -> None:
+    model = pruned_lora(num_hidden_layers=1)
+    apply_sparselora(model, SparseLoRAConfig(layers={"ffn": {"0": 0.8}}), sparse_base=SparseBaseConfig())
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    data = batch(2, 10)
+    first = last = 0.0
+    for _ in range(1000):
+        loss = model(**data).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        first, last = (first or loss.item()), loss.item()
+    assert last < first / 2, "something was learned"
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters() if not p.requires_grad)

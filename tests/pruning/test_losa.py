@@ -224,7 +224,9 @@ def test_it_goes_on_in_the_round_that_was_not_finished(tiny: Tiny, whole: Path, 
     assert [Path(path).parent.name for path in trained] == ["round-1", "out", "out"]
     for name in ("run/adapter", "model"):
         expected, found = _files(whole / name), _files(tmp_path / "out" / name)
-        assert expected.keys() == found.keys() and all(torch.equal(found[key], value) for key, value in expected.items())
+        assert expected.keys() == found.keys() and all(
+            torch.equal(found[key], value) for key, value in expected.items()
+        )
     assert record["rounds"] == json.loads((whole / "losa.json").read_text())["rounds"]
     with pytest.raises(FileExistsError, match="holds all 2 rounds"):
         losa(words, run)
@@ -295,6 +297,14 @@ def test_bad_layer_sparsities_are_named(
     text: str, told: str, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "shares.json").write_text(text)
-    command = ["prune", "--model", tiny.model, "--method", "magnitude", "--layer-sparsity", str(tmp_path / "shares.json")]
+    command = [
+        "prune",
+        "--model",
+        tiny.model,
+        "--method",
+        "magnitude",
+        "--layer-sparsity",
+        str(tmp_path / "shares.json"),
+    ]
     assert main([*command, "--output", str(tmp_path / "out")]) == 2
     assert told in capsys.readouterr().err and not (tmp_path / "out").exists()

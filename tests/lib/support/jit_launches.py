@@ -175,6 +175,19 @@ def run_attention(model: Model, stored: str, rank: int | None, tokens: int, dens
         backward(kernels.lora_linear(x, weight, None, *branch, transposed=transposed, **lists))
 
 
+def run_masked(model: Model, stored: str, rank: int | None, tokens: int, dense: int) -> None:
+    """A projection and an FFN's two ends under a pruned matrix' mask, and back."""
+    if rank is None:
+        return
+    dtype, context = dtype_of(stored), int(tokens * CONTEXT)
+    lists = index(dense), index(context), index(model.neurons)
+    a, b = (empty(*shape, dtype=dtype, trained=True) for shape in ((rank, model.hidden), (model.width, rank)))
+    x, weight = empty(tokens, model.hidden, dtype=dtype, trained=True), matrix(model.width, model.hidden, stored)
+    names = dict(zip(("dense_rows", "context_rows", "channels"), lists))
+    backward(kernels.masked_linear(x, weight, a, b, 2.0, **names))
+    backward(kernels.masked_up(x, weight, a, b, 2.0, *lists))
+
+
 def run_decode(model: Model, stored: str, rank: int | None, tokens: int, dense: int) -> None:
     """All rows, as for dense tokens, and kept rows alone."""
     if stored == "nf4":
@@ -184,7 +197,12 @@ def run_decode(model: Model, stored: str, rank: int | None, tokens: int, dense: 
                 weight.decode(channels, dtype)
 
 
-RUNS: dict[str, Callable[..., None]] = {"ffn": run_ffn, "attention": run_attention, "decode": run_decode}
+RUNS: dict[str, Callable[..., None]] = {
+    "ffn": run_ffn,
+    "attention": run_attention,
+    "masked": run_masked,
+    "decode": run_decode,
+}
 
 
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:

@@ -112,7 +112,8 @@ def test_the_command_says_it(tmp_path: Path, capsys: Any) -> None:
     path.write_text(json.dumps(data | {"sparse_base": {"enabled": True}}))
     assert main(["plan", "--config", str(path), "--gpus", "8", "--tokens", "4096"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert all(len(line) <= 116 for line in lines if not line.startswith(("fsdp2", "zero3")))
+    start = next(number for number, line in enumerate(lines) if line.startswith("sparse_base"))
+    assert all(len(line) <= 116 for line in lines[start : start + 3]) and lines[start + 3].startswith("GB a GPU")
     said = " ".join(" ".join(lines).split())
     assert "sparse_base (exact): every adapted matrix counts as pruned; masks add +" in said
     assert "One transient matrix of 0.12 GB is in gather" in said

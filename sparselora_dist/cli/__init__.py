@@ -16,6 +16,7 @@ COMMANDS = {
     "factors": "estimator factors weighted by what the training rows bring, as a file for sparse_lora.factors",
     "schema": "the JSON Schema of a run file, for editors",
     "prune": "put zeros in the place of the weights that matter least, layer by layer",
+    "losa": "prune and tune in rounds, each layer with a sparsity and a rank of its own",
     "merge": "merge an adapter into its base model, shard by shard",
 }
 

@@ -30,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     amount = parser.add_mutually_exclusive_group(required=True)
     amount.add_argument("--sparsity", type=float, metavar="SHARE", help="of zeros, such as 0.5")
     amount.add_argument("--pattern", metavar="N:M", help="N kept of every M, such as 2:4")
+    amount.add_argument("--layer-sparsity", type=Path, metavar="FILE.json", help="a list with the share of each layer")
+    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="on the model: zeros are chosen of both merged")
     parser.add_argument("--data", metavar="FILE_OR_NAME", help="calibration rows, as data.train; not for magnitude")
     parser.add_argument("--sequences", type=int, default=128, metavar="N", help="calibration sequences (default 128)")
     parser.add_argument(
@@ -48,10 +50,15 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ..engines.ranks import discover_ranks, local_device, start_distributed
     from ..pruning.pattern import Pattern
-    from ..pruning.prune import Pruning, prune
+    from ..pruning.prune import Pruning, prune, read_shares
 
     messages()
-    pattern = Pattern.parse(arguments.pattern) if arguments.pattern else Pattern.share(arguments.sparsity)
+    shares = None
+    if arguments.layer_sparsity:
+        shares = read_shares(arguments.layer_sparsity)
+        pattern = Pattern.share(sum(shares) / len(shares))
+    else:
+        pattern = Pattern.parse(arguments.pattern) if arguments.pattern else Pattern.share(arguments.sparsity)
     asked = Pruning(
         model=arguments.model,
         method=arguments.method,
@@ -60,6 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
         data=arguments.data,
         sequences=arguments.sequences,
         length=arguments.length,
+        layer_sparsity=shares,
+        adapter=arguments.adapter,
     )
     ranks = discover_ranks()
     device = local_device(ranks)

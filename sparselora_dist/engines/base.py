@@ -31,6 +31,8 @@ class Engine(ABC):
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         self.config = config
         self.ranks = ranks
+        self._joins = dist.is_initialized()
+        """Whether the ranks were together before this engine was made, and stay so after it: several runs in a row."""
         self.heartbeat = Heartbeat()
         """Says what this rank does, and who is missing; an engine of several ranks has one that beats."""
         self.scheduler: Any = None
@@ -181,6 +183,10 @@ class Engine(ABC):
             dist.barrier()
 
     def close(self) -> None:
+        if self._joins:
+            self.heartbeat.before_end.clear()  # They hold this run.
+            self.heartbeat.remedy = str
+            return
         self.heartbeat.stop()
         if dist.is_initialized():
             dist.destroy_process_group()

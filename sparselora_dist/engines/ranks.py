@@ -21,6 +21,9 @@ from .hosts import Place, by_host, exchange
 
 log = logging.getLogger(__name__)
 
+_heartbeat = Heartbeat()
+"""Of the group that :func:`start_distributed` has started last."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
@@ -144,7 +147,8 @@ def start_distributed(ranks: Ranks, timeout: float, heartbeat_timeout: float = 0
     """Start the default process group from the launcher's variables, and this rank's heartbeat; alone, a group of one.
 
     Ranks are numbered host by host, whatever the launcher's mapping: neighbours in number are neighbours in place, so
-    that groups of consecutive ranks (HSDP, hpZ) stay inside a host. Rank 0 stays what it is.
+    that groups of consecutive ranks (HSDP, hpZ) stay inside a host. Rank 0 stays what it is. Ranks that are together
+    already stay as they are.
 
     Returns:
         Where this process stands now, with every rank's host; and what beats for it.
@@ -154,8 +158,9 @@ def start_distributed(ranks: Ranks, timeout: float, heartbeat_timeout: float = 0
         TimeoutError: some ranks have not begun; they are named. Said once a host.
         ValueError: two ranks have the same GPU.
     """
+    global _heartbeat
     if dist.is_initialized():
-        return replace(ranks, hosts=tuple(everyone(node_name()))), Heartbeat()
+        return replace(ranks, rank=dist.get_rank(), hosts=tuple(everyone(node_name()))), _heartbeat
     env = os.environ
     if "RANK" not in env:
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
@@ -196,8 +201,8 @@ def start_distributed(ranks: Ranks, timeout: float, heartbeat_timeout: float = 0
         count = len(set(hosts))
         moved = "" if order == list(range(len(order))) else ", numbered anew host by host"
         log.info("%d ranks on %d host(s) by %s, meeting at %s%s", len(order), count, ranks.launcher, address, moved)
-    heartbeat = Heartbeat(rank, ranks.world_size, heartbeat_timeout, connect, address).start()
-    return replace(ranks, rank=rank, hosts=hosts), heartbeat
+    _heartbeat = Heartbeat(rank, ranks.world_size, heartbeat_timeout, connect, address).start()
+    return replace(ranks, rank=rank, hosts=hosts), _heartbeat
 
 
 def _open_store(ranks: Ranks, timeout: float, purpose: str, client: bool = False) -> dist.Store:

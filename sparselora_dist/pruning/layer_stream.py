@@ -76,11 +76,15 @@ class LayerStream:
         """What the files call a parameter of a layer."""
         return weight_key(self.files, f"{layer.path}.{name}")
 
+    def keys(self, layer: DecoderLayer) -> dict[str, str]:
+        """The files' name of every parameter of a layer, by its name in it."""
+        return {name: self.key(layer, name) for name, _ in layer.module.named_parameters()}
+
     @contextmanager
     def filled(self, layer: DecoderLayer, values: dict[str, Tensor] | None = None) -> Iterator[dict[str, str]]:
         """The layer with its weights, from ``values`` by the files' names where they are given; gives the files' name of
         every parameter."""
-        keys = {name: self.key(layer, name) for name, _ in layer.module.named_parameters()}
+        keys = self.keys(layer)
         for name, key in keys.items():
             self._set(layer.module, name, self._read(key) if values is None else values[key])
         try:

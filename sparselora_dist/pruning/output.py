@@ -39,11 +39,11 @@ class GrowingModel:
             raise FileExistsError(f"{output} exists already: choose another --output, or remove it")
         if (self.folder / PRUNING_FILE).is_file():
             begun = read_json(self.folder / PRUNING_FILE)["asked"]
-            if different := [key for key in record if begun.get(key) != record[key]]:
+            if different := [key for key in {**record, **begun} if begun.get(key) != record.get(key)]:
                 key = different[0]
                 raise ConfigError(
-                    f"{self.folder} was begun with {key} {begun.get(key)!r}, not {record[key]!r}: give what it was begun "
-                    "with to go on, or remove it"
+                    f"{self.folder} was begun with {key} {begun.get(key)!r}, not {record.get(key)!r}: give what it was "
+                    "begun with to go on, or remove it"
                 )
             return
         size = sum(math.prod(info.shape) for info in files.tensors.values()) * getattr(torch, record["dtype"]).itemsize
@@ -71,11 +71,22 @@ class GrowingModel:
         written = TensorFiles(self.folder, [self.file(number)])
         return {name: written.read(name) for name in written.tensors}
 
-    def add(self, number: int, tensors: dict[str, Tensor], zeros: dict[str, float]) -> None:
-        """Write a layer; ``zeros`` is the share of zeros of each of its matrices."""
+    def add(
+        self, number: int, tensors: dict[str, Tensor], zeros: dict[str, float], error: float | None = None
+    ) -> None:
+        """Write a layer.
+
+        Args:
+            number: of the layer.
+            tensors: by the files' names.
+            zeros: the share of zeros of each of its matrices.
+            error: how far its outputs are from the reference's, where there is one.
+        """
         self._save(self.file(number), tensors)
         data = read_json(self.folder / PRUNING_FILE)
         data["layers"][str(number)] = {name: round(share, 6) for name, share in zeros.items()}
+        if error is not None:
+            data.setdefault("errors", {})[str(number)] = error
         self._write(data)
 
     def _save(self, file: str, tensors: dict[str, Tensor]) -> None:

@@ -19,11 +19,17 @@ PARTS = 8
 """Into how many parts the sequences are dealt: the most ranks that can share them."""
 
 
+def sharers(sequences: int, ranks: int) -> int:
+    """How many ranks have sequences, the first ones; the others wait for them."""
+    return min(PARTS, sequences, ranks)
+
+
 def parts_of(sequences: int, rank: int, ranks: int) -> list[range]:
     """The parts of a rank, each the numbers of its sequences."""
-    count = min(PARTS, sequences)
+    count, ranks = min(PARTS, sequences), sharers(sequences, ranks)
     bounds = [sequences * part // count for part in range(count + 1)]
-    return [range(bounds[p], bounds[p + 1]) for p in range(count * rank // ranks, count * (rank + 1) // ranks)]
+    mine = range(count * rank // ranks, count * (rank + 1) // ranks) if rank < ranks else ()
+    return [range(bounds[part], bounds[part + 1]) for part in mine]
 
 
 class Inputs:
@@ -70,8 +76,17 @@ class Inputs:
 
 def gather(inputs: Inputs, name: str, owner: int) -> Tensor | None:
     """The sum of a linear's inputs over all parts, on the rank that prunes it; ``None`` on the others. A collective."""
-    key = inputs.first[name]
-    mine = [sums[key] for sums in inputs.sums]
+    key = inputs.first.get(name, "")  # No name on a rank without sequences.
+    return add_parts([sums[key] for sums in inputs.sums], owner)
+
+
+def add_parts(mine: list[Tensor], owner: int) -> Tensor | None:
+    """The sum of all parts in their order, on rank ``owner``, which must have one; ``None`` on the others. A collective.
+
+    Args:
+        mine: this rank's parts, of one shape and dtype on all ranks.
+        owner: who adds.
+    """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     total: Tensor | None = None
     for part, source in _in_order(len(mine), ranks):

@@ -123,9 +123,7 @@ def test_a_merged_model_in_4_bits_is_what_transformers_makes_of_it(
     )
     assert summary.quantized == 21 and "quantised 21 matrices to nf4" in str(summary)
     section = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant)
-    theirs = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "bf16", dtype=torch.bfloat16, quantization_config=section
-    )
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "bf16", dtype=torch.bfloat16, quantization_config=section)
     theirs.save_pretrained(tmp_path / "theirs")
     got, expected = tensors(tmp_path / "nf4"), tensors(tmp_path / "theirs")
     assert got.keys() == expected.keys()
@@ -171,7 +169,11 @@ def test_the_mask_is_read_from_codes_not_from_values(folder: Path, tmp_path: Pat
     """A block of weights too small for the output's dtype decodes to zeros that nobody pruned."""
     name = "model.layers.1.self_attn.q_proj.weight"
     merge_adapter(folder / "base", folder / "adapter", tmp_path / "nf4", save_in_4bit=True)
-    path = tmp_path / "nf4" / json.loads((tmp_path / "nf4" / "model.safetensors.index.json").read_text())["weight_map"][name]
+    path = (
+        tmp_path
+        / "nf4"
+        / json.loads((tmp_path / "nf4" / "model.safetensors.index.json").read_text())["weight_map"][name]
+    )
     weight = tensors(folder / "base")[name].clone()
     weight[7] *= 1e-10
     save_file(load_file(path) | file_tensors(name, weight, False), path, metadata={"format": "pt"})
@@ -216,7 +218,10 @@ def test_a_base_without_the_zeros_is_refused_by_name(folder: Path, tmp_path: Pat
     ("modules", "match"),
     [
         (["model.layers.9.self_attn.q_proj"], "'model.layers.9.self_attn.q_proj', which the base model does not have"),
-        (["model.layers.0.mlp.up_proj"], "'model.layers.0.mlp.up_proj', which .*adapter_model.safetensors does not have"),
+        (
+            ["model.layers.0.mlp.up_proj"],
+            "'model.layers.0.mlp.up_proj', which .*adapter_model.safetensors does not have",
+        ),
     ],
 )
 def test_a_marked_module_that_is_nowhere_is_refused(
@@ -227,7 +232,9 @@ def test_a_marked_module_that_is_nowhere_is_refused(
     refused(folder / "base", tmp_path / "adapter", tmp_path / "out", match)
 
 
-@pytest.mark.parametrize("value", [True, {"modules": []}, {"modules": "q_proj"}, {"modules": ["a"], "since": 2}], ids=str)
+@pytest.mark.parametrize(
+    "value", [True, {"modules": []}, {"modules": "q_proj"}, {"modules": ["a"], "since": 2}], ids=str
+)
 def test_a_mark_that_is_none_is_refused(folder: Path, tmp_path: Path, value: Any) -> None:
     shutil.copytree(folder / "adapter", tmp_path / "adapter")
     edit_json(tmp_path / "adapter" / "adapter_config.json", sparse_base=value)

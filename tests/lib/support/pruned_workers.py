@@ -24,7 +24,7 @@ from sparselora_dist.sharding.parameters import full_tensor
 
 from .agreement_workers import follow
 from .engine_parts import SPARSE, close, make_engine, run_config
-from .models import ALL_LINEAR, tiny_base
+from .models import ALL_LINEAR, batch, tiny_base
 from .nf4_workers import SHAPE, adapted
 
 PATTERNS = {"50 %": Pattern.share(0.5), "2:4": Pattern.parse("2:4"), "4:8": Pattern.parse("4:8")}
@@ -86,6 +86,9 @@ def pruned(name: str) -> dict[str, Any]:
         before = frozen_bytes(model)
         run = follow(engine, model)
         same = frozen_bytes(model) == before
+        engine.model.eval()
+        with torch.no_grad(), engine.autocast():
+            logits = engine.model(input_ids=batch(2, 12, seed=5)["input_ids"], use_cache=False).logits.float()
         folder = Path(base_folder(pattern)) / f"{storage} {gradient} {name}"
         parameters: dict[str, Tensor] = engine.full_parameters()
         if engine.is_main:
@@ -94,4 +97,5 @@ def pruned(name: str) -> dict[str, Any]:
         if dist.is_initialized():
             dist.barrier()
         seen[case] = {"run": run, "base": base_folder(pattern), "adapter": str(folder), "masked": masked, "same": same}
+        seen[case]["logits"] = logits
     return seen

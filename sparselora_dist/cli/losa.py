@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 from pathlib import Path
+from typing import Any
 
 from ..process import messages
 
@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--config", required=True, metavar="RUN", help="the run, as JSON or YAML")
-    parser.add_argument("--sparsity", type=float, required=True, metavar="SHARE", help="of zeros in the end, such as 0.5")
+    parser.add_argument(
+        "--sparsity", type=float, required=True, metavar="SHARE", help="of zeros in the end, such as 0.5"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="to be made")
     parser.add_argument("--method", default="wanda", help="magnitude, wanda, ria or sparsegpt (default wanda)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default 5")
@@ -51,7 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
         ValueError, OSError: see :func:`sparselora_dist.pruning.losa.losa`.
     """
     from ..config.run import RunConfig
+    from ..io.shard_files import read_json
     from ..pruning.losa import LoSA, losa
+    from ..train import closing_words
     from ..train import run as train
 
     messages()
@@ -71,18 +75,19 @@ def run(arguments: argparse.Namespace) -> int:
     )
     record = losa(asked, train)
     if int(os.environ.get("RANK", 0)) == 0:
-        print(_closing_words(asked.output, record))
+        print(_rounds(record))
+        last = asked.output / "run"
+        print(closing_words(RunConfig.from_file(last / "run.json"), read_json(last / "summary.json")))
     return 0
 
 
-def _closing_words(output: Path, record: dict) -> str:
+def _rounds(record: dict[str, Any]) -> str:
     lines = []
     for number, entry in record["rounds"].items():
         shares, ranks, trained = entry["layer_sparsity"], entry["ranks"], entry["trained"]
-        loss = trained["train_loss_last"] if trained["eval_loss"] is None else trained["eval_loss"]
+        what, key = ("training", "train_loss_last") if trained["eval_loss"] is None else ("evaluation", "eval_loss")
         lines.append(
             f"round {number}: zeros {entry['sparsity']:.2%} ({min(shares):.2%} to {max(shares):.2%}), ranks {min(ranks)} to "
-            f"{max(ranks)}, {'training' if trained['eval_loss'] is None else 'evaluation'} loss {loss:.4f}"
+            f"{max(ranks)}, {what} loss {trained[key]:.4f}"
         )
-    merge = ["sparselora-dist", "merge", "--base", str(output / "model"), "--adapter", str(output / "run" / "adapter")]
-    return "\n".join([*lines, f"next:    {shlex.join([*merge, '--output', str(output / 'merged')])}"])
+    return "\n".join(lines)

@@ -85,7 +85,7 @@ class Adapter:
         delta = self.deltas.get(name)
         if delta is None:
             return value
-        tensors = [self.files.get(key).float() for key in delta.keys]
+        tensors = [self.files.get(key).to(value.device, torch.float32) for key in delta.keys]
         result = value.to(torch.float32, copy=True)
         if len(tensors) == 1:
             return result.add_(tensors[0], alpha=delta.scaling)

@@ -1,6 +1,6 @@
 """How far the outputs of a layer are from those that the layers of another model have: LoSA's reconstruction error.
 
-    e = (1/d) · Σ_c (‖Y[:, c] − Y'[:, c]‖ / ‖Y[:, c]‖)²        over all tokens, of the d channels c
+e = (1/d) · Σ_c (‖Y[:, c] − Y'[:, c]‖ / ‖Y[:, c]‖)²        over all tokens, of the d channels c
 """
 
 from __future__ import annotations

@@ -67,20 +67,14 @@ class LayerAdapter:
         """Whether a tensor of the model's files has a delta."""
         return self.adapter.touches(key)
 
-    def delta(self, key: str, device: torch.device) -> Tensor:
-        """s·B·A, (out, in) fp32."""
-        delta = self.adapter.deltas[key]
-        down, up = (self.adapter.files.get(name).to(device, torch.float32) for name in delta.keys)
-        return (up @ down).mul_(delta.scaling)
-
     def merged(self, key: str, stored: Tensor) -> Tensor:
-        """V of a stored matrix (out, in); fp32."""
-        value = self.delta(key, stored.device).add_(stored)
+        """V of a stored matrix (out, in); fp32, to the bit what ``sparselora-dist merge`` rounds."""
+        value = self.adapter.add(key, stored)
         return value.masked_fill_(stored == 0, 0.0) if key in self.adapter.masked else value
 
     def effective(self, key: str, stored: Tensor) -> Tensor:
         """What a stored matrix computes with the adapter under its zeros; in its dtype."""
-        return self.delta(key, stored.device).add_(stored).masked_fill_(stored == 0, 0.0).to(stored.dtype)
+        return self.adapter.add(key, stored).masked_fill_(stored == 0, 0.0).to(stored.dtype)
 
     def without(self, key: str, pruned: Tensor, stored: Tensor) -> Tensor:
         """W' of what was made of :meth:`merged`; in the dtype of ``stored``.
@@ -94,9 +88,8 @@ class LayerAdapter:
             pruned: P, (out, in) fp32.
             stored: W.
         """
-        delta = self.delta(key, stored.device)
-        merged = self.merged(key, stored)
-        value = torch.where(pruned == merged, stored.float(), pruned - delta).to(stored.dtype)
+        delta = self.adapter.add(key, torch.zeros_like(stored))
+        value = torch.where(pruned == self.merged(key, stored), stored.float(), pruned - delta).to(stored.dtype)
         kept = pruned != 0
         smallest = torch.full_like(value, torch.finfo(value.dtype).tiny).copysign_(pruned.to(value.dtype))
         return torch.where(kept & (value == 0), smallest, value).masked_fill_(~kept, 0.0)

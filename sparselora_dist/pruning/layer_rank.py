@@ -1,6 +1,6 @@
 """How large an adapter each layer takes (LoSA): as its share of what pruning broke.
 
-    r_i = clip(round(e_i / Σe · r̄·L), 1, 16), and then one more or one less until their sum is r̄·L
+r_i = clip(round(e_i / Σe · r̄·L), 1, 16), and then one more or one less until their sum is r̄·L
 """
 
 from __future__ import annotations

@@ -118,7 +118,9 @@ def _check(asked: LoSA) -> None:
     if not 0 < asked.last_share <= 1:
         raise ConfigError(f"--last-share is {asked.last_share}: allowed: numbers above 0, up to 1")
     if config.lora.init_from:
-        raise ConfigError("'lora.init_from' with LoSA: its first round starts from the base model alone; remove the key")
+        raise ConfigError(
+            "'lora.init_from' with LoSA: its first round starts from the base model alone; remove the key"
+        )
     for key in ("rank_pattern", "alpha_pattern"):
         if config.lora.values.get(key):
             raise ConfigError(f"'lora.{key}' with LoSA, which gives every layer its rank: remove the key")

@@ -71,9 +71,7 @@ class GrowingModel:
         written = TensorFiles(self.folder, [self.file(number)])
         return {name: written.read(name) for name in written.tensors}
 
-    def add(
-        self, number: int, tensors: dict[str, Tensor], zeros: dict[str, float], error: float | None = None
-    ) -> None:
+    def add(self, number: int, tensors: dict[str, Tensor], zeros: dict[str, float], error: float | None = None) -> None:
         """Write a layer.
 
         Args:

@@ -100,7 +100,9 @@ def prune(asked: Pruning, device: torch.device | None = None) -> dict[str, Any]:
                 work.prune(layer, growing)
     if growing:
         if source.adapter:
-            keys = [key for layer in stream.layers for *_, key in source.adapted(layer) if patterns[layer.index].sparsity]
+            keys = [
+                key for layer in stream.layers for *_, key in source.adapted(layer) if patterns[layer.index].sparsity
+            ]
             source.adapter.save(growing.folder / "adapter", growing.output, keys)
         growing.finish(read_json(source.folder / "config.json"))
     if ranks > 1:
@@ -135,7 +137,9 @@ def read_shares(path: Path) -> tuple[float, ...]:
     except ValueError as error:
         raise ConfigError(f"--layer-sparsity {path} is not JSON: {error}") from error
     if not isinstance(found, list) or not found or not all(type(share) in (int, float) for share in found):
-        raise ConfigError(f"--layer-sparsity {path}: expected a list with a number for each layer, such as [0.48, 0.52]")
+        raise ConfigError(
+            f"--layer-sparsity {path}: expected a list with a number for each layer, such as [0.48, 0.52]"
+        )
     return tuple(map(float, found))
 
 

@@ -1,9 +1,12 @@
-"""LoSA: how alike layers are, zeros chosen under an adapter, adapters at other ranks, and the rounds, on one rank and two."""
+"""LoSA: how alike layers are, zeros under an adapter, adapters at other ranks, and the rounds, on one rank and two."""
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +34,6 @@ from support.merging import load, make_adapter, tensors
 from support.models import ALL_LINEAR
 
 from ..integration.conftest import VOCABULARY, Tiny, byte_tokenizer, task_rows, tiny_base, write_rows
-
-pytestmark = pytest.mark.usefixtures("alone")
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +73,7 @@ def one(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model with its adapter, pruned on one rank; the Gram matrices in ``grams.pt``."""
     folder = tmp_path_factory.mktemp("one")
     torch.set_num_threads(1)
-    torch.save(parts(*words(tiny, folder)), folder / "grams.pt")
+    torch.save(parts(*words(tiny, folder), ("wanda", "sparsegpt")), folder / "grams.pt")
     return folder
 
 
@@ -83,7 +84,11 @@ def whole(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "run.json").write_text(json.dumps(config(tiny)))
     options = ["--rounds", 2, "--sequences", SEQUENCES, "--similar", 8, "--length", LENGTH, "--ranks", 7, 11]
     command = ["losa", "--config", folder / "run.json", "--sparsity", 0.5, "--output", folder / "out", *options]
-    assert main([str(word) for word in command]) == 0
+    said = io.StringIO()
+    with redirect_stdout(said):
+        assert main([str(word) for word in command]) == 0
+    assert "round 2: zeros 50.00% (49.00% to 51.00%), ranks" in said.getvalue()
+    assert f"merge --base {folder / 'out' / 'model'} --adapter {folder / 'out' / 'run' / 'adapter'}" in said.getvalue()
     return folder / "out"
 
 
@@ -120,7 +125,7 @@ def test_zeros_are_chosen_of_the_merged_weights_and_the_adapter_is_taken_out(
     changed = 0
     for name, value in base.items():
         assert torch.equal(value == 0, expected[name] == 0) and torch.equal(back[name] == 0, value == 0), name
-        torch.testing.assert_close(back[name], expected[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(back[name], expected[name], rtol=1e-4, atol=1e-5)
         kept = value != 0
         changed += int((value[kept] != before[name][kept]).sum())
         if name.endswith("_proj.weight"):
@@ -141,7 +146,7 @@ def test_a_kept_weight_that_becomes_zero_is_not_lost(tiny: Tiny) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         stored = files.read(key).to(dtype)
         stored[2, 3] = 0.0
-        delta = adapter.delta(key, stored.device)
+        delta = adapter.adapter.add(key, torch.zeros_like(stored))
         pruned = adapter.merged(key, stored)
         pruned[0], pruned[1, :5] = delta[0], 0.0
         left = adapter.without(key, pruned, stored)
@@ -186,7 +191,7 @@ def test_rounds_end_in_a_pruned_model_and_its_adapter(tiny: Tiny, whole: Path, t
     for name, value in adapter.items():
         layer = int(name.split(".layers.")[1].split(".")[0])
         assert value.shape[0 if ".lora_A." in name else 1] == ranks[layer], name
-        if ".lora_B." in name:
+        if ".lora_B." in name and ranks[layer] > 8:
             assert value[:, 8:].abs().max() > 0, "what is beyond rank 8 was trained"
     merge_adapter(whole / "model", whole / "run" / "adapter", tmp_path / "merged", dtype="float32")
     base, merged = tensors(whole / "model"), tensors(tmp_path / "merged")
@@ -219,7 +224,7 @@ def test_it_goes_on_in_the_round_that_was_not_finished(tiny: Tiny, whole: Path, 
         losa(words, train(stops=True))
     assert not (tmp_path / "out" / "round-1" / "model").exists(), "a pruned model that nobody needs"
     with pytest.raises(ValueError, match=r"was begun with sparsity 0\.5, not 0\.6"):
-        losa(asked(config(tiny), str(tmp_path / "out")).__class__(**_fields(words) | {"sparsity": 0.6}), run)
+        losa(replace(words, sparsity=0.6), run)
     record = losa(words, train(stops=False))
     assert [Path(path).parent.name for path in trained] == ["round-1", "out", "out"]
     for name in ("run/adapter", "model"):
@@ -230,10 +235,6 @@ def test_it_goes_on_in_the_round_that_was_not_finished(tiny: Tiny, whole: Path, 
     assert record["rounds"] == json.loads((whole / "losa.json").read_text())["rounds"]
     with pytest.raises(FileExistsError, match="holds all 2 rounds"):
         losa(words, run)
-
-
-def _fields(words: Any) -> dict[str, Any]:
-    return {name: getattr(words, name) for name in words.__slots__}
 
 
 def _files(folder: Path) -> dict[str, Tensor]:
@@ -247,10 +248,10 @@ def test_two_ranks_choose_the_same(tiny: Tiny, one: Path, whole: Path, tmp_path:
     )
     expected = torch.load(one / "grams.pt")
     assert none == [] and len(grams) == 3 and all(torch.equal(gram, known) for gram, known in zip(grams, expected))
-    for method in ("wanda", "sparsegpt"):
-        mine, theirs = tensors(tmp_path / method), tensors(one / method)
-        assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine), method
-        assert [json.loads((folder / method / "pruning.json").read_text())["errors"] for folder in (tmp_path, one)][0]
+    mine, theirs = tensors(tmp_path / "sparsegpt"), tensors(one / "sparsegpt")
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    errors = [json.loads((folder / "sparsegpt" / "pruning.json").read_text())["errors"] for folder in (tmp_path, one)]
+    assert errors[0] == errors[1]
     assert record == other
     known = json.loads((whole / "losa.json").read_text())["rounds"]
     for key in ("layer_sparsity", "ranks", "errors"):

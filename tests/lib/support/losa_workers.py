@@ -19,9 +19,9 @@ from sparselora_dist.train import run
 SEQUENCES, LENGTH, SHARES = 10, 24, (0.3, 0.4, 0.5)
 
 
-def parts(folder: str, model: str, data: str, adapter: str) -> list[Tensor]:
+def parts(folder: str, model: str, data: str, adapter: str, methods: tuple[str, ...]) -> list[Tensor]:
     """The Gram matrices; the model with an adapter on it is pruned into ``folder``, compared with itself alone."""
-    for method in ("wanda", "sparsegpt"):
+    for method in methods:
         prune(adapted(method, Path(folder), model, data, adapter))
     found = layer_similarity(model, Path(adapter), data, SEQUENCES, LENGTH, torch.device("cpu"))
     return found.grams
@@ -61,4 +61,4 @@ def rounds(config: dict[str, Any], output: str) -> tuple[dict[str, Any], list[in
 
 def everything(folder: str, model: str, data: str, adapter: str, config: dict[str, Any]) -> tuple[Any, ...]:
     torch.manual_seed(0)
-    return parts(folder, model, data, adapter), *rounds(config, f"{folder}/losa")
+    return parts(folder, model, data, adapter, ("sparsegpt",)), *rounds(config, f"{folder}/losa")

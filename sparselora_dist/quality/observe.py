@@ -14,6 +14,7 @@ from sparselora_kernels import kept_count, kept_per_expert
 
 from ..io.factors import FactorSet
 from ..layers.lora import active_branches
+from ..layers.masked import masked_by
 from ..layouts import DecoderLayer, decoder_layers
 from ..method.tokens import partition_tokens
 from .expert_sums import ExpertSums
@@ -108,6 +109,8 @@ class Observer:
                 outer, frozen = layer.linear(stored), layer.matrix(stored)
                 yield frozen.register_forward_hook(self._keep(layer, name, "frozen"))
                 if outer is not frozen and next(active_branches(outer), None) is not None:
+                    if masked_by(outer):  # It computes with a matrix of its own.
+                        yield outer.register_forward_hook(_also(frozen))
                     yield outer.register_forward_hook(self._keep(layer, name, "adapted"))
         if "ffn" in groups and layer.ffn:
             yield layer.ffn.module.register_forward_hook(self._finish(layer, ("ffn",)))
@@ -230,3 +233,12 @@ def observe(
             with autocast():
                 model(**inputs, use_cache=False)
     return Observed(list(observer.sites.values()), count, tokens, context)
+
+
+def _also(frozen: nn.Module) -> Callable[..., None]:
+    """A hook that calls the frozen matrix too."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        frozen(args[0])
+
+    return hook

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..apply import estimator_factors
 from ..apply.experts import whole_experts
+from ..apply.masking import find_pruned, mask
 from ..config.errors import ConfigError
 from ..config.run import RunConfig
 from ..config.sparse import GROUPS
@@ -129,6 +130,8 @@ def measure(
     if subject.adapter:
         model = get_peft_model(model, lora).to(device)
         load_adapter(model, subject.adapter)
+        if config.sparse_base.enabled:
+            mask(find_pruned(model, config.sparse_lora, config.sparse_base), config.sparse_base)
     observer = Observer(model, sparsity, factors, ranks=compared, own_rank=own, seed=seed)
     seen = observe(model, observer, batches, device, partial(_autocast, config.model.dtype, device))
     if not seen.batches:

@@ -67,17 +67,14 @@ def test_it_is_the_best_that_rank_r_can_see_of_the_gradient(tiny: Tiny, base: Pa
     cases = [(engine, gradient) for engine in ("fsdp2", "zero3") for gradient in ("exact", "straight_through")]
     configs = [starting(tiny, base, engine, tmp_path / f"{engine}-{gradient}", gradient) for engine, gradient in cases]
     seen = run_ranks("support.trainer_workers:many_runs", 2, [(config, None) for config in configs], IDS)[0]
-    # One process takes half as many rows a batch.
-    single = starting(tiny, base, "single", tmp_path / "single", "exact")
-    single["train"]["per_device_train_batch_size"] *= 2
-    seen.append(observe(single, IDS))
+    seen.append(observe(starting(tiny, base, "single", tmp_path / "single", "exact"), IDS))
     expected = weight_gradients(configs[0])
     weights = {name: p.detach() for name, p in load(base).named_parameters()}
     for (engine, gradient), found in zip([*cases, ("single", "exact")], seen, strict=True):
         folder = tmp_path / (engine if engine == "single" else f"{engine}-{gradient}")
         saved = load_file(folder / FILE)
         factors = [key for key in saved if "lora_A" in key]
-        assert len(factors) == 4 * 2
+        assert len(factors) == 4 * 3
         assert found["summary"]["train_loss_first"] == pytest.approx(seen[-1]["summary"]["train_loss_first"], rel=1e-5)
         for key in factors:
             a, name = saved[key], key.removeprefix("base_model.model.").replace("lora_A.", "")

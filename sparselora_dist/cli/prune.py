@@ -78,9 +78,9 @@ def run(arguments: argparse.Namespace) -> int:
     if dist.is_initialized():
         dist.destroy_process_group()
     if int(os.environ.get("RANK", 0)) == 0:
-        shares = [share for layer in record["layers"].values() for share in layer.values()]
+        zeros = [share for layer in record["layers"].values() for share in layer.values()]
         print(
-            f"{arguments.output}: {arguments.method} {pattern}, {len(shares)} matrices in {len(record['layers'])} layers, "
-            f"zeros {min(shares):.2%} to {max(shares):.2%}"
+            f"{arguments.output}: {arguments.method} {pattern}, {len(zeros)} matrices in {len(record['layers'])} layers, "
+            f"zeros {min(zeros):.2%} to {max(zeros):.2%}"
         )
     return 0

@@ -70,7 +70,9 @@ def test_from_a_pruned_model_to_a_merged_one(
 
     # What inspect measures is the model that was trained, not base plus adapter.
     measured, observe = [], subject.observe
-    monkeypatch.setattr(subject, "observe", lambda model, *rest: measured.append(logits(model)) or observe(model, *rest))
+    monkeypatch.setattr(
+        subject, "observe", lambda model, *rest: measured.append(logits(model)) or observe(model, *rest)
+    )
     assert main(["inspect", str(tmp_path / "out"), "--rows", "8", "--json"]) == 0
     assert_close("logits", logits(load(merged)), measured[0], rtol=1e-4, atol=1e-4)
     found = json.loads(capsys.readouterr().out)

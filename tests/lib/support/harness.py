@@ -9,9 +9,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+
+from support.rank_server import start_rank
 
 ROOT = Path(__file__).resolve().parents[3]
 LIBRARY = Path(__file__).resolve().parents[1]
@@ -47,7 +49,7 @@ def run_ranks(
     """
     with tempfile.TemporaryDirectory() as folder:
         torch.save((worker, args), Path(folder) / "job.pt")
-        processes = []
+        ranks = []
         for rank in range(world_size):
             env = {
                 **os.environ,
@@ -66,21 +68,14 @@ def run_ranks(
                 "MASTER_PORT": str(abs(hash(folder)) % 50000 + 10000),
                 "TOKENIZERS_PARALLELISM": "false",
             }
-            with open(Path(folder) / f"{rank}.log", "wb") as log:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "support.harness", folder], env=env, stdout=log, stderr=subprocess.STDOUT
-                    )
-                )
-        failed = []
-        for rank, process in enumerate(processes):
-            try:
-                process.wait(timeout)
-            except subprocess.TimeoutExpired:
-                failed.append(f"rank {rank} did not finish within {timeout:g} s")
-        for process in processes:
-            process.kill()
-            process.wait()
+            ranks.append(start_rank(folder, env, Path(folder) / f"{rank}.log"))
+        failed = [
+            f"rank {rank} did not finish within {timeout:g} s"
+            for rank, process in enumerate(ranks)
+            if not process.ended(timeout)
+        ]
+        for process in ranks:
+            process.close()
         logs = [(Path(folder) / f"{rank}.log").read_text(errors="replace") for rank in range(world_size)]
         results = [Path(folder) / f"{rank}.result" for rank in range(world_size)]
         if expect_failure:
@@ -115,7 +110,8 @@ def run_launch(
     return result
 
 
-def _main(folder: Path) -> None:
+def work_as_rank(folder: Path) -> NoReturn:
+    """Run the folder's job as the rank that the environment names, leave the result there, and end the process."""
     import torch.distributed as dist
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -132,7 +128,3 @@ def _main(folder: Path) -> None:
     dist.barrier()
     # gloo's threads sometimes abort the interpreter's exit after FSDP2; the result file is what counts.
     os._exit(0)
-
-
-if __name__ == "__main__":
-    _main(Path(sys.argv[1]))

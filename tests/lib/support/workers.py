@@ -16,6 +16,16 @@ ROOT = Path(__file__).resolve().parents[3]
 _WITH_RANKS = ("engines", "integration", "quantized", "sync")
 _SHARING = ("engines", "quantized")
 """Folders whose ranks are started once for all files."""
+LONG = (
+    *("engines", "quantized", "integration/test_faults.py", "integration/test_guides.py", "integration/test_launch.py"),
+    *("integration/test_objectives.py", "integration/test_trainer_pages.py", "integration/test_axolotl.py"),
+    *("integration/test_placement.py", "pruning/test_prune.py", "quality/test_calibrate.py"),
+    *("kernels/test_aot.py", "kernels/test_jit_launches.py", "benchmarks/test_gpu.py", "benchmarks/test_gpu_train.py"),
+    *("layers/test_operation_budget.py", "layers/test_compile.py", "quality/test_benchmark.py"),
+)
+"""What takes longest for its number of tests. It begins first: a long file that begins last leaves the other cores idle,
+and pytest-xdist would begin with the files of most tests."""
+assert all((ROOT / "tests" / name).exists() for name in LONG), "a name of LONG is no longer there"
 
 
 def unit(file: str) -> str:
@@ -43,9 +53,9 @@ class ByRanks(LoadScopeScheduling):
             scope for other, work in self.assigned_work.items() if other is not node for scope in self._open(work)
         ]
         wanted = not any(map(starts_ranks, others))
-        found = next((scope for scope in self.workqueue if starts_ranks(scope) == wanted), None)
-        if found is not None:
-            self.workqueue.move_to_end(found, last=False)
+        longest_first = sorted(self.workqueue, key=lambda scope: scope.removeprefix("tests/") not in LONG)
+        found = next((scope for scope in longest_first if starts_ranks(scope) == wanted), longest_first[0])
+        self.workqueue.move_to_end(found, last=False)
         super()._assign_work_unit(node)
 
     @staticmethod

@@ -7,8 +7,8 @@ DATA holds ``math/`` (train.jsonl, eval.jsonl) and ``commonsense/``. ``run`` app
 finished arm and seed and skips the finished ones, so that it can be stopped and continued; pruned bases stay in
 DIR/bases. Arms of one seed share the adapter's start and the order of the rows.
 
-Checked before a row is written, and an error otherwise: a base has the zeros that were asked for; a masked model starts
-with the loss of its base; merged, it has every zero of its base and the adapter's loss. Plain LoRA is merged too: how many
+Checked before a row is written, and an error otherwise: a base has the zeros that were asked for; a merged masked
+model has every zero of its base; of seed 0 also, it starts with its base's loss, and merged has the adapter's. Plain LoRA is merged too: how many
 zeros it fills in, and its loss when they are put back afterwards.
 """
 

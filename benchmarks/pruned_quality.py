@@ -8,8 +8,8 @@ finished arm and seed and skips the finished ones, so that it can be stopped and
 DIR/bases. Arms of one seed share the adapter's start and the order of the rows.
 
 Checked before a row is written, and an error otherwise: a base has the zeros that were asked for; a merged masked
-model has every zero of its base; of seed 0 also, it starts with its base's loss, and merged has the adapter's. Plain LoRA is merged too: how many
-zeros it fills in, and its loss when they are put back afterwards.
+model has every zero of its base; of seed 0 also, it starts with its base's loss, and merged has the adapter's.
+Plain LoRA is merged too: how many zeros it fills in, and its loss when they are put back afterwards.
 """
 
 from __future__ import annotations

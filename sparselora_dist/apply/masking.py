@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -16,6 +14,7 @@ from sparselora_kernels import nonzero
 from ..codecs.linear import FrozenLinear
 from ..config.sparse import SparseLoRAConfig
 from ..config.sparse_base import SparseBaseConfig
+from ..io.adapter_config import PREFIX
 from ..layers.lora import active_branches
 from ..layers.masked import mask_lora, obstacle
 from ..sharding.parameters import full_tensor
@@ -23,8 +22,7 @@ from ..sharding.placement import waiting_rows
 from ..sync.everyone import everyone
 from .tuners import check_lora
 
-_ROWS = 1024
-_PREFIX = re.compile(r"^(base_model\.model\.)?")
+_ROWS = 1024  # Looked at together.
 
 
 def find_pruned(model: nn.Module, config: SparseLoRAConfig, sparse_base: SparseBaseConfig) -> dict[str, LoraLayer]:
@@ -38,7 +36,8 @@ def find_pruned(model: nn.Module, config: SparseLoRAConfig, sparse_base: SparseB
             f"SparseLoRAConfig.lora_branch is {config.lora_branch!r} with a sparse base: the branch is masked with the "
             'matrix that it is added to, and so limited to its kept channels: "kept"'
         )
-    adapted = {_name_of(name): module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    named = model.named_modules()
+    adapted = {name.removeprefix(PREFIX): module for name, module in named if isinstance(module, BaseTunerLayer)}
     if not adapted:
         raise ValueError("sparse_base masks adapters, and the model has none: give it one by PEFT first")
     counts = {name: _zeros(module) for name, module in adapted.items()}
@@ -62,10 +61,6 @@ def mask(pruned: dict[str, LoraLayer], sparse_base: SparseBaseConfig) -> None:
         mask_lora(layer, name, sparse_base.gradient)
 
 
-def _name_of(path: str) -> str:
-    return _PREFIX.sub("", path)
-
-
 def _check(name: str, module: nn.Module) -> None:
     check_lora(name, module)
     assert isinstance(module, LoraLayer)
@@ -82,9 +77,9 @@ def _check(name: str, module: nn.Module) -> None:
         raise ValueError(f"{name} is pruned, and sparse_base is enabled, but {reason}")
 
 
-def _zeros(module: Any) -> tuple[int, int]:
+def _zeros(module: BaseTunerLayer) -> tuple[int, int]:
     """Of the matrix under an adapter, zeros and values that this rank has; (0, 0) where it is no matrix."""
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    base = module.get_base_layer()
     if isinstance(base, FrozenLinear):
         first: Any = base.parts[0]
     else:
@@ -98,11 +93,9 @@ def _zeros(module: Any) -> tuple[int, int]:
                 "sparse_base reads zeros from the frozen weights, and they are on the meta device: load them"
             )
         rows = full_tensor(first)
-    stored: Any = base.codec.stored((rows,), base.row_length) if isinstance(base, FrozenLinear) else rows
     zeros = total = 0
-    for start in range(0, rows.shape[0], _ROWS):
-        chosen = torch.arange(start, min(start + _ROWS, rows.shape[0]), device=rows.device)
-        kept = nonzero(stored, chosen)
+    for part in rows.split(_ROWS):
+        kept = nonzero(base.codec.stored((part,), base.row_length) if isinstance(base, FrozenLinear) else part)
         zeros, total = zeros + int((~kept).sum()), total + kept.numel()
     return zeros, total
 

@@ -172,8 +172,8 @@ def fuse_branches(layer: DecoderLayer, state: SparseState) -> None:
         linears = [getattr(part.module, own) for own in part.names.values()]
         for linear in linears:
             merge_by_layout(linear)
-        masked = set(map(id, state.masked.values()))
-        free = [linear for linear in linears if id(linear) not in masked]
+        masked = set(state.masked.values())
+        free = [linear for linear in linears if linear not in masked]
         fused = [linear for linear in free if fuse_lora(linear, merge=state.config.merge_lora)]
         state.fused += fused
         apart = [layer.linear(name) for name in ATTENTION[:3] if name in part.names]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparselora_kernels import masked_down, masked_linear, masked_up, nonzero
 
-from ..codecs.linear import FrozenLinear, compute_input
+from ..codecs.linear import Branch, FrozenLinear, compute_input
 from ..method.tokens import TokenPartition
 from ..sharding.parameters import is_dtensor
 from .lora import LoRABranch, active_branches
@@ -40,12 +40,11 @@ class MaskedLoRA:
             raise ValueError(
                 f"{self.name} is masked (sparse_base): it takes one adapter for all rows, no adapter_names"
             )
-        base, branch = self.layer.base_layer, self.branch()
-        if branch is None:
+        base, factors = self.layer.base_layer, self.factors()
+        if factors is None:
             return base(x)
         x = compute_input(x)
         flat = x.reshape(-1, x.shape[-1])
-        factors = branch.a.weight, branch.b.weight, branch.scaling
         if isinstance(base, FrozenLinear):
             options = {**base.lists(flat), "transposed": base.transposed}
             y = masked_linear(flat, base.stored, *factors, base.bias, gradient=self.gradient, **options)
@@ -55,22 +54,20 @@ class MaskedLoRA:
 
     def up(self, x: Tensor, tokens: TokenPartition, chosen: Any) -> Tensor:
         """As the first matrix of an FFN: ``x`` (T, H) -> (D·I + n·k,), see :func:`sparselora_kernels.ffn_up`."""
-        base, branch = self.layer.base_layer, self.branch()
-        assert branch is not None
-        factors = branch.a.weight, branch.b.weight, branch.scaling
+        base, factors = self.layer.base_layer, self.factors()
+        assert factors is not None
         lists = tokens.dense, tokens.context, chosen
         return masked_up(x, base.stored, *factors, *lists, bias=base.bias, gradient=self.gradient)
 
     def down(self, dense: Tensor, context: Tensor, tokens: TokenPartition, channels: Tensor) -> Tensor:
         """As the last: ``dense`` (D, I) and ``context`` (n, k) -> (T, H)."""
-        base, branch = self.layer.base_layer, self.branch()
-        assert branch is not None
-        factors = branch.a.weight, branch.b.weight, branch.scaling
+        base, factors = self.layer.base_layer, self.factors()
+        assert factors is not None
         lists = tokens.dense, tokens.context, channels, tokens.tokens
         return masked_down(dense, context, base.stored, *factors, *lists, bias=base.bias, gradient=self.gradient)
 
-    def branch(self) -> LoRABranch | None:
-        """The adapter that is active now; ``None`` where it is switched off or merged.
+    def factors(self) -> Branch | None:
+        """Of the adapter that is active now; ``None`` where it is switched off or merged.
 
         Raises:
             ValueError: it cannot be masked, or is sharded apart from its layer.
@@ -78,15 +75,15 @@ class MaskedLoRA:
         branches = list(active_branches(self.layer))
         if not branches:
             return None
-        branch = branches[0]
         if reason := obstacle(branches):
             raise ValueError(f"{self.name} is masked (sparse_base), but {reason}")
+        branch = branches[0]
         if is_dtensor(branch.a.weight) or is_dtensor(branch.b.weight):
             raise ValueError(
                 f"{self.name} is masked (sparse_base): its adapter cannot be sharded by itself; fully_shard whole decoder "
                 "layers"
             )
-        return branch
+        return branch.a.weight, branch.b.weight, branch.scaling
 
 
 def obstacle(branches: list[LoRABranch]) -> str | None:
@@ -105,7 +102,7 @@ def masked_by(module: nn.Module) -> MaskedLoRA | None:
     """What masks a LoRA layer with an active adapter now."""
     found = module.__dict__.get("forward")
     found = getattr(found, "own", found)  # Behind a plain FFN's.
-    return found if isinstance(found, MaskedLoRA) and found.branch() is not None else None
+    return found if isinstance(found, MaskedLoRA) and found.factors() is not None else None
 
 
 class MaskedDelta:

@@ -66,7 +66,9 @@ def fingerprint(
         # Module names in any order.
         "lora": {key: sorted(value) if isinstance(value, list) else value for key, value in config.lora.values.items()},
         "sparse_lora": active,
-        "sparse_base": {key: run["sparse_base"][key] for key in _MASK} if config.sparse_base.enabled else {"enabled": False},
+        "sparse_base": {key: run["sparse_base"][key] for key in _MASK}
+        if config.sparse_base.enabled
+        else {"enabled": False},
         "quantization": run["quantization"] if config.quantization.load_in_4bit else {"load_in_4bit": False},
     }
     found = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}

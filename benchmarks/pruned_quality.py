@@ -114,7 +114,7 @@ class Harness:
                     length=self.options.max_length,
                 )
             )
-        weights = matrices(AutoModelForCausalLM.from_pretrained(output))
+        weights = matrices(AutoModelForCausalLM.from_pretrained(output, trust_remote_code=False))
         for key, weight in weights.items():
             zero = weight == 0
             right = zero.view(-1, wanted.of).sum(1).eq(wanted.zeros(wanted.of)).all() if wanted.of else True

@@ -41,7 +41,8 @@ class Masked:
     """A pruned model whose matrices are Ŵ of factors that stand beside it."""
 
     def __init__(self, folder: str, rank: int, scaling: float) -> None:
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+        self.model: Any = model.requires_grad_(False).eval()
         self.names = list(matrices(self.model))
         self.parameters = {name: self.model.get_submodule(name).weight for name in self.names}
         self.base = {name: weight.detach().clone() for name, weight in self.parameters.items()}

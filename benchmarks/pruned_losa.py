@@ -47,8 +47,8 @@ def tuned_in_rounds(config: RunConfig, base: str, output: Path, sequences: int) 
         length=config.data.max_length,
     )
     last = list(rounds.losa(asked, train)["rounds"].values())[-1]
-    pruned: Any = AutoModelForCausalLM.from_pretrained(output / "model", dtype=torch.float32)
-    model: Any = AutoModelForCausalLM.from_pretrained(output / "model", dtype=torch.float32)
+    pruned: Any = AutoModelForCausalLM.from_pretrained(output / "model", dtype=torch.float32, trust_remote_code=False)
+    model: Any = AutoModelForCausalLM.from_pretrained(output / "model", dtype=torch.float32, trust_remote_code=False)
     model = PeftModel.from_pretrained(model, output / "run" / "adapter").requires_grad_(False)
     apply_sparselora(model, SparseLoRAConfig(enabled=False), sparse_base=SparseBaseConfig())
     chosen = {"layer_sparsity": last["layer_sparsity"], "ranks": last["ranks"]}

@@ -129,7 +129,7 @@ class Harness:
         _, held_out = self.texts[arm.task]
         row: dict[str, Any] = {"task": arm.task, "base": arm.base, "way": arm.way, "seed": seed}
         if arm.way == "untuned":
-            model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
             row |= {"loss": mean_loss(model, held_out, self.pad)}
         elif arm.way in ROUNDS:
             row |= self.tune_in_rounds(arm, seed)
@@ -170,7 +170,7 @@ class Harness:
         row = {"steps": steps, "loss": loss, "training": round(trained, 1)}
         if arm.base != "dense":
             merged: Any = engine.model.merge_and_unload()
-            row["filled"] = put_zeros_back(merged, AutoModelForCausalLM.from_pretrained(base))
+            row["filled"] = put_zeros_back(merged, AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False))
             if masked and row["filled"]:
                 raise SystemExit(f"{arm}, seed {seed}: merging filled in {row['filled']} zeros of the base")
             if not masked:
@@ -199,7 +199,7 @@ class Harness:
     def loss_of(self, arm: Arm, base: str) -> float:
         key = (arm.task, arm.base)
         if key not in self.untuned:
-            model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
             self.untuned[key] = mean_loss(model, self.texts[arm.task][1], self.pad)
         return self.untuned[key]
 

@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import ffn_down, ffn_up, gated_ffn, grouped, lora_joined, masked_linear  # noqa: F401  (registered when imported)
+from .formats import every_of, numbers_of
 from .lora_linear import lora_order
 from .stored import PLAIN, split_layout
 
@@ -25,7 +26,7 @@ flop_registry.setdefault(torch.ops.aten.addmm_, flop_registry[torch.ops.aten.add
 def _matrix(parts: list[Shape], layout: list[int]) -> tuple[int, int]:
     """(channels, length)."""
     own, rows = split_layout(layout)
-    return rows[1] if rows else parts[0][0], own[0] or parts[0][1]
+    return rows[1] if rows else parts[0][0], parts[0][1] if own[0] == PLAIN[0] else own[1]
 
 
 def _base(tokens: int, matrix: tuple[int, int], dense: Shape, context: Shape, kept: Shape) -> int:
@@ -78,9 +79,8 @@ def _joined_base(
     """One product with each of three frozen matrices, whose parts and layouts stand one after another."""
     total = 0
     for kept in channels:
-        plain = layouts[0] == PLAIN[0]
-        base = parts[:1], layouts[: len(PLAIN)] if plain else layouts[: len(PLAIN) + 1]
-        parts, layouts = parts[1 if plain else 2 :], layouts[len(base[1]) :]
+        base = parts[:1], layouts[: numbers_of(layouts)]
+        parts, layouts = parts[len(every_of(base[1])) :], layouts[len(base[1]) :]
         total += _base(tokens, _matrix(*base), None if kept is None else dense, context, kept)
     return total
 

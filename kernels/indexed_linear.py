@@ -57,10 +57,12 @@ def triton_matrix(weight: EncodedWeight, channels: Tensor | None, x: Tensor) -> 
         return None
     if weight.plain:
         return weight.parts[0] if weight.parts[0].dtype == x.dtype else None
+    if not weight.nf4:
+        return None
     from .gpu.matrix import NF4Matrix
 
     codes, scales = weight.parts
-    length, double_quant = weight.layout
+    _, length, double_quant = weight.layout
     absmax = row_absmax(scales, channels, length, bool(double_quant), weight.first)
     return NF4Matrix(codes, absmax, levels(codes.device), length)
 
@@ -85,7 +87,9 @@ def triton_choice(
         return None
     first = matrices[0]
     k = first.channels if channels is None else channels.shape[0]
-    if takes_vendor(product, tokens, k, first.length, x.dtype, x.device, nf4=not first.plain, **options):
+    if not (first.plain or first.nf4):  # Decoded rows are a copy already.
+        return None
+    if takes_vendor(product, tokens, k, first.length, x.dtype, x.device, nf4=first.nf4, **options):
         return None
     found = [matrix for weight in matrices if (matrix := triton_matrix(weight, channels, x)) is not None]
     return found if len(found) == len(matrices) and len({weight.plain for weight in matrices}) == 1 else None

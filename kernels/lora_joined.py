@@ -17,23 +17,25 @@ from torch import Tensor
 
 from .backend import use_triton
 from .columns import gather, scatter
+from .formats import every_of, numbers_of
 from .indexed_linear import indexed_nn, indexed_nt, linear, matmul
 from .lora_linear import scaled_product
 from .masters import cast, stack
 from .operands import NNOperands, NTOperands
 from .operator import held, hold, register, register_with_gradient
-from .stored import PLAIN, EncodedWeight, Weight, refuse_trainable, unpack
+from .stored import EncodedWeight, Weight, refuse_trainable, unpack
 
 COUNT = 3
 
 
 def _matrices(parts: Sequence[Tensor], layouts: Sequence[int]) -> list[EncodedWeight]:
-    """The matrices whose parts and layouts stand one after another; a plain one's layout is :data:`PLAIN`."""
+    """The matrices whose parts and layouts stand one after another."""
     found, part, number = [], 0, 0
     while number < len(layouts):
-        size = len(PLAIN) if layouts[number] == PLAIN[0] else len(PLAIN) + 1
-        found.append(EncodedWeight(list(parts[part : part + size]), list(layouts[number : number + size])))
-        part, number = part + size, number + size
+        layout = layouts[number : number + numbers_of(layouts[number:])]
+        size = len(every_of(layout))
+        found.append(EncodedWeight(list(parts[part : part + size]), list(layout)))
+        part, number = part + size, number + len(layout)
     return found
 
 

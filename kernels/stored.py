@@ -1,8 +1,8 @@
-"""A frozen matrix as it is stored: one plain tensor, or the parts of an encoding (4-bit codes and their scales).
+"""A frozen matrix as it is stored: one plain tensor, or the parts of an encoding (codes and their scales).
 
-Every part has the channel as dim 0, so that a channel is decoded alone. What autograd keeps is the parts themselves,
-never decoded rows: under ZeRO-3 and FSDP2 the parts are sharded between forward and backward and gathered again, and a
-kept copy would undo that. The layout is a list of numbers, so that it can be an argument of a registered operator.
+A channel is a row of the parts and is decoded alone (:mod:`sparselora_kernels.formats`). What autograd keeps is the parts
+themselves, never decoded rows: under ZeRO-3 and FSDP2 the parts are sharded between forward and backward and gathered again,
+and a kept copy would undo that.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .nf4 import nf4_rows
-
-PLAIN: tuple[int, ...] = (0,)
+from .formats import FORMATS, NF4, PLAIN, every_of, numbers_of
 
 
 class EncodedWeight(NamedTuple):
@@ -23,19 +21,24 @@ class EncodedWeight(NamedTuple):
 
     parts: Sequence[Tensor]
     layout: Sequence[int] = PLAIN
-    """:data:`PLAIN` for one tensor of values, :func:`nf4_layout` for codes and scales."""
+    """:data:`PLAIN` for one tensor of values, such as :func:`nf4_layout`'s for an encoding."""
     first: int = 0
     """Number of the parts' first row in the matrix that was encoded."""
 
     @property
     def plain(self) -> bool:
         """Whether it is one tensor of values."""
-        return len(self.layout) == len(PLAIN)
+        return self.layout[0] == PLAIN[0]
+
+    @property
+    def nf4(self) -> bool:
+        """Whether it is codes and scales that the products' own kernels decode."""
+        return self.layout[0] == NF4
 
     @property
     def length(self) -> int:
         """Values per row."""
-        return self.layout[0] or self.parts[0].shape[1]
+        return self.parts[0].shape[1] if self.plain else self.layout[1]
 
     @property
     def channels(self) -> int:
@@ -48,11 +51,7 @@ class EncodedWeight(NamedTuple):
         if self.plain:
             rows = self.parts[0]
             return (rows if channels is None else rows.index_select(0, channels)).to(dtype)
-        codes, scales = self.parts
-        length, double_quant = self.layout
-        return nf4_rows(
-            codes, scales, channels, dtype, length=length, double_quant=bool(double_quant), first=self.first
-        )
+        return FORMATS[self.layout[0]].decode(self.parts, self.layout, channels, dtype, self.first)
 
     def once(self, whole: bool, dtype: torch.dtype) -> EncodedWeight:
         """The matrix as several products read it: decoded here where one of them is ``whole``, else as it is stored."""
@@ -79,18 +78,14 @@ def weight_of(parts: Sequence[Tensor], layout: Sequence[int]) -> EncodedWeight:
     if not rows:
         return EncodedWeight(parts, own)
     first, count = rows
-    return EncodedWeight([part[first : first + count] for part in parts], own, first)
+    views = [part[first : first + count] if every == 1 else part for part, every in zip(parts, every_of(own))]
+    return EncodedWeight(views, own, first)
 
 
 def split_layout(layout: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
     """How a matrix is stored, and ``(first, count)`` where only some of its rows are meant."""
-    own = len(PLAIN) if layout[0] == PLAIN[0] else len(nf4_layout(1, True))
+    own = numbers_of(layout)
     return layout[:own], layout[own:]
-
-
-def nf4_layout(length: int, double_quant: bool) -> tuple[int, ...]:
-    """Layout of ``(codes, scales)`` as :mod:`sparselora_kernels.nf4` describes them."""
-    return length, int(double_quant)
 
 
 def unpack(weight: Weight) -> EncodedWeight:

@@ -70,7 +70,7 @@ def masked_weight_kernel(
 
 def takes(values: Tensor, stored: EncodedWeight) -> bool:
     """Whether there is a kernel: for ``values`` in bf16 or fp32 and a matrix of the same, or of NF4."""
-    return values.dtype in DTYPES and (not stored.plain or stored.parts[0].dtype == values.dtype)
+    return values.dtype in DTYPES and (stored.nf4 or (stored.plain and stored.parts[0].dtype == values.dtype))
 
 
 def keep_nonzero(values: Tensor, stored: EncodedWeight, channels: Tensor | None) -> Tensor:
@@ -81,7 +81,7 @@ def keep_nonzero(values: Tensor, stored: EncodedWeight, channels: Tensor | None)
         with torch.cuda.device_of(values):
             keep_nonzero_kernel[_grid(n, length)](
                 values, own, index, values.stride(0), own.stride(0), n, length, int(channels is not None),
-                NF4=not stored.plain, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS,
+                NF4=stored.nf4, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS,
             )  # fmt: skip
     return values
 
@@ -100,7 +100,7 @@ def masked_weight(base: Tensor, stored: EncodedWeight, p: Tensor, q: Tensor, sca
             masked_weight_kernel[_grid(n, length)](
                 base, own, p, q, out, base.stride(0), own.stride(0), p.stride(0), q.stride(0), out.stride(0),
                 n, length, p.shape[1], scaling,
-                NF4=not stored.plain, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, STEP=RANK_STEP, num_warps=NUM_WARPS,
+                NF4=stored.nf4, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, STEP=RANK_STEP, num_warps=NUM_WARPS,
             )  # fmt: skip
     return out
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..config.quantization import QuantizationSection
+from ..config.quantization import Format, QuantizationSection
 from ..config.run import ModelSection
 from .base import Codec, Part
 from .linear import FrozenLinear, FrozenMatrix
@@ -12,9 +12,16 @@ from .plain import PlainCodec
 
 def codec_of(model: ModelSection, quantization: QuantizationSection) -> Codec:
     """How a run stores the matrices of its decoder layers."""
-    if quantization.load_in_4bit:
-        return NF4Codec(double_quant=quantization.bnb_4bit_use_double_quant)
-    return PlainCodec(getattr(torch, model.dtype))
+    if quantization.stored is None:
+        return PlainCodec(getattr(torch, model.dtype))
+    return codec_named(quantization.stored, quantization.width, double_quant=quantization.bnb_4bit_use_double_quant)
 
 
-__all__ = ["Codec", "FrozenLinear", "FrozenMatrix", "NF4Codec", "Part", "PlainCodec", "codec_of"]
+def codec_named(name: Format, bits: int, *, double_quant: bool = True) -> Codec:
+    """The codec of a format, with ``bits`` of code; ``double_quant`` is NF4's."""
+    if name == "nf4":
+        return NF4Codec(double_quant=double_quant)
+    raise NotImplementedError(name)
+
+
+__all__ = ["Codec", "FrozenLinear", "FrozenMatrix", "NF4Codec", "Part", "PlainCodec", "codec_named", "codec_of"]

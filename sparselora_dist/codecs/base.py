@@ -17,18 +17,31 @@ from ..sharding.placement import Share, alone
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One of the tensors that a matrix is stored as: (C, width) of ``dtype``."""
+    """One of the tensors that a matrix is stored as: (C, width) of ``dtype``, or fewer rows."""
 
     width: int
     dtype: torch.dtype
+    every: int = 1
+    """How many channels in a line share a row; 0 where all do: one row."""
+
+    def rows(self, channels: int) -> int:
+        """Of a matrix with so many channels."""
+        return -(-channels // self.every) if self.every else 1
 
     @property
     def row_bytes(self) -> int:
         return self.width * self.dtype.itemsize
 
+    def bytes(self, channels: int) -> int:
+        """Of a matrix with so many channels."""
+        return self.rows(channels) * self.row_bytes
+
 
 class Codec(ABC):
-    """Stores a frozen matrix as parts with the channel as dim 0, so that any rows can be sharded and decoded alone."""
+    """Stores a frozen matrix as parts with the channel as dim 0, so that any rows can be sharded and decoded alone.
+
+    What several channels share (a mask of columns, a scale of 16 channels) is a part with fewer rows, sharded like the rest.
+    """
 
     name: ClassVar[str]
 
@@ -51,7 +64,10 @@ class Codec(ABC):
             share: for what depends on the whole matrix. Every rank that holds rows of it must encode at the same time.
 
         Returns:
-            The parts, (n, width) each.
+            The parts, (n, width) each: a codec with parts of fewer rows makes none, its matrices are read from files.
+
+        Raises:
+            ValueError: a value cannot be stored, or the format is not made when a model is loaded.
         """
 
     @abstractmethod

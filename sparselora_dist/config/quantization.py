@@ -1,11 +1,26 @@
-"""The ``quantization`` section: how frozen weights are stored, in bitsandbytes' names."""
+"""The ``quantization`` section: how frozen weights are stored; NF4 also in bitsandbytes' names."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
+from .errors import ConfigError
 from .limits import ALLOWED, Says
 from .model import Section, section
+
+Format = Literal["nf4", "fp8", "hqq", "bcq", "shiftadd", "billm", "nvfp4", "mxfp4"]
+BITS: Mapping[str, tuple[int, ...]] = {
+    "nf4": (4,),
+    "fp8": (8,),
+    "hqq": (2, 3, 4),
+    "bcq": (2, 3, 4),
+    "shiftadd": (2, 3, 4),
+    "billm": (2,),
+    "nvfp4": (4,),
+    "mxfp4": (4,),
+}
+"""What a code of each format may take; the last one is the default where several are allowed, but for 3 of ``shiftadd``."""
 
 _REFUSED = {
     "load_in_8bit": ": 8-bit weights are not offered: use 'load_in_4bit', or leave the section out",
@@ -19,12 +34,22 @@ _STORAGE = Says(
 
 @section
 class QuantizationSection(Section):
-    """Left out, or with ``load_in_4bit`` false, frozen weights stay in ``model.dtype``."""
+    """Left out, or without a format, frozen weights stay in ``model.dtype``."""
 
     PATH: ClassVar[str] = "quantization"
 
+    format: Format | None = None
+    """How the frozen matrices of the decoder layers are stored; see docs/formats.md."""
+
+    bits: Literal[2, 3, 4, 8] | None = None
+    """Of a code: 2, 3 or 4 of hqq, bcq and shiftadd (null: 4, 4 and 3); the others have one width."""
+
+    fp8_compute: bool = True
+    """Of fp8, on GPUs that multiply it: inputs are rounded to fp8 too, a scale a token. False: decode, multiply in
+    ``model.dtype``."""
+
     load_in_4bit: bool = False
-    """Store the frozen matrices of the decoder layers as NF4."""
+    """The same as ``format`` "nf4"."""
 
     bnb_4bit_quant_type: Literal["nf4"] = "nf4"
     """The 4-bit code book."""
@@ -37,6 +62,33 @@ class QuantizationSection(Section):
 
     bnb_4bit_quant_storage: Annotated[Literal["uint8"], ALLOWED, _STORAGE] = "uint8"
     """The dtype of the codes in memory."""
+
+    def __post_init__(self) -> None:
+        if self.load_in_4bit and self.format not in (None, "nf4"):
+            raise ConfigError(
+                f"'quantization.load_in_4bit' is true, which is nf4, but 'quantization.format' is \"{self.format}\": leave "
+                "one of them out"
+            )
+        if self.bits is None:
+            return
+        if self.stored is None:
+            raise ConfigError(
+                f"'quantization.bits' is {self.bits}, but no 'quantization.format' is given: name one, or remove it"
+            )
+        if self.bits not in BITS[self.stored]:
+            allowed = ", ".join(map(str, BITS[self.stored]))
+            raise ConfigError(f"'quantization.bits' is {self.bits}, but {self.stored} has {allowed}")
+
+    @property
+    def stored(self) -> Format | None:
+        """The format; ``None`` for values in ``model.dtype``."""
+        return "nf4" if self.load_in_4bit else self.format
+
+    @property
+    def width(self) -> int:
+        """Bits of a code of :attr:`stored`."""
+        assert self.stored is not None
+        return self.bits or (3 if self.stored == "shiftadd" else BITS[self.stored][-1])
 
     @classmethod
     def elsewhere(cls, key: str) -> str | None:

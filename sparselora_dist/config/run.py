@@ -132,16 +132,16 @@ class RunConfig(Section):
             self._check_masked()
 
         compute = self.quantization.bnb_4bit_compute_dtype
-        if self.quantization.load_in_4bit and compute not in (None, self.model.dtype):
+        if self.quantization.stored == "nf4" and compute not in (None, self.model.dtype):
             raise ConfigError(
                 f"'quantization.bnb_4bit_compute_dtype' is \"{compute}\", but 'model.dtype' is \"{self.model.dtype}\": the "
                 "products are computed in the model's dtype. Make them equal, or leave the first out"
             )
         zero = self.engine.deepspeed_config().get("zero_optimization", {})
-        if self.quantization.load_in_4bit and zero.get("zero_quantized_weights"):
+        if self.quantization.stored and zero.get("zero_quantized_weights"):
             raise ConfigError(
-                "'engine.deepspeed.zero_optimization.zero_quantized_weights' with 'quantization.load_in_4bit': it would "
-                "quantise the 4-bit codes again, as if they were weights. Remove it"
+                "'engine.deepspeed.zero_optimization.zero_quantized_weights' with 'quantization.load_in_4bit' or "
+                "'quantization.format': it would quantise the codes again, as if they were weights. Remove it"
             )
 
         can_pack = self.model.attn_implementation != "eager"

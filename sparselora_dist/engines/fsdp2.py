@@ -44,7 +44,7 @@ class FSDP2Engine(TorchStateEngine):
         self._mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
 
     def placement(self) -> Placement:
-        if self.config.quantization.load_in_4bit and TorchVersion(torch.__version__) < "2.12":
+        if self.config.quantization.stored and TorchVersion(torch.__version__) < "2.12":
             raise ValueError(
                 f"engine.name 'fsdp2' with quantization.load_in_4bit needs torch 2.12 (this is {torch.__version__}, which "
                 "cannot shard uint8 parameters): use engine.name 'zero3', or a newer torch"

@@ -51,7 +51,7 @@ def frozen_codec(section: ModelSection, quantization: QuantizationSection) -> Co
     Raises:
         ValueError: 4-bit without bitsandbytes.
     """
-    if quantization.load_in_4bit and find_spec("bitsandbytes") is None:
+    if quantization.stored == "nf4" and find_spec("bitsandbytes") is None:
         raise ValueError(
             "quantization.load_in_4bit needs bitsandbytes, which is not installed: pip install "
             "'sparselora-dist[quantization]'"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -234,3 +235,9 @@ def spaced(tensor: Tensor) -> Tensor:
     """Some evenly spaced values of a tensor, a copy."""
     flat = tensor.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // _SAMPLE_VALUES)].clone()
+
+
+def digest(sample: Tensor, shape: tuple[int, ...]) -> str:
+    """The same on every device and for every shard layout."""
+    values = sample.float().cpu().contiguous()
+    return hashlib.sha256(f"{shape}".encode() + values.numpy().tobytes()).hexdigest()[:32]

@@ -17,7 +17,7 @@ from ..method.channels import TRANSPOSED
 from ..sharding.placement import OtherRankError, Placement, Share
 from .bank import MATRICES, BankFiles
 from .manifest import CorruptFileError
-from .prequantized import prequantized, stored_codec
+from .prequantized import StoredMatrix, stored_codec, stored_matrix
 from .shard_files import TensorFiles, weight_key
 
 
@@ -45,13 +45,13 @@ class Stream:
                 linear: Any = layer.matrix(name)
                 parent, own = layer.slot(name)
                 key = weight_key(self.checkpoint, f"{layer.path_of(name)}.weight")
-                found = prequantized(self.checkpoint, key)
+                found = stored_matrix(self.checkpoint, key)
                 shape = found.shape if found else self.checkpoint.tensors[key].shape
                 self._check_shape(key, shape, tuple(linear.weight.shape))
-                codec = stored_codec(self.checkpoint, key, self.codec, self.dtype)
                 transposed = name in TRANSPOSED
+                codec = stored_codec(self.checkpoint, key, self.codec, self.dtype, transposed=transposed)
                 channels, length = tuple(linear.weight.shape)[:: -1 if transposed else 1]
-                kept = channels * sum(part.row_bytes for part in codec.parts(length).values()) // self.placement.size
+                kept = sum(part.bytes(channels) for part in codec.parts(length).values()) // self.placement.size
 
                 def fill(
                     parent: Any = parent,
@@ -74,7 +74,7 @@ class Stream:
         for name in MATRICES:
             self._check_there(f"{bank.path}.{name}", tuple(family._parameters[name].shape))
             widths = self.codec.parts(experts.hidden)
-            kept = bank.channels(name) * sum(part.row_bytes for part in widths.values()) // self.placement.size
+            kept = sum(part.bytes(bank.channels(name)) for part in widths.values()) // self.placement.size
 
             def fill(
                 bank: BankFiles = bank, family: Any = family, name: str = name, by_rows: dict[str, Any] = by_rows
@@ -101,37 +101,47 @@ class Stream:
         row_widths = [part.width for part in widths.values()]
         start, stop = self.placement.rows(channels, row_widths)
         encoded = encode(start, stop, self.placement.share(channels, row_widths))
+        return {name: self._keep(encoded[name], start, channels, part.width) for name, part in widths.items()}
+
+    def _keep(self, rows: Tensor, start: int, count: int, width: int) -> nn.Parameter:
+        rows = rows.to(self.placement.device)
+        self.kept += rows.nbytes
+        return self.placement.parameter(rows, start, torch.Size((count, width)))
+
+    def _as_they_are(
+        self, found: StoredMatrix, codec: Codec, channels: int, length: int, transposed: bool
+    ) -> dict[str, nn.Parameter] | None:
+        """This rank's part of an encoded matrix, each part by its own rows; ``None`` where it must be encoded anew."""
         parts = {}
-        for name, part in widths.items():
-            rows = encoded[name].to(self.placement.device)
-            parts[name] = self.placement.parameter(rows, start, torch.Size((channels, part.width)))
-            self.kept += rows.nbytes
+        for name, part in codec.parts(length).items():
+            count = part.rows(channels)
+            start, stop = self.placement.rows(count, [part.width])
+            rows = found.part(name, start, stop, transposed)
+            if rows is None:
+                return None
+            parts[name] = self._keep(rows, start, count, part.width)
         return parts
 
     def _frozen(self, linear: nn.Linear, key: str, codec: Codec, transposed: bool) -> FrozenLinear:
         channels, length = tuple(linear.weight.shape)[:: -1 if transposed else 1]
 
         def encode(start: int, stop: int, share: Share) -> dict[str, Tensor]:
-            return self._encode(key, codec, start, stop, transposed, share)
+            return self._encoded(codec, key, self._rows(key, start, stop, transposed), start, share)
 
-        parts = self._parts(channels, codec, length, encode)
+        found = stored_matrix(self.checkpoint, key)
+        parts = self._as_they_are(found, codec, channels, length, transposed) if found else None
+        if parts is None:
+            parts = self._parts(channels, codec, length, encode)
         return FrozenLinear(
             linear.in_features, linear.out_features, linear.bias, codec, parts, transposed=transposed
         ).train(linear.training)
 
-    def _encode(
-        self, key: str, codec: Codec, start: int, stop: int, transposed: bool, share: Share
-    ) -> dict[str, Tensor]:
-        found = prequantized(self.checkpoint, key)
-        if found and not transposed:
-            return found.encoded(start, stop)
-        if found:  # Blocks run along the stored rows: down and o are quantised again in the other direction.
-            rows = found.columns(start, stop)
-        elif transposed:
-            rows = self.checkpoint.read_columns(key, slice(start, stop))
-        else:
-            rows = self.checkpoint.read(key, slice(start, stop))
-        return self._encoded(codec, key, rows, start, share)
+    def _rows(self, key: str, start: int, stop: int, transposed: bool) -> Tensor:
+        """Rows of a matrix as it is stored, in values."""
+        if found := stored_matrix(self.checkpoint, key):
+            return found.columns(start, stop) if transposed else found.rows(start, stop)
+        span = slice(start, stop)
+        return self.checkpoint.read_columns(key, span) if transposed else self.checkpoint.read(key, span)
 
     def _encoded(self, codec: Codec, key: str, rows: Tensor, start: int, share: Share) -> dict[str, Tensor]:
         rows = rows.to(self.dtype).contiguous().to(self.placement.device)

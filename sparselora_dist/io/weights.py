@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,8 +15,8 @@ from ..layouts import BY_ROWS, DecoderLayer, Experts, Rows, causal_lm, decoder_l
 from ..method.channels import EXPERTS
 from ..sharding.parameters import full_tensor
 from .bank import BankFiles
-from .prequantized import prequantized, stored_codec
-from .shard_files import TensorFiles, spaced, weight_key
+from .prequantized import stored_codec, stored_matrix
+from .shard_files import TensorFiles, digest, spaced, weight_key
 
 
 def checkpoint_folder(name_or_path: str) -> Path:
@@ -33,13 +32,7 @@ def checkpoint_folder(name_or_path: str) -> Path:
 
 def fingerprint(weight: Tensor) -> str:
     """Short hash of a strided sample of a matrix."""
-    return _digest(spaced(weight), tuple(weight.shape))
-
-
-def _digest(sample: Tensor, shape: tuple[int, ...]) -> str:
-    """The same on every device and for every shard layout."""
-    values = sample.float().cpu().contiguous()
-    return hashlib.sha256(f"{shape}".encode() + values.numpy().tobytes()).hexdigest()[:32]
+    return digest(spaced(weight), tuple(weight.shape))
 
 
 def _count(rows: Rows | None, stored: int) -> int:
@@ -169,7 +162,7 @@ class CheckpointWeights:
         if name in EXPERTS:
             return self._banks[layer].scored(name, self.codec, self.dtype)
         key, rows = self._find(layer, name)
-        if found := prequantized(self.checkpoint, key):
+        if found := stored_matrix(self.checkpoint, key):
             weight = found.rows(0, found.shape[0]).to(self.dtype)
         else:
             weight = self._codec_of(key).roundtrip(self.checkpoint.read(key).to(self.dtype))
@@ -180,7 +173,7 @@ class CheckpointWeights:
             layout = self._banks[layer].layout
             return layout.count * layout.width, layout.hidden
         key, rows = self._find(layer, name)
-        found = prequantized(self.checkpoint, key)
+        found = stored_matrix(self.checkpoint, key)
         count, columns = found.shape if found else self.checkpoint.tensors[key].shape
         return _count(rows, count), columns
 
@@ -189,15 +182,16 @@ class CheckpointWeights:
 
     def mark(self, layer: int, name: str) -> str:
         if name in EXPERTS:
-            return f"{self.codec.mark}{name}:" + _digest(
+            return f"{self.codec.mark}{name}:" + digest(
                 self._banks[layer].sample().to(self.dtype), self.shape(layer, name)
             )
         key, rows = self._find(layer, name)
-        shape = self.checkpoint.tensors[key].shape
-        if prequantized(self.checkpoint, key):
-            mark = f"bitsandbytes:{_digest(self.checkpoint.sample(key), shape)}"
+        if found := stored_matrix(self.checkpoint, key):
+            mark = found.mark()
         else:
-            mark = self._codec_of(key).mark + _digest(self.checkpoint.sample(key).to(self.dtype), shape)
+            mark = self._codec_of(key).mark + digest(
+                self.checkpoint.sample(key).to(self.dtype), self.checkpoint.tensors[key].shape
+            )
         return _part_mark(mark, name, rows)
 
     def _find(self, layer: int, name: str) -> tuple[str, Rows | None]:

@@ -17,6 +17,9 @@ from ..method.channels import ATTENTION, FFN, SCORED, TRANSPOSED
 from .parts import Module, Parameter, Tree
 from .shapes import ModelShape
 
+VALUES = ("rows", "codes")
+"""Parts of a stored matrix that have something for every weight."""
+
 
 def build_tree(shape: ModelShape, config: RunConfig, codec: Codec, adapter: torch.dtype) -> Tree:
     """The modules of ``shape`` with the run's adapter and sparse layers.
@@ -105,7 +108,9 @@ class Builder:
         """The parameters of a frozen matrix (channels, row length)."""
         channels, length = shape
         return [
-            Parameter(f"{at}.{part}", (channels, spec.width), spec.dtype, "scales" if part == "scales" else "weights")
+            Parameter(
+                f"{at}.{part}", (spec.rows(channels), spec.width), spec.dtype, "weights" if part in VALUES else "scales"
+            )
             for part, spec in codec.parts(length).items()
         ]
 

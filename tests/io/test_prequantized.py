@@ -17,7 +17,7 @@ from sparselora_dist.codecs import NF4Codec, PlainCodec
 from sparselora_dist.config import ModelSection, QuantizationSection
 from sparselora_dist.io.load import LoadedBase, load_base
 from sparselora_dist.io.manifest import CorruptFileError
-from sparselora_dist.io.prequantized import PrequantizedError, prequantized
+from sparselora_dist.io.prequantized import PrequantizedError, stored_matrix
 from sparselora_dist.io.shard_files import TensorFiles
 from sparselora_dist.layouts import decoder_layers, matrix_name
 from sparselora_dist.sharding.placement import Placement
@@ -246,7 +246,7 @@ def test_other_block_sizes(copy: Path, key: str, value: int) -> None:
 
 
 def test_a_rank_without_rows_gets_none(checkpoint: Path) -> None:
-    found = prequantized(TensorFiles.of_model(checkpoint), "model.layers.0.self_attn.k_proj.weight")
+    found = stored_matrix(TensorFiles.of_model(checkpoint), "model.layers.0.self_attn.k_proj.weight")
     assert found is not None
     parts = found.encoded(found.shape[0], found.shape[0])
     assert parts["codes"].shape == (0, found.shape[1] // 2) and parts["scales"].shape[0] == 0

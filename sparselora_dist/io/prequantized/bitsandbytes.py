@@ -1,10 +1,9 @@
-"""Checkpoints that bitsandbytes has quantised already: their codes and scales, by row."""
+"""Checkpoints in NF4 by bitsandbytes: their codes and scales, by row."""
 
 from __future__ import annotations
 
 import json
 import math
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,18 +12,15 @@ from torch import Tensor
 from sparselora_kernels import nf4_rows
 from sparselora_kernels.nf4 import BLOCK, NESTED_BLOCK, absmax_map
 
-from ..codecs import Codec, NF4Codec, PlainCodec
-from ..codecs.nf4 import pack_scales
-from ..codecs.nf4_files import STATE
-from .manifest import CorruptFileError
-from .shard_files import TensorFiles
+from ...codecs import Codec, NF4Codec
+from ...codecs.nf4 import pack_scales
+from ...codecs.nf4_files import STATE
+from ..manifest import CorruptFileError
+from ..shard_files import TensorFiles, digest
+from .matrix import PrequantizedError, StoredMatrix
 
 
-class PrequantizedError(ValueError):
-    """A quantised checkpoint in a form that is not read."""
-
-
-class Prequantized:
+class BitsAndBytesMatrix(StoredMatrix):
     """One matrix (out, in) of such a checkpoint.
 
     Raises:
@@ -65,40 +61,43 @@ class Prequantized:
                     f"{want}"
                 )
 
-    def check_codec(self, codec: Codec) -> None:
-        """Refuse a run that stores its matrices in another way.
-
-        Raises:
-            PrequantizedError: the key of the run is named.
-        """
+    def codec(self, asked: Codec, transposed: bool) -> Codec:
+        """See :meth:`StoredMatrix.codec`."""
         at = f"{self._key} of {self._checkpoint.folder}"
-        if not isinstance(codec, NF4Codec):
+        if not isinstance(asked, NF4Codec):
             raise PrequantizedError(f"{at} is 4-bit: set quantization.load_in_4bit true")
-        if codec.double_quant != self.double_quant:
+        if asked.double_quant != self.double_quant:
             raise PrequantizedError(
                 f"{at} was quantised with bnb_4bit_use_double_quant {self.double_quant}: set the same in 'quantization'"
             )
+        return asked
 
-    def encoded(self, start: int, stop: int) -> dict[str, Tensor]:
-        """Rows ``start`` ... ``stop - 1`` as :class:`NF4Codec` stores them, nothing quantised anew."""
+    def part(self, name: str, start: int, stop: int, transposed: bool) -> Tensor | None:
+        """See :meth:`StoredMatrix.part`. Blocks run along the stored rows: down and o are quantised again in the other
+        direction."""
+        if transposed:
+            return None
+        return self._codes(start, stop) if name == "codes" else self._scales(start, stop)
+
+    def _codes(self, start: int, stop: int) -> Tensor:
+        width = self.shape[1] // 2
+        return self._checkpoint.read(self._key, slice(start * width, stop * width)).view(stop - start, width)
+
+    def _scales(self, start: int, stop: int) -> Tensor:
         count = self.shape[1] // BLOCK
         begin, end = start * count, stop * count
-        codes = self._checkpoint.read(self._key, slice(begin * BLOCK // 2, end * BLOCK // 2)).view(
-            stop - start, self.shape[1] // 2
-        )
         absmax = self._checkpoint.read(f"{self._key}.absmax", slice(begin, end)).view(stop - start, count)
         if not self.double_quant:
-            return {"codes": codes, "scales": absmax.float().contiguous().view(torch.uint8)}
+            return absmax.float().contiguous().view(torch.uint8)
         nested = slice(begin // NESTED_BLOCK, -(-end // NESTED_BLOCK))
         scales = self._checkpoint.read(f"{self._key}.nested_absmax", nested).float()
-        return {"codes": codes, "scales": pack_scales(absmax, scales, self._offset, start)}
+        return pack_scales(absmax, scales, self._offset, start)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """The same rows, decoded, in fp32."""
-        parts = self.encoded(start, stop)
+        """See :meth:`StoredMatrix.rows`."""
         return nf4_rows(
-            parts["codes"],
-            parts["scales"],
+            self._codes(start, stop),
+            self._scales(start, stop),
             None,
             torch.float32,
             length=self.shape[1],
@@ -106,56 +105,29 @@ class Prequantized:
             first=start,
         )
 
-    def columns(self, start: int, stop: int, block: int = 1024) -> Tensor:
-        """Columns ``start`` ... ``stop - 1`` of all rows, (stop - start, out) fp32; a few rows at a time are decoded."""
-        result = torch.empty(stop - start, self.shape[0])
-        if start == stop:
-            return result
-        for row in range(0, self.shape[0], block):
-            last = min(row + block, self.shape[0])
-            result[:, row:last] = self.rows(row, last)[:, start:stop].t()
-        return result
+    def mark(self) -> str:
+        """See :meth:`StoredMatrix.mark`."""
+        return f"bitsandbytes:{digest(self._checkpoint.sample(self._key), self._checkpoint.tensors[self._key].shape)}"
 
 
-@lru_cache(maxsize=8)
-def prequantized(checkpoint: TensorFiles, key: str) -> Prequantized | None:
-    """The matrix, if it is quantised."""
-    return Prequantized(checkpoint, key) if key + STATE in checkpoint.tensors else None
+def find(checkpoint: TensorFiles, key: str) -> BitsAndBytesMatrix | None:
+    """The matrix, if bitsandbytes quantised it."""
+    return BitsAndBytesMatrix(checkpoint, key) if key + STATE in checkpoint.tensors else None
 
 
-def stored_codec(checkpoint: TensorFiles, key: str, codec: Codec, dtype: torch.dtype) -> Codec:
-    """How a matrix is stored: by the run's codec, but plain where a quantised checkpoint left it as it was.
-
-    Raises:
-        PrequantizedError: it is quantised in another way than the run asks for.
-    """
-    if found := prequantized(checkpoint, key):
-        found.check_codec(codec)
-        return codec
-    return PlainCodec(dtype) if _is_quantised(checkpoint) else codec
-
-
-@lru_cache(maxsize=8)
-def _is_quantised(checkpoint: TensorFiles) -> bool:
+def is_quantised(checkpoint: TensorFiles) -> bool:
+    """Whether bitsandbytes quantised any of its matrices."""
     return any(".quant_state." in name for name in checkpoint.tensors)
 
 
-def check_quantization_config(config: Any, codec: Codec, name: str) -> None:
-    """Refuse quantised checkpoints that are not read, or that the run did not ask for.
+def check_config(settings: dict[str, Any], codec: Codec, at: str) -> bool:
+    """Whether a ``quantization_config`` is of NF4 by bitsandbytes.
 
     Raises:
-        PrequantizedError: the key of the checkpoint's config is named.
+        PrequantizedError: it is, in a form that is not read, or not what the run's ``codec`` is.
     """
-    settings = getattr(config, "quantization_config", None)
-    if settings is None:
-        return
-    settings = settings if isinstance(settings, dict) else settings.to_dict()
-    at = f"the checkpoint {name} (quantization_config in its config.json)"
     if settings.get("quant_method") != "bitsandbytes" or not settings.get("load_in_4bit"):
-        raise PrequantizedError(
-            f"{at} is quantised by {settings.get('quant_method')!r}: only bitsandbytes' 4-bit NF4 is read. Use the bf16 "
-            "checkpoint with quantization.load_in_4bit true"
-        )
+        return False
     for key, want in (("bnb_4bit_quant_type", "nf4"), ("bnb_4bit_quant_storage", "uint8")):
         if settings.get(key, want) != want:
             raise PrequantizedError(
@@ -167,3 +139,4 @@ def check_quantization_config(config: Any, codec: Codec, name: str) -> None:
     double = bool(settings.get("bnb_4bit_use_double_quant"))
     if codec.double_quant != double:
         raise PrequantizedError(f"{at} has bnb_4bit_use_double_quant {double}: set the same in 'quantization'")
+    return True

@@ -1,0 +1,62 @@
+"""The encodings of a frozen matrix: which numbers say how it is stored, and who decodes it.
+
+A layout is a list of numbers, so that it can be an argument of a registered operator: the kind, the values per row, and what
+the kind needs besides. Every part has the channel as dim 0, or one row for several channels in a line
+(:attr:`Format.every`): a scale of 16 channels, a mask that all of them share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .nf4 import nf4_rows
+
+PLAIN: tuple[int, ...] = (0,)
+"""The layout of one tensor of values."""
+NF4 = 1
+"""Kind of a layout ``(NF4, length, double_quant)``: :mod:`sparselora_kernels.nf4`."""
+
+
+class Format(NamedTuple):
+    """An encoding."""
+
+    numbers: int
+    """How many a layout has."""
+    decode: Callable[[Sequence[Tensor], Sequence[int], Tensor | None, torch.dtype, int], Tensor]
+    """From parts, layout, channels (k,) int64 or None for all, dtype, and the number of the parts' first row in the matrix:
+    the values (k, length). Parts whose ``every`` is not 1 are whole, and are found by that number."""
+    every: Callable[[Sequence[int]], tuple[int, ...]]
+    """How many channels share a row of each part; 0 where all of them do."""
+
+
+def _nf4(
+    parts: Sequence[Tensor], layout: Sequence[int], channels: Tensor | None, dtype: torch.dtype, first: int
+) -> Tensor:
+    codes, scales = parts
+    _, length, double_quant = layout
+    return nf4_rows(codes, scales, channels, dtype, length=length, double_quant=bool(double_quant), first=first)
+
+
+FORMATS: Mapping[int, Format] = {
+    NF4: Format(3, _nf4, lambda layout: (1, 1)),
+}
+"""By kind."""
+
+
+def numbers_of(layout: Sequence[int]) -> int:
+    """How many numbers of ``layout``, from its first on, say how a matrix is stored."""
+    return len(PLAIN) if layout[0] == PLAIN[0] else FORMATS[layout[0]].numbers
+
+
+def every_of(layout: Sequence[int]) -> tuple[int, ...]:
+    """How many channels share a row of each part; 0 where all do."""
+    return (1,) if layout[0] == PLAIN[0] else FORMATS[layout[0]].every(layout)
+
+
+def nf4_layout(length: int, double_quant: bool) -> tuple[int, ...]:
+    """Layout of ``(codes, scales)`` as :mod:`sparselora_kernels.nf4` describes them."""
+    return NF4, length, int(double_quant)

@@ -1,0 +1,53 @@
+"""The interface of a matrix that a checkpoint holds encoded, whoever encoded it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from ...codecs import Codec
+
+_BLOCK = 1024
+
+
+class PrequantizedError(ValueError):
+    """A quantised checkpoint in a form that is not read, or not as the run asks for it."""
+
+
+class StoredMatrix(ABC):
+    """One encoded matrix of a checkpoint, of a linear (out, in). Nothing is encoded anew where that can be helped."""
+
+    shape: tuple[int, int]
+
+    @abstractmethod
+    def codec(self, asked: Codec, transposed: bool) -> Codec:
+        """How a run that asks for the codec ``asked`` stores it; ``transposed`` as :class:`FrozenLinear` says.
+
+        Raises:
+            PrequantizedError: the run asks for something else; the key of the run is named.
+        """
+
+    @abstractmethod
+    def part(self, name: str, start: int, stop: int, transposed: bool) -> Tensor | None:
+        """Rows ``start`` ... ``stop - 1`` of a part of :meth:`codec`'s; ``None`` where the files hold nothing like it, so
+        that the values must be encoded."""
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows ``start`` ... ``stop - 1`` of (out, in), decoded, in fp32."""
+
+    @abstractmethod
+    def mark(self) -> str:
+        """What tells it from other matrices: the format and a hash of a sample."""
+
+    def columns(self, start: int, stop: int, block: int = _BLOCK) -> Tensor:
+        """Columns ``start`` ... ``stop - 1`` of all rows, (stop - start, out) fp32; a few rows at a time are decoded."""
+        result = torch.empty(stop - start, self.shape[0])
+        if start == stop:
+            return result
+        for row in range(0, self.shape[0], block):
+            last = min(row + block, self.shape[0])
+            result[:, row:last] = self.rows(row, last)[:, start:stop].t()
+        return result

@@ -11,6 +11,7 @@ from .activations import activation_name
 from .expert_score import expert_score
 from .ffn_down import ffn_down
 from .ffn_up import ffn_up
+from .formats import nf4_layout
 from .gated_ffn import gated_up
 from .gated_product import gated_product
 from .grouped import grouped_linear, grouped_product
@@ -23,7 +24,7 @@ from .nonzero import nonzero
 from .routing import Pairs, collect, expert_pairs, spread
 from .score import ffn_score, gated_ffn_score, projection_score, projection_scores
 from .select import kept_count, kept_per_expert, select_channels, select_checked, select_grouped
-from .stored import EncodedWeight, Weight, nf4_layout, rows_of
+from .stored import EncodedWeight, Weight, rows_of
 
 __all__ = [
     "EncodedWeight",

@@ -12,9 +12,9 @@ import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import ffn_down, ffn_up, gated_ffn, grouped, lora_joined, masked_linear  # noqa: F401  (registered when imported)
-from .formats import every_of, numbers_of
+from .formats import PLAIN, every_of, numbers_of
 from .lora_linear import lora_order
-from .stored import PLAIN, split_layout
+from .stored import split_layout
 
 Shape = Any
 _OPS = torch.ops.sparselora

@@ -28,7 +28,7 @@ from .masked_gradient import Pair, factor_gradients
 from .masked_weight import masked_weight
 from .masters import cast
 from .operator import held, hold, is_traced, register, register_with_gradient
-from .stored import PLAIN, Weight, refuse_trainable, unpack, weight_of
+from .stored import Weight, refuse_trainable, unpack, weight_of
 
 Gradient = Literal["exact", "straight_through"]
 

@@ -59,7 +59,7 @@ def fingerprint(
         active = sparse.to_dict() | {"layers": sparse.sparsity(base.num_hidden_layers)}
         del active["factors"]
     run = config.to_dict()
-    sections = {
+    sections: dict[str, dict[str, Any]] = {
         "model": {"dtype": config.model.dtype},
         "data": {"max_length": config.data.max_length},
         "train": {key: run["train"][key] for key in _TRAIN},

@@ -22,6 +22,7 @@ from .ffn_down import backward as down_backward
 from .ffn_down import forward as down_forward
 from .ffn_up import backward as up_backward
 from .ffn_up import forward as up_forward
+from .formats import PLAIN
 from .lora_linear import backward as linear_backward
 from .lora_linear import forward as linear_forward
 from .masked_gradient import Pair, factor_gradients

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .levels import BILLM, BITS, level_rows
+from .level_rows import level_rows
+from .levels import BILLM, BITS
 from .nf4 import nf4_rows
 
 PLAIN: tuple[int, ...] = (0,)

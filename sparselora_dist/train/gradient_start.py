@@ -43,8 +43,8 @@ def start_at_gradient(loop: TrainingLoop, masked: Collection[str], rows: int) ->
         rank, side = values[a].shape[0], min(values[a].shape[1], values[b].shape[0])
         if rank > side:
             raise ValueError(
-                f"sparse_base.start 'gradient': {a.split('.lora_A.')[0]} has rank {rank}, but its matrix only {side} directions: "
-                f"give it a rank of at most {side} (lora.r, lora.rank_pattern), or set sparse_base.start to 'lora'"
+                f"sparse_base.start 'gradient': {a.split('.lora_A.')[0]} has rank {rank}, but its matrix only {side} "
+                f"directions: give it at most that rank (lora.r, lora.rank_pattern), or set sparse_base.start to 'lora'"
             )
     generator = torch.Generator().manual_seed(loop.train.seed)
     for a in sorted(pairs):

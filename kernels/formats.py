@@ -80,8 +80,8 @@ def every_of(layout: Sequence[int]) -> tuple[int, ...]:
 
 
 def multiplies(layout: Sequence[int], part: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a matrix is multiplied as it is stored, not decoded, where ``part`` of it is and products compute in ``dtype``:
-    by :mod:`sparselora_kernels.fp8`."""
+    """Whether a matrix, of which this is a part, is multiplied as it is stored by operands in ``dtype``, not decoded: by
+    :mod:`sparselora_kernels.fp8`."""
     if layout[0] != FLOATS or dtype is not torch.bfloat16:
         return False
     _, _, bits, scale, block, every, compute = layout

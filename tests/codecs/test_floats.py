@@ -26,7 +26,12 @@ CODECS = {
 def test_bytes_are_those_of_the_formula() -> None:
     """Bits a weight: 8 + 32 / length, 8 + 32 / 128², 4 + 8 / 16 and 32 bits of the matrix, 4 + 8 / 32."""
     channels, length = 512, 4096
-    extra = {"fp8": 32 / length, "fp8, blocks": 32 / 128**2, "nvfp4": 8 / 16 + 32 / (channels * length), "mxfp4": 8 / 32}
+    extra = {
+        "fp8": 32 / length,
+        "fp8, blocks": 32 / 128**2,
+        "nvfp4": 8 / 16 + 32 / (channels * length),
+        "mxfp4": 8 / 32,
+    }
     for name, codec in CODECS.items():
         stored = sum(part.bytes(channels) for part in codec.parts(length).values())
         bits = codec.bits + extra[name.removesuffix(", transposed")]

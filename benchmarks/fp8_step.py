@@ -78,7 +78,9 @@ def check(sides: dict[str, Side], batch: dict[str, Tensor]) -> dict[str, float]:
             got, want = gradients(sides[name], batch), gradients(sides[other], batch)
             found[name] = float((got - want).norm() / want.norm())
             if not found[name] <= allowed:
-                raise SystemExit(f"{name}: gradients are {found[name]:.2g} from {other}'s (allowed {allowed}): no timing")
+                raise SystemExit(
+                    f"{name}: gradients are {found[name]:.2g} from {other}'s (allowed {allowed}): no timing"
+                )
     return found
 
 

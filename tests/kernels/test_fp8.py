@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 import sparselora_kernels as kernels
 from sparselora_dist.codecs import FloatsCodec
 from sparselora_kernels import EncodedWeight, float_layout, formats, lora_linear, rows_of
+from sparselora_kernels.backend import use_fp8
 from sparselora_kernels.indexed_linear import product_nn, product_nt
 from sparselora_kernels.stored import unpack, weight_of
 from support.fp8_product import fp8_products, scaled_mm
@@ -132,6 +133,25 @@ def test_the_stand_in_multiplies_as_torch_does() -> None:
         torch.testing.assert_close(scaled_mm(*arguments, bias=bias, out_dtype=BF16), own, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("scales", SCALES, ids=str)
+def test_on_a_gpu_nothing_is_lost_either(scales: tuple[int, int]) -> None:
+    """The real product, and the compiled kernels: what the stand-in cannot know."""
+    device = torch.device("cuda")
+    if not use_fp8(torch.empty(0, device=device)):
+        pytest.skip("this GPU does not multiply fp8")
+    for size in ((256, 512), (37, 50)):
+        weight = exact(*size, *scales)
+        there = EncodedWeight([part.to(device) for part in weight.parts], weight.layout)
+        for channels in (None, some(size[0], size[0] // 2 + 1)):
+            moved = None if channels is None else channels.to(device)
+            for product, factor in zip((product_nt, product_nn), factors(weight, channels)):
+                for tokens in (300, 1):
+                    operand = small_integers(tokens, factor)
+                    got = product(operand.to(device, BF16), there, moved)
+                    assert torch.equal(got.cpu(), product(operand, weight, channels).to(BF16))
+
+
 def test_flops_are_those_of_the_decoded_product() -> None:
     counts = []
     for context in (nullcontext(), fp8_products()):
@@ -163,7 +183,11 @@ def lora_case(transposed: bool, sparse: bool, rank: int, block: int) -> tuple[An
     trained: dict[str, Any] = {"x": numbers(20, inputs)}
     if rank:
         trained |= {"a": numbers(rank, inputs) / 8, "b": numbers(outputs, rank) / 8}
-    fixed: dict[str, Any] = {"weight": fp8(torch.randn(40, 60), block), "bias": numbers(outputs), "transposed": transposed}
+    fixed: dict[str, Any] = {
+        "weight": fp8(torch.randn(40, 60), block),
+        "bias": numbers(outputs),
+        "transposed": transposed,
+    }
     if sparse:
         fixed |= dict(zip(("dense_rows", "context_rows"), split(7, 10, 3)), channels=some(40, 21))
     return kernels.lora_linear, trained, fixed
@@ -190,7 +214,11 @@ def ffn_case(operation: str, dense: int) -> tuple[Any, dict, dict]:
     lists = {"dense_rows": rows[0], "context_rows": rows[1], "channels": some(60, 33)}
     if operation == "ffn_down":
         trained = {"h_dense": numbers(dense, 60), "h_context": numbers(17 - dense, 33)}
-        return kernels.ffn_down, trained, {"weight": fp8(torch.randn(60, 40)), "bias": numbers(40), "tokens": 20} | lists
+        return (
+            kernels.ffn_down,
+            trained,
+            {"weight": fp8(torch.randn(60, 40)), "bias": numbers(40), "tokens": 20} | lists,
+        )
     trained = {"x": numbers(20, 40)}
     if operation == "ffn_up":
         trained |= {"low": numbers(20, 2), "b": numbers(60, 2)}

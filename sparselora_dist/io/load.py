@@ -20,7 +20,7 @@ from ..config.run import ModelSection
 from ..layouts import check_known, check_text, decoder_layers
 from ..sharding.placement import Placement
 from .memory import check_fits, peak_bytes, trim_heap
-from .prequantized import check_quantization_config
+from .prequantized import check_quantization_config, check_quantization_files
 from .pretrained import read_config, read_tokenizer
 from .shard_files import TensorFiles
 from .stored_names import find_names
@@ -111,8 +111,10 @@ def load_base(
         config = check_model(section)
         codec, dtype = frozen_codec(section, quantization), getattr(torch, section.dtype)
         check_quantization_config(config, codec, section.name_or_path)
-        config.__dict__.pop("quantization_config", None)
+        said = config.__dict__.pop("quantization_config", None)
         checkpoint = TensorFiles.of_model(checkpoint_folder(section.name_or_path))
+        if said is None:
+            check_quantization_files(checkpoint.folder, codec)
         model = model_without_weights(config, dtype, section.attn_implementation)
         model.requires_grad_(False)
         layers = decoder_layers(model)

@@ -13,12 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .floats import E4M3, float_rows
 from .nf4 import nf4_rows
 
 PLAIN: tuple[int, ...] = (0,)
 """The layout of one tensor of values."""
 NF4 = 1
 """Kind of a layout ``(NF4, length, double_quant)``: :mod:`sparselora_kernels.nf4`."""
+FLOATS = 3
+"""Kind of a layout ``(FLOATS, length, bits, scale, block, every, compute)``: :mod:`sparselora_kernels.floats`. The last is 1
+where a device that multiplies fp8 is to do so: :mod:`sparselora_kernels.fp8`."""
 
 
 class Format(NamedTuple):
@@ -41,8 +45,25 @@ def _nf4(
     return nf4_rows(codes, scales, channels, dtype, length=length, double_quant=bool(double_quant), first=first)
 
 
+def _floats(
+    parts: Sequence[Tensor], layout: Sequence[int], channels: Tensor | None, dtype: torch.dtype, first: int
+) -> Tensor:
+    rows, scales, *whole = parts
+    _, length, bits, scale, block, every, _ = layout
+    return float_rows(
+        rows, scales, whole[0] if whole else None, channels, dtype,
+        length=length, bits=bits, scale=scale, block=block, every=every, first=first,
+    )  # fmt: skip
+
+
+def _floats_every(layout: Sequence[int]) -> tuple[int, ...]:
+    _, _, _, scale, _, every, _ = layout
+    return (1, every, 0) if scale == E4M3 else (1, every)
+
+
 FORMATS: Mapping[int, Format] = {
     NF4: Format(3, _nf4, lambda layout: (1, 1)),
+    FLOATS: Format(7, _floats, _floats_every),
 }
 """By kind."""
 
@@ -60,3 +81,8 @@ def every_of(layout: Sequence[int]) -> tuple[int, ...]:
 def nf4_layout(length: int, double_quant: bool) -> tuple[int, ...]:
     """Layout of ``(codes, scales)`` as :mod:`sparselora_kernels.nf4` describes them."""
     return NF4, length, int(double_quant)
+
+
+def float_layout(length: int, bits: int, scale: int, block: int, every: int, compute: bool = False) -> tuple[int, ...]:
+    """Layout of ``(rows, scales)`` or ``(rows, scales, whole)`` as :mod:`sparselora_kernels.floats` describes them."""
+    return FLOATS, length, bits, scale, block, every, int(compute)

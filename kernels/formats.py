@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .floats import E4M3, float_rows
+from .floats import E4M3, E4M3_OVER, float_rows
 from .nf4 import nf4_rows
 
 PLAIN: tuple[int, ...] = (0,)
@@ -58,7 +58,7 @@ def _floats(
 
 def _floats_every(layout: Sequence[int]) -> tuple[int, ...]:
     _, _, _, scale, _, every, _ = layout
-    return (1, every, 0) if scale == E4M3 else (1, every)
+    return (1, every, 0) if scale in (E4M3, E4M3_OVER) else (1, every)
 
 
 FORMATS: Mapping[int, Format] = {

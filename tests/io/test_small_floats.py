@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sparselora_dist import SparseLoRAConfig, apply_sparselora
 from sparselora_dist.codecs import FloatsCodec, PlainCodec, codec_named
 from sparselora_dist.config import ModelSection, QuantizationSection
 from sparselora_dist.io.load import LoadedBase, load_base
@@ -20,9 +21,12 @@ from sparselora_dist.io.prequantized import PrequantizedError, stored_matrix
 from sparselora_dist.io.shard_files import TensorFiles
 from sparselora_dist.layouts import decoder_layers, matrix_name
 from sparselora_dist.sharding.placement import Placement, RowShards
-from support.models import ALL_LINEAR
-from support.small_floats import FILE, KINDS, write_checkpoint
+from support.merging import save_base
+from support.models import ALL_LINEAR, batch
+from support.nf4_workers import adapted
+from support.small_floats import FILE, KINDS, SHAPE, write_checkpoint
 
+SPARSE = {"layers": {group: {"0-1": 0.5} for group in ("ffn", "qk", "vo")}}
 TURNED = ("o_proj", "down_proj")
 Q, UP = "model.layers.1.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"
 
@@ -138,6 +142,26 @@ def test_modelopts_own_file_is_enough(written: Any, tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(PrequantizedError, match=r"q_proj.weight of .* stored as U8, and no quantization_config"):
         stream(tmp_path, "nvfp4")
+
+
+@pytest.mark.parametrize("kind", ["fp8 block", "modelopt fp8", "nvfp4", "modelopt nvfp4", "mxfp4"])
+def test_a_trained_step_is_that_of_the_values(tmp_path: Path, kind: str) -> None:
+    """Masks, loss and gradients: what a plain model of the same values gives, down to the last bit that sums keep."""
+    means, plain = write_checkpoint(tmp_path / "stored", kind), tmp_path / "plain"
+    save_base(plain, **SHAPE)
+    save_file(load_file(plain / FILE) | means, plain / FILE, {"format": "pt"})
+    seen = []
+    for folder, form in ((tmp_path / "stored", KINDS[kind].format), (plain, None)):
+        loaded = stream(folder, form)
+        model = adapted(loaded.model, "single", ALL_LINEAR)
+        apply_sparselora(model, SparseLoRAConfig.from_dict(SPARSE), weights=loaded.weights)
+        loss = model(**batch()).loss
+        loss.backward()
+        seen.append({"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    stored, values = seen
+    assert stored.keys() == values.keys() and len(stored) == 1 + 2 * 2 * len(ALL_LINEAR)
+    for name, value in values.items():
+        torch.testing.assert_close(stored[name], value, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -48,11 +48,16 @@ def stored_codec(
     """
     if found := stored_matrix(checkpoint, key):
         return found.codec(codec, transposed)
-    return PlainCodec(dtype) if _is_quantised(checkpoint) else codec
+    return PlainCodec(dtype) if is_quantised(checkpoint) else codec
 
 
 @lru_cache(maxsize=8)
-def _is_quantised(checkpoint: TensorFiles) -> bool:
+def is_quantised(checkpoint: TensorFiles) -> bool:
+    """Whether any of its matrices is encoded, in a form that is read.
+
+    Raises:
+        PrequantizedError: its config says that they are, in a form that is not.
+    """
     return any(reader.is_quantised(checkpoint) for reader in READERS)
 
 
@@ -87,8 +92,10 @@ __all__ = [
     "READERS",
     "PrequantizedError",
     "StoredMatrix",
+    "bitsandbytes",
     "check_quantization_config",
     "check_quantization_files",
+    "is_quantised",
     "stored_codec",
     "stored_matrix",
 ]

@@ -19,6 +19,7 @@ from sparselora_dist.io.load import LoadedBase, load_base
 from sparselora_dist.io.manifest import CorruptFileError
 from sparselora_dist.io.prequantized import PrequantizedError, stored_matrix
 from sparselora_dist.io.shard_files import TensorFiles
+from sparselora_dist.io.zeros import model_zeros
 from sparselora_dist.layouts import decoder_layers, matrix_name
 from sparselora_dist.sharding.placement import Placement, RowShards
 from support.merging import save_base
@@ -100,6 +101,7 @@ def test_ranks_read_parts_of_the_whole(written: Any, kind: str, transposed: bool
             assert torch.equal(torch.cat(pieces), whole[name])
     for start, stop in ((0, 5), (5, 6), (17, 96), (96, 96)):  # Rows of values, from anywhere.
         assert torch.equal(found.rows(start, stop), means[UP][start:stop])
+        assert torch.equal(found.kept(start, stop), means[UP][start:stop] != 0)
 
 
 def test_what_was_left_as_it_is_stays_plain(tmp_path: Path) -> None:
@@ -114,6 +116,16 @@ def test_what_was_left_as_it_is_stays_plain(tmp_path: Path) -> None:
             matrix = means[f"model.{matrix_name(layer.index, name)}.weight"]
             assert torch.equal(linear.matrix(linear.parts, torch.float32), matrix)
     assert plain == {(1, "down_proj"), (0, "q_proj")}
+
+
+@pytest.mark.parametrize("kind", ["fp8 channel", "nvfp4", "modelopt nvfp4"])
+def test_zeros_are_counted_by_codes(written: Any, kind: str) -> None:
+    folder, means = written(kind)
+    looked = {matrix.name: matrix for matrix in model_zeros(folder).matrices}
+    assert looked.keys() == {key.removesuffix(".weight") for key in means} | {"lm_head", "model.embed_tokens"}
+    for key, matrix in means.items():
+        found = looked[key.removesuffix(".weight")]
+        assert (found.values, found.zeros) == (matrix.numel(), int((matrix == 0).sum()))
 
 
 def test_a_quantised_head_is_kept_in_values(written: Any, tmp_path: Path) -> None:

@@ -64,8 +64,6 @@ class BaseWeights:
         if (self.quantized or codec is not None) and find_spec("bitsandbytes") is None:
             raise ValueError("4-bit weights need bitsandbytes: pip install 'sparselora-dist[quantization]'")
         self.stored = {} if self.quantized else self._find_stored()
-        if self.stored and codec is not None:
-            raise ValueError(f"{folder} is quantised already, and a run trains on it as it is: leave --load-in-4bit out")
         self._head_is_embedding = False
         states = {state for states in self.quantized.values() for state in states}
         if self.stored:  # Scales, also of activations: what the model itself does not have.
@@ -94,7 +92,9 @@ class BaseWeights:
 
     def dequantized(self, name: str) -> bool:
         """Whether :meth:`get` gives what quantised storage makes of the matrix."""
-        return name in self.quantized or name in self.stored or (not self.quantized and self.codec is not None and name in self._decoder)
+        if self.quantized or self.stored:
+            return name in self.quantized or name in self.stored
+        return self.codec is not None and name in self._decoder
 
     def untie(self) -> None:
         """Give the LM head, which a tied model shares with the embedding, a matrix of its own."""
@@ -147,7 +147,9 @@ class BaseWeights:
         kind = self._decoder.get(name)
         if self.codec is None or kind is None or (name in self.quantized and kind not in TRANSPOSED):
             return None
-        if self.quantized and name not in self.quantized:  # Training keeps what a quantised checkpoint left as it was.
+        if self.stored or (
+            self.quantized and name not in self.quantized
+        ):  # Training keeps what a quantised checkpoint left as it was.
             return None
         value, transposed = value.to(self.dtype), kind in TRANSPOSED
         try:
@@ -189,8 +191,8 @@ class BaseWeights:
             what = f"{method} {kind if section.get('load_in_4bit') else ''}".strip()
             raise ValueError(
                 f"{self.folder / 'config.json'}: 'quantization_config' is {what!r}; a base can be merged into when it is "
-                "not quantised, when bitsandbytes quantised it with load_in_4bit and nf4, or in fp8, nvfp4 or mxfp4 as docs/formats.md "
-                "says"
+                "not quantised, when bitsandbytes quantised it with load_in_4bit and nf4, or in fp8, nvfp4 or mxfp4 as "
+                "docs/formats.md says"
             )
 
     def _find_encoded(self) -> dict[str, list[str]]:
@@ -204,7 +206,11 @@ class BaseWeights:
             return {}
         there = self.files.tensors
         names = [name for name in self._expected if name in there or name + PACKED in there]
-        return {name: found for name in names if (found := stored_matrix(self.files, name))}
+        stored = {name: found for name in names if (found := stored_matrix(self.files, name))}
+        if self.codec is not None:
+            for name in stored.keys() & self._decoder.keys():
+                stored[name].codec(self.codec, self._decoder[name] in TRANSPOSED)  # Training refused it as this does.
+        return stored
 
     def _encoded_shape(self, name: str) -> tuple[int, ...]:
         key = next(state for state in self.quantized[name] if _STATE in state)

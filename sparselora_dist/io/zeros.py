@@ -169,7 +169,9 @@ class _Matrices:
         """The matrices of a checkpoint in small floats."""
         if not is_quantised(self.files):
             return {}
-        names = [name.removesuffix(PACKED) for name in self.files.tensors if name.endswith((".weight", f".weight{PACKED}"))]
+        names = [
+            name.removesuffix(PACKED) for name in self.files.tensors if name.endswith((".weight", f".weight{PACKED}"))
+        ]
         return {name: found for name in names if (found := stored_matrix(self.files, name))}
 
     def _coded_shape(self, name: str) -> tuple[int, ...]:

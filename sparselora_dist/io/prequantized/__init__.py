@@ -12,7 +12,7 @@ from ...codecs import Codec, PlainCodec
 from ..shard_files import FLOATS, TensorFiles
 from . import bitsandbytes, compressed_tensors, fine_grained, modelopt
 from .family import quantization_settings
-from .matrix import PrequantizedError, StoredMatrix
+from .matrix import REMEDY, PrequantizedError, StoredMatrix
 
 READERS: tuple[Any, ...] = (bitsandbytes, compressed_tensors.READER, modelopt.READER, fine_grained.READER)
 """Each has ``find(checkpoint, key) -> StoredMatrix | None``, ``is_quantised(checkpoint)`` and
@@ -32,8 +32,8 @@ def stored_matrix(checkpoint: TensorFiles, key: str) -> StoredMatrix | None:
     held = checkpoint.tensors.get(key)
     if held is None or held.dtype not in FLOATS:
         raise PrequantizedError(
-            f"{key} of {checkpoint.folder} is stored as {held.dtype if held else 'packed codes'}, and no quantization_config "
-            "that is read says what these mean (docs/formats.md). Use the bf16 checkpoint that it was made from"
+            f"{key} of {checkpoint.folder} is stored as {held.dtype if held else 'packed codes'}, and no "
+            f"quantization_config that is read says what these mean (docs/formats.md). {REMEDY}"
         )
     return None
 

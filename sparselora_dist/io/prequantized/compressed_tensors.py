@@ -1,8 +1,8 @@
 """Checkpoints by compressed-tensors (llm-compressor, vLLM): fp8 of any grain, nvfp4, mxfp4.
 
-    fp8      X.weight e4m3 · X.weight_scale, per tensor, channel, group or block; a byte of weight_scale is a power of two
-    nvfp4    X.weight_packed e2m1 · (X.weight_scale e4m3 / X.weight_global_scale)
-    mxfp4    X.weight_packed e2m1 · 2^(X.weight_scale - 127)
+fp8      X.weight e4m3 · X.weight_scale, per tensor, channel, group or block; a byte of weight_scale is a power of two
+nvfp4    X.weight_packed e2m1 · (X.weight_scale e4m3 / X.weight_global_scale)
+mxfp4    X.weight_packed e2m1 · 2^(X.weight_scale - 127)
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from ..shard_files import PACKED
 from .family import Family, Scheme, refused
-from .matrix import PrequantizedError
+from .matrix import REMEDY, PrequantizedError
 from .small_floats import Grain
 
 _FORMATS = {
@@ -40,8 +40,8 @@ def _scheme(settings: dict[str, Any], at: str) -> Scheme | None:
             found.setdefault(form, []).append(_grain(form, weights, at, f"{where}.weights"))
     if len(found) > 1:
         raise PrequantizedError(
-            f"{at} has config_groups in {' and '.join(sorted(found))}, but a run has one quantization.format for all. Use the "
-            "bf16 checkpoint that it was made from"
+            f"{at} has config_groups in {' and '.join(sorted(found))}, but a run has one quantization.format for all. "
+            f"{REMEDY}"
         )
     return next((Scheme(form, tuple(grains)) for form, grains in found.items()), None)
 
@@ -56,7 +56,13 @@ def _format(settings: dict[str, Any], group: dict[str, Any], at: str, where: str
 
 def _grain(form: str, weights: dict[str, Any], at: str, where: str) -> Grain:
     bits = 8 if form == "fp8" else 4
-    for key, want in (("num_bits", bits), ("type", "float"), ("symmetric", True), ("dynamic", False), ("actorder", None)):
+    for key, want in (
+        ("num_bits", bits),
+        ("type", "float"),
+        ("symmetric", True),
+        ("dynamic", False),
+        ("actorder", None),
+    ):
         if weights.get(key, want) != want:
             raise refused(at, f"{where}.{key}", weights[key], f"of {form} only {want!r} is read")
     size = weights.get("group_size")
@@ -72,7 +78,9 @@ def _grain(form: str, weights: dict[str, Any], at: str, where: str) -> Grain:
         return Grain(*structure)
     grains = {"tensor": Grain(0, 0), "channel": Grain(1, 0)}
     if strategy not in grains:
-        raise refused(at, f"{where}.strategy", strategy, "read are 'tensor', 'channel', 'group' and 'block', with its size")
+        raise refused(
+            at, f"{where}.strategy", strategy, "read are 'tensor', 'channel', 'group' and 'block', with its size"
+        )
     return grains[strategy]
 
 

@@ -1,4 +1,4 @@
-"""What makes a family of checkpoints in small floats: what its ``quantization_config`` says, and what its tensors are called."""
+"""A family of checkpoints in small floats: what its ``quantization_config`` says, and what it calls its tensors."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 
 from ...codecs import Codec
 from ..shard_files import TensorFiles, read_json
-from .matrix import PrequantizedError
+from .matrix import REMEDY, PrequantizedError
 from .small_floats import Grain, SmallFloats
 
 log = logging.getLogger(__name__)
 
 MODELOPT_FILE = "hf_quant_config.json"
-REMEDY = "Use the bf16 checkpoint that it was made from"
 
 
 class Scheme(NamedTuple):

@@ -1,6 +1,6 @@
 """Checkpoints in Transformers' own fp8: blocks (DeepSeek's and Qwen's form), a scale per tensor, or FBGEMM's per channel.
 
-    X.weight e4m3 · X.weight_scale_inv, of weight_block_size or of the tensor; AutoFP8 and FBGEMM call it X.weight_scale
+X.weight e4m3 · X.weight_scale_inv, of weight_block_size or of the tensor; AutoFP8 and FBGEMM call it X.weight_scale
 """
 
 from __future__ import annotations

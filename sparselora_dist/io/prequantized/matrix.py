@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...codecs import Codec
 
+REMEDY = "Use the bf16 checkpoint that it was made from"
 _BLOCK = 1024
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from .family import Family, Scheme, refused
-from .matrix import PrequantizedError
+from .matrix import REMEDY, PrequantizedError
 from .small_floats import Grain
 
 _ALGORITHMS = {
@@ -45,8 +45,8 @@ def _scheme(settings: dict[str, Any], at: str) -> Scheme | None:
         found.setdefault(form, set()).add(grain)
     if len(found) != 1:
         raise PrequantizedError(
-            f"{at} has quant_algo 'MIXED_PRECISION' with layers in {' and '.join(sorted(found)) or 'no format'}, but a run has "
-            "one quantization.format for all. Use the bf16 checkpoint that it was made from"
+            f"{at} has quant_algo 'MIXED_PRECISION' with layers in {' and '.join(sorted(found)) or 'no format'}, but a "
+            f"run has one quantization.format for all. {REMEDY}"
         )
     return next(Scheme(form, tuple(sorted(grains))) for form, grains in found.items())
 

@@ -1,7 +1,7 @@
-"""A matrix of fp8 or fp4 numbers in a checkpoint, whoever wrote it, as :class:`FloatsCodec` stores it: the same codes and scales.
+"""A matrix of fp8 or fp4 numbers in a checkpoint, whoever wrote it, as :class:`FloatsCodec` stores it.
 
-Nothing is encoded anew. Where the matrix is stored transposed (o and down), its codes are turned, and the block of a scale
-with them: 16 values of a row become one value of 16 rows.
+Codes and scales stay what they are. Where the matrix is stored transposed (o and down), its codes are turned, and the block
+of a scale with them: 16 values of a row become one value of 16 rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sparselora_kernels.stored import unpack
 from ...codecs import Codec, FloatsCodec
 from ..manifest import CorruptFileError
 from ..shard_files import TensorFiles, digest, is_finite
-from .matrix import PrequantizedError, StoredMatrix
+from .matrix import REMEDY, PrequantizedError, StoredMatrix
 
 _NUMBERS = ("F32", "BF16", "F16")
 _POWERS = ("U8", "F8_E8M0")
@@ -74,12 +74,14 @@ class SmallFloats(StoredMatrix):
         held = checkpoint.tensors[codes]
         if held.dtype not in ("F8_E4M3", "U8") or len(held.shape) != 2:
             raise PrequantizedError(
-                f"{codes} of {checkpoint.folder} is {held.dtype} of shape {held.shape}: read are matrices of F8_E4M3, and of "
-                "U8 with two 4-bit numbers a byte. Use the bf16 checkpoint that it was made from"
+                f"{codes} of {checkpoint.folder} is {held.dtype} of shape {held.shape}: read are matrices of F8_E4M3, and "
+                f"of U8 with two 4-bit numbers a byte. {REMEDY}"
             )
         self._bits = 8 if held.dtype == "F8_E4M3" else 4
         self.shape = (held.shape[0], held.shape[1] * 8 // self._bits)
-        self.least_zeros = 0.01 if self._bits == 8 else 0.16  # Of Gaussian weights nvfp4 has 7 % of zeros, mxfp4 up to 11 %.
+        self.least_zeros = (
+            0.01 if self._bits == 8 else 0.16
+        )  # Of Gaussian weights nvfp4 has 7 % of zeros, mxfp4 up to 11 %.
         for name in (scales, whole):
             if name is not None and name not in checkpoint.tensors:
                 raise CorruptFileError(f"{checkpoint.folder} has {codes!r}, but no {name!r}: its scales are missing")
@@ -96,15 +98,14 @@ class SmallFloats(StoredMatrix):
         if dtype not in known:
             raise PrequantizedError(
                 f"{self._scales} of {self._checkpoint.folder} is {dtype}: of {self._bits}-bit codes"
-                f"{' with a scale over all' if self._whole else ''}, scales are read in {', '.join(known)}. Use the bf16 "
-                "checkpoint that it was made from"
+                f"{' with a scale over all' if self._whole else ''}, scales are read in {', '.join(known)}. {REMEDY}"
             )
         return known[dtype]
 
     def _grain_of(self, grains: Sequence[Grain]) -> Grain:
         shape = self._checkpoint.tensors[self._scales].shape
         for grain in grains:
-            # A scale per tensor is written as () or (1,), one per channel as (out,) or (out, 1), blocks also as (n, 1, m, 1).
+            # One per tensor is written as () or (1,), one per channel as (out,) or (out, 1), blocks also as (n, 1, m, 1).
             if [size for size in shape if size > 1] == [size for size in grain.counts(self.shape) if size > 1]:
                 return grain
         expected = " or ".join(f"{grain.counts(self.shape)} (one of {grain} values)" for grain in grains)
@@ -143,7 +144,9 @@ class SmallFloats(StoredMatrix):
         if name == "whole":
             assert self._whole_bytes is not None
             return self._whole_bytes[start:stop]
-        return self._read_codes(start, stop, transposed) if name == "rows" else self._read_scales(start, stop, transposed)
+        return (
+            self._read_codes(start, stop, transposed) if name == "rows" else self._read_scales(start, stop, transposed)
+        )
 
     def _read_codes(self, start: int, stop: int, transposed: bool) -> Tensor:
         if self._bits == 8:

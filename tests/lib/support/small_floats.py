@@ -68,14 +68,22 @@ _INPUT = {"input_scale": torch.tensor(0.25), "k_scale": torch.tensor(1.0)}
 _FP4 = {"num_bits": 4}
 KINDS = {
     "fp8 tensor": Kind(
-        "fp8", (0, 0), _compressed("float-quantized", {"num_bits": 8, "strategy": "tensor"}), shape="flat", besides=_INPUT
+        "fp8",
+        (0, 0),
+        _compressed("float-quantized", {"num_bits": 8, "strategy": "tensor"}),
+        shape="flat",
+        besides=_INPUT,
     ),
     "fp8 channel": Kind(
         "fp8", (1, 0), _compressed("float-quantized", {"num_bits": 8, "strategy": "channel"}), dtype=torch.bfloat16
     ),
-    "fp8 group": Kind("fp8", (1, 32), _compressed("float-quantized", {"num_bits": 8, "strategy": "group", "group_size": 32})),
+    "fp8 group": Kind(
+        "fp8", (1, 32), _compressed("float-quantized", {"num_bits": 8, "strategy": "group", "group_size": 32})
+    ),
     "fp8 block": Kind(
-        "fp8", (24, 40), _compressed("float-quantized", {"num_bits": 8, "strategy": "block", "block_structure": [24, 40]})
+        "fp8",
+        (24, 40),
+        _compressed("float-quantized", {"num_bits": 8, "strategy": "block", "block_structure": [24, 40]}),
     ),
     "mxfp8": Kind(
         "fp8",
@@ -121,7 +129,9 @@ KINDS = {
         scales="_scale_inv",
         dtype=torch.float8_e8m0fnu,
     ),
-    "autofp8": Kind("fp8", (0, 0), {"quant_method": "fp8", "activation_scheme": "static"}, shape="scalar", besides=_INPUT),
+    "autofp8": Kind(
+        "fp8", (0, 0), {"quant_method": "fp8", "activation_scheme": "static"}, shape="scalar", besides=_INPUT
+    ),
     "fbgemm": Kind("fp8", (1, 0), {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}),
 }
 

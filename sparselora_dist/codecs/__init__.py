@@ -6,6 +6,7 @@ from ..config.quantization import Format, QuantizationSection
 from ..config.run import ModelSection
 from .base import Codec, Part
 from .floats import FloatsCodec
+from .levels import LevelsCodec
 from .linear import FrozenLinear, FrozenMatrix
 from .nf4 import NF4Codec
 from .plain import PlainCodec
@@ -27,13 +28,11 @@ def codec_named(name: Format, bits: int, *, double_quant: bool = True, fp8_compu
     """The codec of a format, with ``bits`` of code; ``double_quant`` is NF4's, ``fp8_compute`` fp8's."""
     if name == "nf4":
         return NF4Codec(double_quant=double_quant)
+    if name in ("hqq", "bcq", "shiftadd", "billm"):
+        return LevelsCodec(name, bits)
     if name == "fp8":
         return FloatsCodec(compute=fp8_compute)
-    if name == "nvfp4":
-        return FloatsCodec.nvfp4()
-    if name == "mxfp4":
-        return FloatsCodec.mxfp4()
-    raise NotImplementedError(name)
+    return FloatsCodec.nvfp4() if name == "nvfp4" else FloatsCodec.mxfp4()
 
 
 __all__ = [
@@ -41,6 +40,7 @@ __all__ = [
     "FloatsCodec",
     "FrozenLinear",
     "FrozenMatrix",
+    "LevelsCodec",
     "NF4Codec",
     "Part",
     "PlainCodec",

@@ -147,9 +147,8 @@ class BaseWeights:
         kind = self._decoder.get(name)
         if self.codec is None or kind is None or (name in self.quantized and kind not in TRANSPOSED):
             return None
-        if self.stored or (
-            self.quantized and name not in self.quantized
-        ):  # Training keeps what a quantised checkpoint left as it was.
+        # Training keeps what a quantised checkpoint left as it was.
+        if self.stored or (self.quantized and name not in self.quantized):
             return None
         value, transposed = value.to(self.dtype), kind in TRANSPOSED
         try:

@@ -22,6 +22,7 @@ from sparselora_dist.io.shard_files import TensorFiles
 from sparselora_dist.io.zeros import model_zeros
 from sparselora_dist.layouts import decoder_layers, matrix_name
 from sparselora_dist.sharding.placement import Placement, RowShards
+from support.every_type import tiny_model
 from support.merging import save_base
 from support.models import ALL_LINEAR, batch
 from support.nf4_workers import adapted
@@ -187,7 +188,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Change a folder's ``quantization_config``; without a result it is dropped."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    config["quantization_config"] = change(config["quantization_config"])
+    config["quantization_config"] = change(config.get("quantization_config", {}))
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
 
@@ -317,3 +318,15 @@ def test_files_that_are_not_whole(
     with pytest.raises(error, match=says) as caught:
         stream(tmp_path, KINDS[kind].format)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_routed_experts_are_refused(tmp_path: Path) -> None:
+    """Not read in silence as values without their scales."""
+    tiny_model("qwen3_moe").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / FILE)
+    key = "model.layers.2.mlp.experts.3.up_proj.weight"
+    tensors |= {key: tensors[key].to(torch.float8_e4m3fn), f"{key}_scale_inv": torch.tensor(1.0)}
+    save_file(tensors, tmp_path / FILE, {"format": "pt"})
+    edit(tmp_path, lambda settings: {"quant_method": "fp8", "weight_block_size": None})
+    with pytest.raises(ValueError, match=rf"quantised, as '{key}': routed experts"):
+        stream(tmp_path, "fp8")

@@ -19,6 +19,7 @@ from ..config.quantization import QuantizationSection
 from ..config.run import ModelSection
 from ..layouts import check_known, check_text, decoder_layers
 from ..sharding.placement import Placement
+from .loftq import Shift
 from .memory import check_fits, peak_bytes, trim_heap
 from .prequantized import check_quantization_config
 from .pretrained import read_config, read_tokenizer
@@ -86,6 +87,7 @@ def load_base(
     placement: Placement,
     *,
     whole: Callable[[str], bool] = lambda name: False,
+    shift: Shift | None = None,
     local_ranks: int = 1,
     progress: bool = False,
 ) -> LoadedBase:
@@ -97,6 +99,7 @@ def load_base(
         section, quantization: what is loaded, and how it is stored.
         placement: this rank's part.
         whole: names of modules that every rank needs whole, because PEFT copies them.
+        shift: what LoftQ subtracts from matrices before they are stored.
         local_ranks: ranks that share this host's memory.
         progress: show a bar.
 
@@ -118,7 +121,8 @@ def load_base(
         layers = decoder_layers(model)
         check_known(model, layers)
         find_names(model, checkpoint)
-        stream = Stream(checkpoint, codec, dtype, placement)
+        keyed = (shift or Shift()).by_key(checkpoint)
+        stream = Stream(checkpoint, codec, dtype, placement, keyed)
         jobs = [*stream.matrices(layers), *stream.others(model, layers, whole)]
         check_fits(sum(job.kept for job in jobs), placement.home, local_ranks, placement.rank)
     with placement.together(), tqdm(jobs, "loading", disable=not progress, leave=False, unit="tensor") as bar:
@@ -136,7 +140,7 @@ def load_base(
     except OSError:
         log.debug("%s has no generation_config.json", section.name_or_path)
     report = LoadReport(time.perf_counter() - started, stream.kept, *peak_bytes(placement.device))
-    return LoadedBase(model, CheckpointWeights(checkpoint, codec, dtype, layers), report)
+    return LoadedBase(model, CheckpointWeights(checkpoint, codec, dtype, layers, keyed), report)
 
 
 def model_without_weights(config: Any, dtype: torch.dtype, implementation: str | None) -> Any:

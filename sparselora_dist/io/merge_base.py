@@ -12,10 +12,11 @@ from torch import Tensor
 
 from sparselora_kernels import EncodedWeight, nonzero
 
-from ..codecs import NF4Codec
+from ..codecs import Codec, NF4Codec
 from ..codecs.nf4_files import nonzero_of_codes
 from ..layouts import UnsupportedModelError, check_config, decoder_layers
 from ..method.channels import TRANSPOSED
+from .loftq import Shift
 from .manifest import CorruptFileError
 from .shard_files import TensorFiles, read_json, spaced
 from .stored_names import find_names
@@ -29,8 +30,9 @@ class BaseWeights:
 
     Args:
         folder: ``config.json`` and safetensors; nothing in it is run or unpickled.
-        codec: given, the matrices of the decoder layers become what training with ``quantization.load_in_4bit`` saw.
+        codec: given, the matrices of the decoder layers become what training with this ``quantization.format`` saw.
         dtype: that training computed in.
+        shift: what of them was subtracted before they were stored, of an adapter that LoftQ started.
 
     Attributes:
         shapes: of every matrix and vector by name.
@@ -45,7 +47,7 @@ class BaseWeights:
         ValueError: quantised by something else than bitsandbytes' NF4.
     """
 
-    def __init__(self, folder: Path, codec: NF4Codec | None, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, codec: Codec | None, dtype: torch.dtype, shift: Shift | None = None) -> None:
         if not folder.is_dir():
             raise FileNotFoundError(f"--base {folder} is not a folder; download the model first")
         self.folder, self.codec, self.dtype = folder, codec, dtype
@@ -60,13 +62,14 @@ class BaseWeights:
         self.embedding = self.key(names[model.get_input_embeddings()])
         self._expected, self._decoder = self._named(model)
         self.quantized = self._find_encoded()
-        if (self.quantized or codec is not None) and find_spec("bitsandbytes") is None:
+        if (self.quantized or isinstance(codec, NF4Codec)) and find_spec("bitsandbytes") is None:
             raise ValueError("4-bit weights need bitsandbytes: pip install 'sparselora-dist[quantization]'")
         self._head_is_embedding = False
         states = {state for states in self.quantized.values() for state in states}
         self.shapes = {name: info.shape for name, info in self.files.tensors.items() if name not in states}
         self.shapes |= {name: self._encoded_shape(name) for name in self.quantized}
         self._check()
+        self._shift = (shift or Shift()).by_key(self.files)
 
     @property
     def shards(self) -> dict[str, list[str]]:
@@ -86,7 +89,7 @@ class BaseWeights:
         return self.files.tensors[name].dtype
 
     def dequantized(self, name: str) -> bool:
-        """Whether :meth:`get` gives what 4-bit storage makes of the matrix."""
+        """Whether :meth:`get` gives what storage in few bits makes of the matrix."""
         return name in self.quantized or (not self.quantized and self.codec is not None and name in self._decoder)
 
     def untie(self) -> None:
@@ -134,7 +137,7 @@ class BaseWeights:
             return None
         if self.quantized and name not in self.quantized:  # Training keeps what a quantised checkpoint left as it was.
             return None
-        value, transposed = value.to(self.dtype), kind in TRANSPOSED
+        value, transposed = self._shift.rows(name, value).to(self.dtype), kind in TRANSPOSED
         try:
             weight = self.codec.whole(value.t().contiguous() if transposed else value)
         except ValueError as error:
@@ -151,8 +154,8 @@ class BaseWeights:
         layers = decoder_layers(model)
         if self.codec is not None and any(layer.experts for layer in layers):
             raise UnsupportedModelError(
-                f"{self.folder}: --load-in-4bit of a mixture of experts: what 4-bit storage makes of its experts is not "
-                "merged into. Load the adapter with PEFT instead"
+                f"{self.folder}: --format of a mixture of experts: what storage in {self.codec.name} makes of its experts is "
+                "not merged into. Load the adapter with PEFT instead"
             )
         matrices = {self.key(f"{layer.path_of(name)}.weight"): name for layer in layers for name in layer.names}
         expected: dict[str, tuple[int, ...]] = {}

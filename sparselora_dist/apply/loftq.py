@@ -56,7 +56,9 @@ class LoftQStart:
 
     def parameters(self) -> dict[str, Tensor]:
         """The adapter's values, by the names that a PEFT model gives its parameters."""
-        sides = {f"{PREFIX}{module}.lora_{side}": value for module, p in self.pairs.items() for side, value in zip("AB", p)}
+        sides = {
+            f"{PREFIX}{module}.lora_{side}": value for module, p in self.pairs.items() for side, value in zip("AB", p)
+        }
         return {f"{name}.{_NAME}.weight": value for name, value in sides.items()}
 
     def put(self, model: Any) -> None:
@@ -141,8 +143,8 @@ def _adapted(config: RunConfig, files: TensorFiles) -> list[_Adapted]:
         module = path.removeprefix(PREFIX)
         if module not in kinds or not isinstance(layer.get_base_layer(), nn.Linear):
             raise ConfigError(
-                f"'lora.init_lora_weights' is \"loftq\", and 'lora.target_modules' names {module!r}, which is no matrix of a "
-                "decoder layer: it is not quantised. Leave it out, or start otherwise"
+                f"'lora.init_lora_weights' is \"loftq\", and 'lora.target_modules' names {module!r}, which is no matrix of "
+                "a decoder layer: it is not quantised. Leave it out, or start otherwise"
             )
         key = weight_key(files, f"{module}.weight")
         if stored_matrix(files, key):
@@ -150,9 +152,7 @@ def _adapted(config: RunConfig, files: TensorFiles) -> list[_Adapted]:
                 f"'lora.init_lora_weights' is \"loftq\", but {key} of {files.folder} is quantised already: LoftQ needs the "
                 "values. Name the checkpoint that is not, or remove it"
             )
-        found.append(
-            _Adapted(module, key, kinds[module] in TRANSPOSED, layer.r[_NAME], layer.scaling[_NAME])
-        )
+        found.append(_Adapted(module, key, kinds[module] in TRANSPOSED, layer.r[_NAME], layer.scaling[_NAME]))
     return found
 
 

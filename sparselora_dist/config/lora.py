@@ -143,6 +143,7 @@ class LoraSection(Section):
     def __get_pydantic_json_schema__(cls, *_: Any) -> dict[str, Any]:
         """PEFT's names instead of ``values``."""
         schema = TypeAdapter(LoraValues).json_schema()
+        schema["properties"]["loftq_config"] = schema.pop("$defs")[LoftQValues.__name__]
         names = {name: schema["properties"].get(name, {}) for name in _known()}
         for name, value in _DEFAULTS.items():
             names[name]["default"] = value
@@ -164,7 +165,9 @@ class LoraSection(Section):
                 f"'{self.PATH}.{_START}' is {show(self.init_from)}, not read yet: '{self.PATH}.{missing[0]}' is not known"
             )
         values = {key: value for key, value in copy.deepcopy(self.values).items() if key not in _REFUSED}
-        if self.loftq_rounds:  # Ours: PEFT would decompose a matrix that it takes for whole, and quantise it its own way.
+        if (
+            self.loftq_rounds
+        ):  # Ours: PEFT would decompose a matrix that it takes for whole, and quantise it its own way.
             values["init_lora_weights"] = True
             del values["loftq_config"]
         try:

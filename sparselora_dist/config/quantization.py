@@ -93,6 +93,11 @@ class QuantizationSection(Section):
         return self.bits or (3 if self.stored == "shiftadd" else BITS[self.stored][-1])
 
     @property
+    def label(self) -> str | None:
+        """In a table: ``nf4``, ``bcq3``."""
+        return f"{self.stored}{self.width}" if self.stored and len(BITS[self.stored]) > 1 else self.stored
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What tells it from another storage, the same however it is said."""
         if self.stored is None:

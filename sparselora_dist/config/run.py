@@ -189,8 +189,8 @@ class RunConfig(Section):
             )
         if stored.stored in READ_ONLY:
             raise ConfigError(
-                f"{said} with 'quantization.format' \"{stored.stored}\", whose matrices are read as a checkpoint holds them: "
-                "LoftQ stores others. Use a format that is made when a model is loaded, or remove it"
+                f"{said} with 'quantization.format' \"{stored.stored}\", whose matrices are read as a checkpoint holds "
+                "them: LoftQ stores others. Use a format that is made when a model is loaded, or remove it"
             )
         if self.sparse_base.enabled:
             raise ConfigError(
@@ -200,8 +200,8 @@ class RunConfig(Section):
         bits = self.lora.values["loftq_config"].get("loftq_bits", stored.width)
         if bits != stored.width:
             raise ConfigError(
-                f"'lora.loftq_config.loftq_bits' is {bits}, but 'quantization' stores {stored.stored} in {stored.width} bits: "
-                "leave the first out"
+                f"'lora.loftq_config.loftq_bits' is {bits}, but 'quantization' stores {stored.stored} in {stored.width} "
+                "bits: leave the first out"
             )
 
     @property

@@ -26,8 +26,9 @@ def is_adapted(config: LoraConfig, module: str) -> bool:
 
 
 def save_adapter(model: Any, parameters: dict[str, Tensor], folder: Path) -> None:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors``, then read them back and compare. Beside them goes what
-    LoftQ's base was stored less, where there is something.
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``, then read them back and compare.
+
+    Beside them goes what LoftQ's base was stored less, where there is something.
 
     Args:
         model: the PEFT model; its own (sharded) values are not read.

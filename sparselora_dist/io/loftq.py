@@ -3,9 +3,10 @@
     "loftq": {"format": "bcq", "bits": 3, "double_quant": false, "rounds": 2}
 
 The adapter corrects the base's matrices as training stored them: in that format, and from the second round on not of the
-checkpoint's values but of these less ``B·A``, the *shift* (:mod:`sparselora_dist.method.loftq`). ``loftq.safetensors`` beside
-the adapter has it, ``<module>.a`` (r, in) and ``<module>.b`` (out, r) in fp32, so that resuming and merging store the same
-matrices without decomposing any. PEFT knows neither: it warns of the key by name, and leaves it out.
+checkpoint's values but of these less ``B·A``, the *shift* (:mod:`sparselora_dist.method.loftq`). The file
+``loftq.safetensors`` beside the adapter has it, ``<module>.a`` (r, in) and ``<module>.b`` (out, r) in fp32, so that resuming
+and merging store the same matrices without decomposing any. PEFT knows neither: it warns of the key by name, and leaves it
+out.
 """
 
 from __future__ import annotations

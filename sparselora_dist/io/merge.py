@@ -2,8 +2,8 @@
 
     merged = base + scaling · (B @ A)    in fp32, rounded once
 
-``base`` is what training saw: the checkpoint's weights, or what storage in few bits makes of them. An adapter that was trained
-under the zeros of a pruned model says so, and its sum is zero wherever ``base`` is.
+``base`` is what training saw: the checkpoint's weights, or what storage in few bits makes of them. An adapter that was
+trained under the zeros of a pruned model says so, and its sum is zero wherever ``base`` is.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ def _codec(asked: QuantizationSection, lora: Adapter) -> Codec | None:
         return codec_named(asked.stored, asked.width, double_quant=double) if asked.stored else None
     if asked.stored and (asked.stored, asked.width) != (said.format, said.bits):
         raise ValueError(
-            f"{lora.folder / CONFIG_FILE}: {LOFTQ!r} says that the adapter was trained on a base in {said}, but {asked.stored} "
-            f"of {asked.width} bits is asked for: leave --format and --load-in-4bit out"
+            f"{lora.folder / CONFIG_FILE}: {LOFTQ!r} says that the adapter was trained on a base in {said}, but "
+            f"{asked.stored} of {asked.width} bits is asked for: leave --format and --load-in-4bit out"
         )
     return codec_named(said.format, said.bits, double_quant=said.double_quant)
 

@@ -154,8 +154,8 @@ class BaseWeights:
         layers = decoder_layers(model)
         if self.codec is not None and any(layer.experts for layer in layers):
             raise UnsupportedModelError(
-                f"{self.folder}: --format of a mixture of experts: what storage in {self.codec.name} makes of its experts is "
-                "not merged into. Load the adapter with PEFT instead"
+                f"{self.folder}: --format of a mixture of experts: what storage in {self.codec.name} makes of its "
+                "experts is not merged into. Load the adapter with PEFT instead"
             )
         matrices = {self.key(f"{layer.path_of(name)}.weight"): name for layer in layers for name in layer.names}
         expected: dict[str, tuple[int, ...]] = {}

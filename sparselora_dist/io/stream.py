@@ -21,7 +21,6 @@ from .manifest import CorruptFileError
 from .prequantized import StoredMatrix, stored_codec, stored_matrix
 from .shard_files import TensorFiles, weight_key
 
-
 _NO_SHIFT = KeyedShift()
 
 

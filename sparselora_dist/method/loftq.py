@@ -54,12 +54,13 @@ def alternate(
     """
     weight = weight.detach().float()
     shift: Pair | None = None
-    for number in range(rounds):
-        if number:
-            shift = pair
+    pair: Pair | None = None
+    for _ in range(rounds):
+        shift = pair
         target = less(weight, *shift) if shift else weight
         a, b = low_rank_factors(weight - stored(target).float(), rank, seed=seed)
         missing = rank - a.shape[0]
         pair = torch.nn.functional.pad(a, (0, 0, 0, missing)), torch.nn.functional.pad(b, (0, missing))
+    assert pair is not None
     root = math.sqrt(scaling)
     return shift, (pair[0] / root, pair[1] / root)

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..config.quantization import BITS, QuantizationSection
+from ..config.quantization import BITS, Format, QuantizationSection
 from ..method.loftq import Pair, less
 from .manifest import CorruptFileError, read_safetensors, share
 from .shard_files import TensorFiles, digest, weight_key
@@ -35,7 +35,7 @@ SHIFT = "loftq_shift"
 class Mark:
     """How the base was stored that an adapter was trained on."""
 
-    format: str
+    format: Format
     bits: int
     double_quant: bool
     """Of nf4."""

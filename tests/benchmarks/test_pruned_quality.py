@@ -14,6 +14,7 @@ import torch
 
 from support.harness import ROOT
 
+
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """pruned_quality.py; its neighbours are importable after it."""

@@ -23,6 +23,8 @@ BITS: Mapping[str, tuple[int, ...]] = {
 """What a code of each format may take; the last one is the default where several are allowed, but for 3 of ``shiftadd``."""
 READ_ONLY = ("billm", "nvfp4", "mxfp4")
 """Those that are never made when a model is loaded: a checkpoint holds them."""
+WITHOUT_ZERO = ("hqq", "bcq", "shiftadd", "billm")
+"""Those whose codes cannot say that a value is zero."""
 
 _REFUSED = {
     "load_in_8bit": ": bitsandbytes' 8 bits are not offered: use 'load_in_4bit' or 'format', or leave the section out",

@@ -18,7 +18,7 @@ from .limits import Path, Positive, Says
 from .lora import LoraSection
 from .model import Section, parse, section
 from .overrides import apply_overrides
-from .quantization import READ_ONLY, QuantizationSection
+from .quantization import READ_ONLY, WITHOUT_ZERO, QuantizationSection
 from .sparse import SparseLoRAConfig
 from .sparse_base import SparseBaseConfig
 from .train import TrainSection
@@ -169,6 +169,11 @@ class RunConfig(Section):
                     f"'lora.{key}' is {show(lora[key])} with 'sparse_base.enabled': an adapter that keeps a pruned matrix' "
                     "zeros is one matrix with it, without dropout, without a bias, and not on experts. Remove the key"
                 )
+        if self.quantization.stored in WITHOUT_ZERO:
+            raise ConfigError(
+                f"'quantization.format' is \"{self.quantization.stored}\" with 'sparse_base.enabled': it has no code for zero, "
+                'so that nothing tells what is pruned. Allowed: "nf4", "fp8", or null'
+            )
         if self.sparse_base.start == "gradient" and self.lora.init_from:
             raise ConfigError(
                 "'sparse_base.start' is \"gradient\" with 'lora.init_from', which says where the adapter starts: use one"

@@ -112,7 +112,7 @@ def test_storages_that_are_one_are_said_to_be() -> None:
         ({"format": "bcq", "bits": 8}, "'quantization.bits' is 8, but bcq has 2, 3, 4"),
         ({"format": "fp8", "bits": 4}, "'quantization.bits' is 4, but fp8 has 8"),
         ({"format": "hqq", "load_in_4bit": True}, "'quantization.load_in_4bit' is true, which is nf4, but .* \"hqq\""),
-        ({"format": "gptq"}, '\'quantization.format\' is "gptq": allowed: .*"bcq"'),
+        ({"format": "gptq"}, '\'quantization.format\' is "gptq": expected one of .*"bcq"'),
         ({"format": "bcq", "bits": 5}, "'quantization.bits' is 5: expected one of 2, 3, 4, 8"),
     ],
 )

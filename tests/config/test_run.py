@@ -98,7 +98,7 @@ def test_missing_sections(missing: str) -> None:
 
 
 LOFTQ: dict[str, Any] = {"init_lora_weights": "loftq"}
-BCQ3 = {"format": "bcq", "bits": 3}
+BCQ3, FP8 = {"format": "bcq", "bits": 3}, {"format": "fp8"}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     # top level
     ({"sparselora": {}}, "unknown key 'sparselora': did you mean 'sparse_lora'\\? known: _comment, data, engine, lora"),
@@ -262,6 +262,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"lora": {"bias": "all"}}, '\'lora.bias\' is "all": allowed: "none"'),
     ({"lora": {"trust_remote_code": False}}, "'lora.trust_remote_code' is refused"),
     ({"lora": 8}, "'lora' is 8: expected an object"),
+    *[
+        (
+            {"sparse_base": {"enabled": True}, "quantization": {"format": name}},
+            f"'quantization.format' is \"{name}\" with 'sparse_base.enabled': it has no code for zero",
+        )
+        for name in ("hqq", "bcq", "shiftadd", "billm")
+    ],
     # LoftQ
     ({"lora": LOFTQ}, "\"loftq\", but the base is not quantised, .*: set 'quantization.format'"),
     (
@@ -269,7 +276,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "with 'quantization.format' \"billm\", whose matrices are read",
     ),
     ({"lora": LOFTQ, "quantization": {"format": "nvfp4"}}, "Use a format that is made when a model is loaded"),
-    ({"lora": LOFTQ, "quantization": BCQ3, "sparse_base": {"enabled": True}}, "\"loftq\" with 'sparse_base.enabled'"),
+    ({"lora": LOFTQ, "quantization": FP8, "sparse_base": {"enabled": True}}, "\"loftq\" with 'sparse_base.enabled'"),
     ({"lora": LOFTQ | {"init_from": "adapter"}, "quantization": BCQ3}, "both say what the adapter starts from"),
     ({"lora": LOFTQ | {"use_dora": True}, "quantization": BCQ3}, "'lora.use_dora' is refused"),
     (

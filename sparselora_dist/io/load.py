@@ -15,13 +15,13 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ..codecs import Codec, codec_of
-from ..config.quantization import QuantizationSection
+from ..config.quantization import READ_ONLY, QuantizationSection
 from ..config.run import ModelSection
 from ..layouts import check_known, check_text, decoder_layers
 from ..sharding.placement import Placement
 from .loftq import Shift
 from .memory import check_fits, peak_bytes, trim_heap
-from .prequantized import check_quantization_config
+from .prequantized import PrequantizedError, check_quantization_config
 from .pretrained import read_config, read_tokenizer
 from .shard_files import TensorFiles
 from .stored_names import find_names
@@ -114,6 +114,7 @@ def load_base(
         config = check_model(section)
         codec, dtype = frozen_codec(section, quantization), getattr(torch, section.dtype)
         check_quantization_config(config, codec, section.name_or_path)
+        _check_made(quantization.stored, config, section.name_or_path)
         config.__dict__.pop("quantization_config", None)
         checkpoint = TensorFiles.of_model(checkpoint_folder(section.name_or_path))
         model = model_without_weights(config, dtype, section.attn_implementation)
@@ -141,6 +142,17 @@ def load_base(
         log.debug("%s has no generation_config.json", section.name_or_path)
     report = LoadReport(time.perf_counter() - started, stream.kept, *peak_bytes(placement.device))
     return LoadedBase(model, CheckpointWeights(checkpoint, codec, dtype, layers, keyed), report)
+
+
+def _check_made(stored: str | None, config: Any, name: str) -> None:
+    """Refuse a format that must be in the files and is not."""
+    if stored not in READ_ONLY or getattr(config, "quantization_config", None) is not None:
+        return
+    how = "'sparselora-dist quantize' makes such a checkpoint" if stored == "billm" else "name a checkpoint that is"
+    raise PrequantizedError(
+        f"'quantization.format' is \"{stored}\", which is read from a checkpoint that holds it, never made when a model is "
+        f"loaded, and {name} is not quantised: {how}, or use a format that is made on load (docs/formats.md)"
+    )
 
 
 def model_without_weights(config: Any, dtype: torch.dtype, implementation: str | None) -> Any:

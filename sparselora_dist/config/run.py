@@ -171,8 +171,8 @@ class RunConfig(Section):
                 )
         if self.quantization.stored in WITHOUT_ZERO:
             raise ConfigError(
-                f"'quantization.format' is \"{self.quantization.stored}\" with 'sparse_base.enabled': it has no code for zero, "
-                'so that nothing tells what is pruned. Allowed: "nf4", "fp8", or null'
+                f"'quantization.format' is \"{self.quantization.stored}\" with 'sparse_base.enabled': it has no code for "
+                'zero, so that nothing tells what is pruned. Allowed: "nf4", "fp8", or null'
             )
         if self.sparse_base.start == "gradient" and self.lora.init_from:
             raise ConfigError(

@@ -26,8 +26,8 @@ from support.merging import save_base
 from support.plan_runs import run_data
 
 L70 = find_shape("llama-3-70b")
-# (format, bits): bits a weight, GB of the layers of Llama 3 70B; design figures, GB to one digit. BiLLM has a mask of columns
-# besides, 128 bits of 8192 x 128; fp8 and nf4 have scales.
+# (format, bits): bits a weight, and GB of the layers of Llama 3 70B to one digit. BiLLM has a mask of columns besides,
+# a bit a column; fp8 and nf4 have scales a row.
 FORMATS: dict[tuple[str, int | None], tuple[float, float | None]] = {
     ("bcq", 2): (2.25, 19.3),
     ("bcq", 3): (3.375, 28.9),

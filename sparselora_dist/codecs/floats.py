@@ -47,7 +47,7 @@ class FloatsCodec(Codec):
         return cls(4, E8M0, *((1, 32) if transposed else (32, 1)), compute=False)
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return "fp8" if self.bits == 8 else "nvfp4" if self.scale == E4M3 else "mxfp4"
 
     @property

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .backend import use_fp8
-from .floats import E4M3, FP32, float_rows
+from .floats import E4M3, E4M3_OVER, FP32, float_rows
 from .levels import BILLM, BITS, level_rows
 from .nf4 import nf4_rows
 
@@ -71,7 +71,7 @@ def _floats(
 
 def _floats_every(layout: Sequence[int]) -> tuple[int, ...]:
     _, _, _, scale, _, every, _ = layout
-    return (1, every, 0) if scale == E4M3 else (1, every)
+    return (1, every, 0) if scale in (E4M3, E4M3_OVER) else (1, every)
 
 
 FORMATS: Mapping[int, Format] = {

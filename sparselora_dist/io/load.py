@@ -21,7 +21,7 @@ from ..layouts import check_known, check_text, decoder_layers
 from ..sharding.placement import Placement
 from .loftq import Shift
 from .memory import check_fits, peak_bytes, trim_heap
-from .prequantized import PrequantizedError, check_quantization_config
+from .prequantized import PrequantizedError, check_quantization_config, check_quantization_files, is_quantised
 from .pretrained import read_config, read_tokenizer
 from .shard_files import TensorFiles
 from .stored_names import find_names
@@ -114,9 +114,12 @@ def load_base(
         config = check_model(section)
         codec, dtype = frozen_codec(section, quantization), getattr(torch, section.dtype)
         check_quantization_config(config, codec, section.name_or_path)
-        _check_made(quantization.stored, config, section.name_or_path)
-        config.__dict__.pop("quantization_config", None)
+        said = config.__dict__.pop("quantization_config", None)
         checkpoint = TensorFiles.of_model(checkpoint_folder(section.name_or_path))
+        if said is None:
+            check_quantization_files(checkpoint.folder, codec)
+        if quantization.stored in READ_ONLY and not is_quantised(checkpoint):
+            raise PrequantizedError(_not_made(quantization.stored, section.name_or_path))
         model = model_without_weights(config, dtype, section.attn_implementation)
         model.requires_grad_(False)
         layers = decoder_layers(model)
@@ -144,12 +147,10 @@ def load_base(
     return LoadedBase(model, CheckpointWeights(checkpoint, codec, dtype, layers, keyed), report)
 
 
-def _check_made(stored: str | None, config: Any, name: str) -> None:
-    """Refuse a format that must be in the files and is not."""
-    if stored not in READ_ONLY or getattr(config, "quantization_config", None) is not None:
-        return
+def _not_made(stored: str, name: str) -> str:
+    """Of a format that must be in the files and is not."""
     how = "'sparselora-dist quantize' makes such a checkpoint" if stored == "billm" else "name a checkpoint that is"
-    raise PrequantizedError(
+    return (
         f"'quantization.format' is \"{stored}\", which is read from a checkpoint that holds it, never made when a model is "
         f"loaded, and {name} is not quantised: {how}, or use a format that is made on load (docs/formats.md)"
     )

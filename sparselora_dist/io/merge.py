@@ -86,7 +86,8 @@ def merge_adapter(
     time and at most one output shard is held.
 
     Args:
-        base: a local model folder in safetensors; bf16, fp16, fp32, or 4-bit by bitsandbytes (nf4), which is dequantised.
+        base: a local model folder in safetensors; bf16, fp16, fp32, or quantised as a run reads it (bitsandbytes'
+            nf4, fp8, nvfp4, mxfp4), which is dequantised.
         adapter: a folder that PEFT wrote.
         output: must not exist.
         dtype: of the result, and what training computed in: ``bfloat16``, ``float32`` or ``float16``.

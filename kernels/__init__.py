@@ -11,11 +11,12 @@ from .activations import activation_name
 from .expert_score import expert_score
 from .ffn_down import ffn_down
 from .ffn_up import ffn_up
-from .formats import nf4_layout
+from .formats import level_layout, nf4_layout
 from .gated_ffn import gated_up
 from .gated_product import gated_product
 from .grouped import grouped_linear, grouped_product
 from .label_loss import chunk_rows, label_loss, label_scores, row_bytes, scores_of
+from .levels import level_rows
 from .lora_joined import lora_joined
 from .lora_linear import lora_linear, lora_order
 from .masked_linear import masked_down, masked_linear, masked_up
@@ -47,6 +48,8 @@ __all__ = [
     "kept_per_expert",
     "label_loss",
     "label_scores",
+    "level_layout",
+    "level_rows",
     "lora_joined",
     "lora_linear",
     "lora_order",

@@ -13,12 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .levels import BILLM, BITS, level_rows
 from .nf4 import nf4_rows
 
 PLAIN: tuple[int, ...] = (0,)
 """The layout of one tensor of values."""
 NF4 = 1
 """Kind of a layout ``(NF4, length, double_quant)``: :mod:`sparselora_kernels.nf4`."""
+LEVELS = 2
+"""Kind of a layout ``(LEVELS, length, rule, bits)``: :mod:`sparselora_kernels.levels`."""
 
 
 class Format(NamedTuple):
@@ -41,8 +44,18 @@ def _nf4(
     return nf4_rows(codes, scales, channels, dtype, length=length, double_quant=bool(double_quant), first=first)
 
 
+def _levels(
+    parts: Sequence[Tensor], layout: Sequence[int], channels: Tensor | None, dtype: torch.dtype, first: int
+) -> Tensor:
+    codes, params = parts[:2]
+    columns = parts[2] if len(parts) == 3 else None
+    _, length, rule, bits = layout
+    return level_rows(codes, params, columns, channels, dtype, length=length, rule=rule, bits=bits)
+
+
 FORMATS: Mapping[int, Format] = {
     NF4: Format(3, _nf4, lambda layout: (1, 1)),
+    LEVELS: Format(4, _levels, lambda layout: (1, 1, 0) if layout[2] == BILLM else (1, 1)),
 }
 """By kind."""
 
@@ -60,3 +73,15 @@ def every_of(layout: Sequence[int]) -> tuple[int, ...]:
 def nf4_layout(length: int, double_quant: bool) -> tuple[int, ...]:
     """Layout of ``(codes, scales)`` as :mod:`sparselora_kernels.nf4` describes them."""
     return NF4, length, int(double_quant)
+
+
+def level_layout(length: int, rule: int, bits: int) -> tuple[int, ...]:
+    """Layout of ``(codes, params)``, or of ``(codes, params, columns)``, as :mod:`sparselora_kernels.levels` describes
+    them.
+
+    Raises:
+        ValueError: the rule has no codes of so many bits.
+    """
+    if bits not in BITS[rule]:
+        raise ValueError(f"rule {rule} has codes of {', '.join(map(str, BITS[rule]))} bits, not of {bits}")
+    return LEVELS, length, rule, bits

@@ -8,6 +8,7 @@ from .gated_product import gated_product
 from .grouped import grouped_linear, grouped_product
 from .indexed_linear import indexed_nn, indexed_nt
 from .label_loss import label_loss, label_scores
+from .levels import level_rows
 from .lora_joined import lora_joined
 from .lora_linear import lora_linear
 from .masked_linear import masked_down, masked_linear, masked_up
@@ -31,6 +32,7 @@ __all__ = [
     "indexed_nt",
     "label_loss",
     "label_scores",
+    "level_rows",
     "lora_joined",
     "lora_linear",
     "masked_down",

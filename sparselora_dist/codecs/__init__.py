@@ -5,6 +5,7 @@ import torch
 from ..config.quantization import Format, QuantizationSection
 from ..config.run import ModelSection
 from .base import Codec, Part
+from .levels import LevelsCodec
 from .linear import FrozenLinear, FrozenMatrix
 from .nf4 import NF4Codec
 from .plain import PlainCodec
@@ -21,7 +22,19 @@ def codec_named(name: Format, bits: int, *, double_quant: bool = True) -> Codec:
     """The codec of a format, with ``bits`` of code; ``double_quant`` is NF4's."""
     if name == "nf4":
         return NF4Codec(double_quant=double_quant)
+    if name in ("hqq", "bcq", "shiftadd", "billm"):
+        return LevelsCodec(name, bits)
     raise NotImplementedError(name)
 
 
-__all__ = ["Codec", "FrozenLinear", "FrozenMatrix", "NF4Codec", "Part", "PlainCodec", "codec_named", "codec_of"]
+__all__ = [
+    "Codec",
+    "FrozenLinear",
+    "FrozenMatrix",
+    "LevelsCodec",
+    "NF4Codec",
+    "Part",
+    "PlainCodec",
+    "codec_named",
+    "codec_of",
+]

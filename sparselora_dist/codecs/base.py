@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,7 +42,10 @@ class Codec(ABC):
     What several channels share (a mask of columns, a scale of 16 channels) is a part with fewer rows, sharded like the rest.
     """
 
-    name: ClassVar[str]
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The format, as messages call it."""
 
     @property
     @abstractmethod

@@ -13,6 +13,7 @@ from torch import Tensor
 from sparselora_dist.codecs.nf4 import NF4Codec
 from sparselora_kernels import EncodedWeight
 from sparselora_kernels.backend import forced_triton
+from sparselora_kernels.levels import BILLM, BITS, groups, numbers, pack_params, widths
 from sparselora_kernels.stored import unpack
 
 from .compare import TOLERANCE, assert_close
@@ -52,6 +53,20 @@ def nf4(weight: Tensor, double_quant: bool = True) -> tuple[EncodedWeight, Tenso
     encoded = codec.encode(weight, 0)
     stored = unpack(codec.stored(tuple(encoded.values()), weight.shape[1]))
     return stored, stored.decode(None, torch.float32)
+
+
+LEVEL_RULES = [(rule, bits) for rule, allowed in BITS.items() for bits in allowed]
+"""``(rule, bits)`` of :mod:`sparselora_kernels.levels`."""
+
+
+def level_parts(shape: tuple[int, int], rule: int, bits: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes, numbers and columns at random; among the numbers zeros, subnormal ones and the largest."""
+    rows, length = shape
+    params = torch.randn(rows, groups(length), numbers(rule, bits)) * 0.02
+    params.view(-1)[::5] = torch.tensor([0.0, -0.0, 6e-8, -5e-5, 65504.0])[torch.randint(5, params.view(-1)[::5].shape)]
+    codes, columns = (torch.randint(256, (n, widths(length, rule, bits)[at]), dtype=torch.uint8)
+                      for n, at in ((rows, 0), (1, -1)))  # fmt: skip
+    return codes, pack_params(params), columns if rule == BILLM else None
 
 
 def nf4_parts(shape: tuple[int, int], double_quant: bool) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,8 @@ from .activations import activation_name
 from .expert_score import expert_score
 from .ffn_down import ffn_down
 from .ffn_up import ffn_up
-from .formats import level_layout, nf4_layout
+from .floats import float_rows
+from .formats import float_layout, level_layout, nf4_layout
 from .gated_ffn import gated_up
 from .gated_product import gated_product
 from .grouped import grouped_linear, grouped_product
@@ -39,6 +40,8 @@ __all__ = [
     "ffn_down",
     "ffn_score",
     "ffn_up",
+    "float_layout",
+    "float_rows",
     "gated_ffn_score",
     "gated_product",
     "gated_up",

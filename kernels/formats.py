@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .floats import E4M3, float_rows
 from .levels import BILLM, BITS, level_rows
 from .nf4 import nf4_rows
 
@@ -22,6 +23,9 @@ NF4 = 1
 """Kind of a layout ``(NF4, length, double_quant)``: :mod:`sparselora_kernels.nf4`."""
 LEVELS = 2
 """Kind of a layout ``(LEVELS, length, rule, bits)``: :mod:`sparselora_kernels.levels`."""
+FLOATS = 3
+"""Kind of a layout ``(FLOATS, length, bits, scale, block, every, compute)``: :mod:`sparselora_kernels.floats`. The last is 1
+where a device that multiplies fp8 is to do so: :mod:`sparselora_kernels.fp8`."""
 
 
 class Format(NamedTuple):
@@ -53,9 +57,26 @@ def _levels(
     return level_rows(codes, params, columns, channels, dtype, length=length, rule=rule, bits=bits)
 
 
+def _floats(
+    parts: Sequence[Tensor], layout: Sequence[int], channels: Tensor | None, dtype: torch.dtype, first: int
+) -> Tensor:
+    rows, scales, *whole = parts
+    _, length, bits, scale, block, every, _ = layout
+    return float_rows(
+        rows, scales, whole[0] if whole else None, channels, dtype,
+        length=length, bits=bits, scale=scale, block=block, every=every, first=first,
+    )  # fmt: skip
+
+
+def _floats_every(layout: Sequence[int]) -> tuple[int, ...]:
+    _, _, _, scale, _, every, _ = layout
+    return (1, every, 0) if scale == E4M3 else (1, every)
+
+
 FORMATS: Mapping[int, Format] = {
     NF4: Format(3, _nf4, lambda layout: (1, 1)),
     LEVELS: Format(4, _levels, lambda layout: (1, 1, 0) if layout[2] == BILLM else (1, 1)),
+    FLOATS: Format(7, _floats, _floats_every),
 }
 """By kind."""
 
@@ -85,3 +106,8 @@ def level_layout(length: int, rule: int, bits: int) -> tuple[int, ...]:
     if bits not in BITS[rule]:
         raise ValueError(f"rule {rule} has codes of {', '.join(map(str, BITS[rule]))} bits, not of {bits}")
     return LEVELS, length, rule, bits
+
+
+def float_layout(length: int, bits: int, scale: int, block: int, every: int, compute: bool = False) -> tuple[int, ...]:
+    """Layout of ``(rows, scales)`` or ``(rows, scales, whole)`` as :mod:`sparselora_kernels.floats` describes them."""
+    return FLOATS, length, bits, scale, block, every, int(compute)

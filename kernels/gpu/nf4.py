@@ -23,7 +23,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @triton.jit
-def _float_at(at, mask):
+def float_at(at, mask):
     """fp32 from four bytes, the lowest first, at any address."""
     bits = tl.load(at, mask=mask, other=0).to(tl.uint32)
     bits |= tl.load(at + 1, mask=mask, other=0).to(tl.uint32) << 8
@@ -60,11 +60,11 @@ def nf4_rows_kernel(
         begin = (first + row) * count  # Of this row's absmax values in those of the matrix.
         slot = ((begin + block) // 256 - begin // 256).to(tl.int32)
         code = tl.load(scale_at + block, mask=inside, other=0).to(tl.int32)
-        nested = _float_at(scale_at + count + 4 * slot, inside)
-        offset = _float_at(scale_at + scale_width - 4, True)
+        nested = float_at(scale_at + count + 4 * slot, inside)
+        offset = float_at(scale_at + scale_width - 4, True)
         absmax = tl.load(absmax_map + code) * nested + offset
     else:
-        absmax = _float_at(scale_at + 4 * block, inside)
+        absmax = float_at(scale_at + 4 * block, inside)
     code_at = codes + (row * code_blocks + block)[:, None] * 32 + tl.arange(0, 32)[None, :]
     pair = tl.load(code_at, mask=inside[:, None], other=0).to(tl.int32)  # (BLOCKS, 32)
     high = tl.load(levels + (pair >> 4)) * absmax[:, None]

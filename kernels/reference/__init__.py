@@ -3,6 +3,7 @@
 from .expert_score import expert_score
 from .ffn_down import ffn_down
 from .ffn_up import ffn_up
+from .floats import float_rows
 from .gated_ffn import gated_up
 from .gated_product import gated_product
 from .grouped import grouped_linear, grouped_product
@@ -23,6 +24,7 @@ __all__ = [
     "ffn_down",
     "ffn_score",
     "ffn_up",
+    "float_rows",
     "gated_ffn_score",
     "gated_product",
     "gated_up",

@@ -1,0 +1,101 @@
+"""fp8, nvfp4 and mxfp4: small floats with scales, as :mod:`sparselora_kernels.floats` lays them out.
+
+Only fp8 with a scale per channel is made here, row by row, so that any split of the rows gives the same bytes. The others
+are read from checkpoints that hold them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparselora_kernels import EncodedWeight, Weight, float_layout
+from sparselora_kernels.floats import E4M3, E8M0, FP32, LARGEST, row_bytes, scale_bytes
+
+from ..sharding.placement import Share, alone
+from .base import Codec, Part
+
+_CHUNK = 1 << 20
+"""Values that are encoded at a time."""
+_SMALLEST = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True, slots=True)
+class FloatsCodec(Codec):
+    """``rows`` and ``scales``, and ``whole`` of nvfp4, all uint8. As it comes it is the fp8 that is made here."""
+
+    bits: int = 8
+    """8: e4m3fn. 4: e2m1."""
+    scale: int = FP32
+    """FP32, E4M3 or E8M0 of :mod:`sparselora_kernels.floats`."""
+    block: int = 0
+    """Values of a stored row that share a scale; 0: all."""
+    every: int = 1
+    """Channels in a line that share a row of scales; 0: all."""
+    compute: bool = True
+    """Of fp8: multiply in fp8 where the device can."""
+
+    @classmethod
+    def nvfp4(cls, *, transposed: bool = False) -> FloatsCodec:
+        """Blocks of 16 values along the input, which is across the stored rows of a matrix stored transposed."""
+        return cls(4, E4M3, *((1, 16) if transposed else (16, 1)), compute=False)
+
+    @classmethod
+    def mxfp4(cls, *, transposed: bool = False) -> FloatsCodec:
+        """Blocks of 32 values along the input, likewise."""
+        return cls(4, E8M0, *((1, 32) if transposed else (32, 1)), compute=False)
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return "fp8" if self.bits == 8 else "nvfp4" if self.scale == E4M3 else "mxfp4"
+
+    @property
+    def mark(self) -> str:
+        return f"{self.name}-{self.block}-{self.every}:"
+
+    def parts(self, length: int) -> dict[str, Part]:
+        parts = {
+            "rows": Part(row_bytes(length, self.bits), torch.uint8),
+            "scales": Part(scale_bytes(length, self.scale, self.block), torch.uint8, self.every),
+        }
+        return parts | ({"whole": Part(4, torch.uint8, 0)} if self.scale == E4M3 else {})
+
+    def encode(self, rows: Tensor, first: int, share: Share = alone) -> dict[str, Tensor]:
+        """See :meth:`Codec.encode`.
+
+        Raises:
+            ValueError: a value is not finite, or it is not fp8 with a scale per channel.
+        """
+        if (self.bits, self.scale, self.block, self.every) != (8, FP32, 0, 1):
+            raise ValueError(
+                f"{self.name} with a scale for {self.block or 'all'} values of {self.every or 'all'} channels is read from "
+                'checkpoints that hold it, never made when a model is loaded: set quantization.format "fp8" or "nf4"'
+            )
+        n, length = rows.shape
+        codes, scales = rows.new_empty((n, length), dtype=torch.uint8), rows.new_empty((n, 1), dtype=torch.float32)
+        step = max(1, _CHUNK // max(1, length))
+        for start in range(0, n, step):
+            part = slice(start, start + step)
+            codes[part], scales[part] = _fp8(rows[part].float())
+        return {"rows": codes, "scales": scales.view(torch.uint8)}
+
+    def stored(self, parts: tuple[Tensor, ...], length: int) -> Weight:
+        layout = float_layout(length, self.bits, self.scale, self.block, self.every, self.compute)
+        return EncodedWeight(parts, layout)
+
+
+def _fp8(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (n, length) uint8 and scales (n, 1) fp32 of fp32 rows.
+
+    The largest magnitude becomes 448. A scale is never less than the smallest normal fp32, so that a row of zeros has one
+    too, and codes of zero.
+    """
+    largest = values.abs().amax(1, keepdim=True) if values.shape[1] else values.new_zeros(values.shape[0], 1)
+    if not bool(largest.isfinite().all()):
+        raise ValueError(f"a matrix with rows of {values.shape[1]} values holds NaN or Inf, which fp8 cannot store")
+    scales = (largest / LARGEST).clamp_(min=_SMALLEST)
+    # By rounding, a quotient can be a bit more than 448, and what fp8 cannot hold would become NaN.
+    codes = (values / scales).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    return codes.view(torch.uint8), scales

@@ -21,6 +21,7 @@ from ..layouts import check_known, check_text, decoder_layers
 from ..sharding.placement import Placement
 from .memory import check_fits, peak_bytes, trim_heap
 from .prequantized import check_quantization_config
+from .prequantized.own import with_stored_bits
 from .pretrained import read_config, read_tokenizer
 from .shard_files import TensorFiles
 from .stored_names import find_names
@@ -109,7 +110,7 @@ def load_base(
     # Ranks read different parts, of files that may be their hosts' own: what one of them finds wrong must end all.
     with placement.together():
         config = check_model(section)
-        codec, dtype = frozen_codec(section, quantization), getattr(torch, section.dtype)
+        codec, dtype = frozen_codec(section, with_stored_bits(quantization, config)), getattr(torch, section.dtype)
         check_quantization_config(config, codec, section.name_or_path)
         config.__dict__.pop("quantization_config", None)
         checkpoint = TensorFiles.of_model(checkpoint_folder(section.name_or_path))

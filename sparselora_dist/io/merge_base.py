@@ -17,6 +17,8 @@ from ..codecs.nf4_files import nonzero_of_codes
 from ..layouts import UnsupportedModelError, check_config, decoder_layers
 from ..method.channels import TRANSPOSED
 from .manifest import CorruptFileError
+from .prequantized import StoredMatrix, stored_matrix
+from .prequantized.own import METHOD, STATE
 from .shard_files import TensorFiles, read_json, spaced
 from .stored_names import find_names
 
@@ -59,8 +61,9 @@ class BaseWeights:
         self.head = self.key(names[model.get_output_embeddings()])
         self.embedding = self.key(names[model.get_input_embeddings()])
         self._expected, self._decoder = self._named(model)
+        self._own = {name.removesuffix(STATE) for name in self.files.tensors if name.endswith(STATE)}
         self.quantized = self._find_encoded()
-        if (self.quantized or codec is not None) and find_spec("bitsandbytes") is None:
+        if (set(self.quantized) - self._own or codec is not None) and find_spec("bitsandbytes") is None:
             raise ValueError("4-bit weights need bitsandbytes: pip install 'sparselora-dist[quantization]'")
         self._head_is_embedding = False
         states = {state for states in self.quantized.values() for state in states}
@@ -109,13 +112,14 @@ class BaseWeights:
             decoded, weight, transposed = stored
             kept = nonzero(weight)
             return decoded, kept.t() if transposed else kept
-        if name in self.quantized:
+        if name in self.quantized and name not in self._own:
             return value, nonzero_of_codes(self.files.get(name), self.shapes[name])
         return value, value != 0
 
     def zeros(self, name: str) -> float:
         """Share of zeros of a matrix in the files: of some values, and where these have hardly any, of all."""
-        value, coded = self.files.get(name), name in self.quantized
+        coded = name in self.quantized and name not in self._own
+        value = self._decode(name) if name in self._own else self.files.get(name)
         for part in (spaced(value), value):
             kept = nonzero_of_codes(part, (2 * part.numel(),)) if coded else part != 0
             share = 1 - kept.double().mean().item()
@@ -131,6 +135,9 @@ class BaseWeights:
         """Of a matrix that training quantised: what it became (out, in), as it was stored, and whether transposed."""
         kind = self._decoder.get(name)
         if self.codec is None or kind is None or (name in self.quantized and kind not in TRANSPOSED):
+            return None
+        if name in self._own:  # As training read it, or refused.
+            self._found(name).codec(self.codec, kind in TRANSPOSED)
             return None
         if self.quantized and name not in self.quantized:  # Training keeps what a quantised checkpoint left as it was.
             return None
@@ -167,23 +174,30 @@ class BaseWeights:
 
     def _check_quantization(self) -> None:
         section = self.raw_config.get("quantization_config")
-        if not section:
+        if not section or section.get("quant_method") == METHOD:
             return
         method, kind = section.get("quant_method"), section.get("bnb_4bit_quant_type", "fp4")
         if method != "bitsandbytes" or not section.get("load_in_4bit") or kind != "nf4":
             what = f"{method} {kind if section.get('load_in_4bit') else ''}".strip()
             raise ValueError(
                 f"{self.folder / 'config.json'}: 'quantization_config' is {what!r}; a base can be merged into when it is "
-                "not quantised, or when bitsandbytes quantised it with load_in_4bit and nf4"
+                "not quantised, when sparselora-dist quantised it, or bitsandbytes with load_in_4bit and nf4"
             )
 
     def _find_encoded(self) -> dict[str, list[str]]:
         """Names of 4-bit weights, and of all the tensors that describe each."""
         names = self.files.tensors
-        weights = [name.split(_STATE)[0] for name in names if _STATE in name]
+        weights = [*(name.split(_STATE)[0] for name in names if _STATE in name), *sorted(self._own)]
         return {weight: [name for name in names if name.startswith(f"{weight}.")] for weight in weights}
 
+    def _found(self, name: str) -> StoredMatrix:
+        found = stored_matrix(self.files, name)
+        assert found is not None, f"{name} is not encoded"
+        return found
+
     def _encoded_shape(self, name: str) -> tuple[int, ...]:
+        if name in self._own:
+            return self._found(name).shape
         key = next(state for state in self.quantized[name] if _STATE in state)
         where = f"{self.folder / self.files.tensors[key].file}: {key!r}"
         if not key.endswith("nf4"):
@@ -224,10 +238,12 @@ class BaseWeights:
                     f"expected one of {', '.join(FLOATS)}, or bitsandbytes' nf4"
                 )
 
-    # --- bitsandbytes ------------------------------------------------------------------------------------------------
+    # --- decoding ----------------------------------------------------------------------------------------------------
 
     def _decode(self, name: str) -> Tensor:
-        """A 4-bit weight in the training dtype; the product of level and absmax is rounded once."""
+        """An encoded weight in the training dtype, rounded once."""
+        if name in self._own:
+            return self._found(name).rows(0, self.shapes[name][0]).to(self.dtype)
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         parts = {state.removeprefix(f"{name}."): self.files.get(state) for state in self.quantized[name]}

@@ -95,6 +95,10 @@ class GrowingModel:
             data.setdefault("errors", {})[str(number)] = error
         self._write(data)
 
+    def note(self, **more: Any) -> None:
+        """Record what is known in the end."""
+        self._write(read_json(self.folder / self.record_file) | more)
+
     def _save(self, file: str, tensors: dict[str, Tensor]) -> None:
         temporary = self.folder / f".{file}.tmp"
         save_tensors(tensors, temporary)

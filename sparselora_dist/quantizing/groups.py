@@ -27,7 +27,7 @@ class Encoder(ABC):
         self.channels, self.length, self.device = channels, length, device
         self.groups = -(-length // GROUP)
 
-    def begin(self, matrix: Tensor, costs: Tensor, across: bool) -> None:
+    def begin(self, matrix: Tensor, costs: Tensor, across: bool) -> None:  # noqa: B027  (most decide nothing)
         """What is decided once.
 
         Args:

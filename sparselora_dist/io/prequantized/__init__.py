@@ -9,10 +9,10 @@ import torch
 
 from ...codecs import Codec, PlainCodec
 from ..shard_files import TensorFiles
-from . import bitsandbytes
+from . import bitsandbytes, own
 from .matrix import PrequantizedError, StoredMatrix
 
-READERS = (bitsandbytes,)
+READERS = (bitsandbytes, own)
 """Each has ``find(checkpoint, key) -> StoredMatrix | None``, ``is_quantised(checkpoint)`` and
 ``check_config(settings, codec, at) -> bool``: whether a ``quantization_config`` is its own; raises PrequantizedError."""
 

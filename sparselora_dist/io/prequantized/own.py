@@ -7,6 +7,7 @@ transposed. What a matrix is says ``X.weight.stored``, JSON in bytes.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from sparselora_kernels.stored import unpack
 
 from ...codecs import Codec, FloatsCodec, LevelsCodec, codec_named
-from ...config.quantization import BITS, Format
+from ...config.quantization import BITS, Format, QuantizationSection
 from ..manifest import CorruptFileError
 from ..shard_files import TensorFiles, digest
 from .matrix import PrequantizedError, StoredMatrix
@@ -48,7 +49,7 @@ def tensors_of(
     """
     name, bits = kind_of(codec)
     state = {"format": name, "bits": bits, "shape": list(shape), "transposed": transposed, "version": VERSION}
-    names = _part_keys(key, codec, shape[0 if transposed else 1])
+    names = part_keys(key, codec, shape[0 if transposed else 1])
     tensors = {names[part]: value for part, value in parts.items()}
     return tensors | {key + STATE: torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)}
 
@@ -60,7 +61,8 @@ def kind_of(codec: Codec) -> tuple[str, int]:
     return codec.name, codec.bits if isinstance(codec, FloatsCodec) else 0
 
 
-def _part_keys(key: str, codec: Codec, length: int) -> dict[str, str]:
+def part_keys(key: str, codec: Codec, length: int) -> dict[str, str]:
+    """The files' name of each part of a matrix with rows of ``length`` values."""
     first, *others = codec.parts(length)
     return {first: key} | {name: f"{key}.{name}" for name in others}
 
@@ -82,7 +84,7 @@ class OwnMatrix(StoredMatrix):
         self._codec = codec_named(state["format"], state["bits"])
         self._kind: tuple[str, int] = state["format"], state["bits"]
         self._channels, self._length = self.shape[::-1] if self.transposed else self.shape
-        self.keys = _part_keys(key, self._codec, self._length)
+        self.keys = part_keys(key, self._codec, self._length)
         """Of each part, its name in the files."""
         for name, part in self._codec.parts(self._length).items():
             want = (part.rows(self._channels), part.width)
@@ -178,6 +180,21 @@ def check_config(settings: dict[str, Any], codec: Codec, at: str) -> bool:
         raise PrequantizedError(f"{at} has format {name!r} of {bits!r} bits: read are {', '.join(FORMATS)}")
     _check_kind(codec, name, bits, at)
     return True
+
+
+def with_stored_bits(asked: QuantizationSection, config: Any) -> QuantizationSection:
+    """What a run asks for, with as many bits as its model's files have where it does not say how many.
+
+    Args:
+        asked: by the run.
+        config: of the model.
+    """
+    settings = getattr(config, "quantization_config", None)
+    if asked.bits is not None or not isinstance(settings, dict) or settings.get("quant_method") != METHOD:
+        return asked
+    bits = settings.get("bits")
+    same = asked.stored == settings.get("format") and bits in BITS.get(asked.stored or "", ())
+    return replace(asked, bits=bits) if same else asked
 
 
 def _check_version(version: Any, at: str) -> None:

@@ -72,8 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
         made = record["asked"]
         print(
             f"{arguments.output}: {made['format']}, {made['bits']} bits a code, {record['bits_per_weight']:.3f} bits a "
-            f"weight, {len(errors)} matrices in {len(record['layers'])} layers, compensation {made['compensate']}, relative error "
-            f"{record['error']} {min(errors):.2%} to {max(errors):.2%}, mean {sum(errors) / len(errors):.2%}"
+            f"weight, {len(errors)} matrices in {len(record['layers'])} layers; compensation {made['compensate']}, relative "
+            f"error {record['error']} {min(errors):.2%} to {max(errors):.2%}, mean {sum(errors) / len(errors):.2%}"
         )
         print(f'a run loads it with "quantization": {{"format": "{made["format"]}"}}')
     return 0

@@ -17,9 +17,9 @@ from torch import Tensor
 GROUP = 128
 MOST = 49
 """Of the 128 columns of a block, how many may be salient."""
-_COUNTS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, MOST)
+_COUNTS = (0, 1, 2, 4, 6, 8, 12, 16, 24, 32, 40, MOST)
 # Rows by which the number of columns is chosen.
-_SAMPLE = 1024
+_SAMPLE = 512
 # Break points by the largest magnitude of a group; the best of a Gaussian is at 0.38.
 BREAKS = tuple(0.1 + 0.05 * step for step in range(17))
 _FEW_BREAKS = BREAKS[3:9:2]

@@ -150,7 +150,8 @@ class _Layers:
                 made, owners = self._read(layer, growing, linears, keys), dict.fromkeys(linears, 0)
             else:
                 made, owners = self._quantize(layer, linears)
-            tensors, errors = {}, {}
+            tensors: dict[str, Tensor] = {}
+            errors: dict[str, float] = {}
             for name, linear in linears.items():
                 shape, transposed = tuple(linear.weight.shape), name in TRANSPOSED
                 channels, length = shape[::-1] if transposed else shape

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .indexed_linear import add_update, indexed_nn, indexed_nt, linear, matmul
+from .indexed_linear import add_update, indexed_nn, indexed_nt, product_nn, product_nt
 from .operands import NNOperands, NTOperands
 from .operator import held, hold, register, register_with_gradient
 from .stored import Weight, refuse_trainable, unpack, weight_of
@@ -37,7 +37,7 @@ def forward(
     covered = dense_rows.numel() + context_rows.numel()
     y = (h_context.new_empty if covered == tokens else h_context.new_zeros)(tokens, weight.length)
     if some_dense:
-        y.index_copy_(0, dense_rows, add_update(matmul(h_dense, weight.parts[0], bias), low_dense, b))
+        y.index_copy_(0, dense_rows, add_update(product_nn(h_dense, weight, bias=bias), low_dense, b))
     return indexed_nn(NNOperands(h_context, context_rows, channels, y, bias=bias, low=low_context, b=b), weight)
 
 
@@ -61,7 +61,7 @@ def backward(
     some_dense = dense_rows.numel() > 0
     weight = weight_of(parts, layout).once(some_dense, grad.dtype)
     dense = grad.index_select(0, dense_rows)
-    wide = linear(dense, weight.parts[0]) if some_dense else grad.new_empty(0, weight.channels)
+    wide = product_nt(dense, weight) if some_dense else grad.new_empty(0, weight.channels)
     kept = indexed_nt(NTOperands(grad, context_rows, channels), weight)
     if b is None or low_dense is None or low_context is None:
         return wide, kept, grad.new_empty(0), grad.new_empty(0), grad.new_empty(0)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .indexed_linear import add_update, indexed_nn, indexed_nt, linear, matmul
+from .indexed_linear import add_update, indexed_nn, indexed_nt, product_nn, product_nt
 from .operands import NNOperands, NTOperands
 from .operator import held, hold, is_traced, register, register_with_gradient
 from .stored import Weight, refuse_trainable, unpack, weight_of
@@ -38,7 +38,7 @@ def forward(
     weight = weight_of(parts, layout).once(some_dense, x.dtype)
     wide = x.new_empty(0)
     if some_dense:
-        wide = linear(x.index_select(0, dense_rows), weight.parts[0], bias)
+        wide = product_nt(x.index_select(0, dense_rows), weight, bias=bias)
         add_update(wide, None if low is None else low.index_select(0, dense_rows), b)
     channels = _known(channels)
     kept = indexed_nt(NTOperands(x, context_rows, channels, bias), weight)
@@ -79,7 +79,7 @@ def backward(
         weight = weight.once(dense > 0, grad.dtype)
         grad_x = (grad.new_empty if dense + context == tokens else grad.new_zeros)(tokens, weight.length)
         if dense:
-            grad_x.index_copy_(0, dense_rows, matmul(wide, weight.parts[0]))
+            grad_x.index_copy_(0, dense_rows, product_nn(wide, weight))
         indexed_nn(NNOperands(kept, context_rows, channels, grad_x), weight)
     if low is not None and b is not None:
         grad_low, grad_b = torch.zeros_like(low), torch.zeros_like(b)

@@ -37,6 +37,7 @@ FP32, E4M3, E8M0 = 0, 1, 2
 """Kinds of scales."""
 LARGEST = 448.0
 """The largest value of e4m3fn."""
+_SMALLEST = torch.finfo(torch.float32).tiny
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _CHUNK = 1 << 17
 """Values that are decoded at a time on a CPU: in its cache."""
@@ -86,6 +87,19 @@ def floats_of(data: Tensor) -> Tensor:
     """The fp32 numbers (n, width / 4) of bytes (n, width)."""
     # A copy, because a gathered parameter may begin at any byte of its buffer.
     return data.clone(memory_format=torch.contiguous_format).view(torch.float32)
+
+
+def to_fp8(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (n, length) uint8 and scales (n, 1) fp32 of fp32 rows: the largest magnitude of a row becomes 448.
+
+    A scale is never less than the smallest normal fp32, so that a row of zeros has one too, and codes of zero. Rows that are
+    not finite become NaN.
+    """
+    largest = values.abs().amax(1, keepdim=True) if values.shape[1] else values.new_zeros(values.shape[0], 1)
+    scales = (largest / LARGEST).clamp_(min=_SMALLEST)
+    # By rounding, a quotient can be a bit more than 448, and what fp8 cannot hold would become NaN.
+    codes = (values / scales).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    return codes.view(torch.uint8), scales
 
 
 def row_scales(

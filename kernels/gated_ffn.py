@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .gated_product import product, product_gradient
-from .indexed_linear import add_update, linear, matmul, triton_choice, vendor_nt
+from .indexed_linear import add_update, product_nn, product_nt, triton_choice, vendor_nt
 from .operands import NTOperands
 from .operator import held, hold, is_traced, register, register_with_gradient
 from .stored import EncodedWeight, Weight, refuse_trainable, unpack, weight_of
@@ -49,8 +49,8 @@ def _up(
     up = weight_of(up_parts, up_layout).once(some_dense, x.dtype)
     if some_dense:
         dense = x.index_select(0, dense_rows)
-        g_d = add_update(linear(dense, gate.parts[0], gate_bias), _at(gate_low, dense_rows), gate_b)
-        u_d = add_update(linear(dense, up.parts[0], up_bias), _at(up_low, dense_rows), up_b)
+        g_d = add_update(product_nt(dense, gate, bias=gate_bias), _at(gate_low, dense_rows), gate_b)
+        u_d = add_update(product_nt(dense, up, bias=up_bias), _at(up_low, dense_rows), up_b)
         h_d = product(g_d, u_d, activation)
     else:
         g_d, u_d, h_d = (x.new_empty(0, gate.channels) for _ in range(3))
@@ -139,7 +139,7 @@ def _up_backward(
         assert grad_dense is not None
         pair = product_gradient(grad_dense.contiguous(), g_d, u_d, activation)
         if needs_input:
-            dense = matmul(pair[0], gate.parts[0]).addmm_(pair[1], up.parts[0])
+            dense = product_nn(pair[1], up, onto=product_nn(pair[0], gate))
             grad_x.index_copy_(0, dense_rows, dense)
         for grad, (low, b, grad_low, grad_b) in zip(pair, branches):
             if low is not None and b is not None:
@@ -165,9 +165,7 @@ def _context_input_gradient(
 
         gated_input_gradient(*pair, matrices[0], matrices[1], rows, channels, out)
         return
-    dtype = out.dtype
-    grad = matmul(pair[0], gate.decode(channels, dtype)).addmm_(pair[1], up.decode(channels, dtype))
-    out.index_copy_(0, rows, grad)
+    out.index_copy_(0, rows, product_nn(pair[1], up, channels, onto=product_nn(pair[0], gate, channels)))
 
 
 def _zeros(like: Tensor | None, rows: int) -> Tensor:

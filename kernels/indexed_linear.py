@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from . import fp8
 from .backend import use_triton
 from .choice import prefers_vendor
 from .nf4 import levels, row_absmax
@@ -38,6 +39,30 @@ def linear(x: Tensor, rows: Tensor, bias: Tensor | None = None) -> Tensor:
 def matmul(h: Tensor, rows: Tensor, bias: Tensor | None = None) -> Tensor:
     """``h · rows + bias``, the bias in the dtype of ``h``."""
     return h @ rows if bias is None else torch.addmm(bias.to(h.dtype), h, rows)
+
+
+def product_nt(x: Tensor, weight: EncodedWeight, channels: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """``x · weight[channels]ᵀ + bias[channels]``: (n, in) -> (n, k), by the vendor's GEMM in ``x.dtype``, or in fp8."""
+    if bias is not None and channels is not None:
+        bias = bias.index_select(0, channels)
+    if weight.multiplies(x.dtype):
+        return fp8.product_nt(x, weight, channels, bias)
+    return linear(x, weight.decode(channels, x.dtype), bias)
+
+
+def product_nn(
+    h: Tensor,
+    weight: EncodedWeight,
+    channels: Tensor | None = None,
+    bias: Tensor | None = None,
+    onto: Tensor | None = None,
+) -> Tensor:
+    """``h · weight[channels] + bias``: (n, k) -> (n, out), likewise; added to ``onto``, in place, where that is given."""
+    if weight.multiplies(h.dtype):
+        y = fp8.product_nn(h, weight, channels, bias)
+        return y if onto is None else onto.add_(y)
+    rows = weight.decode(channels, h.dtype)
+    return matmul(h, rows, bias) if onto is None else onto.addmm_(h, rows)
 
 
 def add_update(y: Tensor, low: Tensor | None, b: Tensor | None) -> Tensor:
@@ -110,9 +135,7 @@ def indexed_nt(operands: NTOperands, weight: EncodedWeight) -> Tensor:
 def vendor_nt(operands: NTOperands, weight: EncodedWeight) -> Tensor:
     """:func:`indexed_nt` by copied rows and the vendor's GEMM."""
     x, rows, channels, bias = operands
-    if bias is not None and channels is not None:
-        bias = bias.index_select(0, channels)
-    return linear(pick(x, rows), weight.decode(channels, x.dtype), bias)
+    return product_nt(pick(x, rows), weight, channels, bias)
 
 
 def indexed_nn(operands: NNOperands, weight: EncodedWeight) -> Tensor:
@@ -131,6 +154,6 @@ def vendor_nn(operands: NNOperands, weight: EncodedWeight) -> Tensor:
     """:func:`indexed_nn` by copied rows and the vendor's GEMM; needs ``rows``, rounds after each product."""
     h, rows, channels, out, bias, low, b, accumulate = operands
     assert rows is not None
-    y = matmul(h, weight.decode(channels, h.dtype), bias)
+    y = product_nn(h, weight, channels, bias)
     add_update(y, low, b)
     return out.index_add_(0, rows, y) if accumulate else out.index_copy_(0, rows, y)

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backend import use_triton
 from .operator import register
 
 GROUP = 128
@@ -37,7 +38,6 @@ HQQ, SIGNS, BILLM = range(3)
 """Rules."""
 BITS = {HQQ: (2, 3, 4), SIGNS: (2, 3, 4), BILLM: (2,)}
 """What a code of each rule may take."""
-_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Values that the CPU decodes at once: their fp32 forms stay in the L2 cache.
 _CHUNK = 1 << 16
 
@@ -153,8 +153,13 @@ def _level_rows(
     rule: int,
     bits: int,
 ) -> Tensor:
-    if dtype not in _KERNEL_DTYPES:
-        return _level_rows(codes, params, columns, channels, torch.float32, length, rule, bits).to(dtype)
+    if use_triton(codes):
+        from .gpu import levels
+
+        if dtype not in levels.DTYPES:
+            return _level_rows(codes, params, columns, channels, torch.float32, length, rule, bits).to(dtype)
+        with torch.cuda.device_of(codes):
+            return levels.level_rows(codes, params, columns, channels, dtype, length=length, rule=rule, bits=bits)
     rows = codes.shape[0] if channels is None else channels.shape[0]
     out = codes.new_empty((rows, length), dtype=dtype)
     step = max(_CHUNK // (groups(length) * GROUP), 1)

@@ -18,7 +18,7 @@ from torch import Tensor
 from .backend import use_triton
 from .columns import gather, scatter
 from .formats import every_of, numbers_of
-from .indexed_linear import indexed_nn, indexed_nt, linear, matmul
+from .indexed_linear import indexed_nn, indexed_nt, linear, product_nn, product_nt
 from .lora_linear import scaled_product
 from .masters import cast, stack
 from .operands import NNOperands, NTOperands
@@ -71,12 +71,12 @@ def _forward(
     for i, (weight, b) in enumerate(zip(_matrices(parts, layouts), cast((b_q, b_k, b_v), x.dtype))):
         kept, scaling, bias = channels[i], scalings[i], biases[i]
         if kept is None:
-            y = linear(x, weight.decode(None, x.dtype), bias).addmm_(lows[i], b.t(), alpha=scaling)
+            y = product_nt(x, weight, bias=bias).addmm_(lows[i], b.t(), alpha=scaling)
         else:
             y = scaled_product(lows[i], b.t(), scaling)
             weight = weight.once(some_dense, x.dtype)
             if dense is not None and dense_rows is not None:
-                y.index_add_(0, dense_rows, linear(dense, weight.parts[0], bias))
+                y.index_add_(0, dense_rows, product_nt(dense, weight, bias=bias))
             scatter(indexed_nt(NTOperands(x, context_rows, kept, bias), weight), context_rows, kept, y, accumulate=True)
         outputs.append(y)
     return outputs[0], outputs[1], outputs[2], low
@@ -127,11 +127,11 @@ def _backward(
     dense: Tensor | None = None
     for grad, weight, kept in zip(grads, weights, channels):
         if kept is None:
-            grad_x.addmm_(grad, weight.parts[0])
+            product_nn(grad, weight, onto=grad_x)
             continue
         if some_dense and dense_rows is not None:
             rows = grad.index_select(0, dense_rows)
-            dense = matmul(rows, weight.parts[0]) if dense is None else dense.addmm_(rows, weight.parts[0])
+            dense = product_nn(rows, weight, onto=dense)
         compact = gather(grad, context_rows, kept)
         indexed_nn(NNOperands(compact, context_rows, kept, grad_x, accumulate=True), weight)
     if dense is not None and dense_rows is not None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .columns import gather, scatter
-from .indexed_linear import indexed_nn, indexed_nt, linear, matmul
+from .indexed_linear import indexed_nn, indexed_nt, linear, product_nn, product_nt
 from .masters import cast
 from .operands import NNOperands, NTOperands
 from .operator import held, hold, register, register_with_gradient
@@ -47,10 +47,10 @@ def lora_order(tokens: int, inputs: int, outputs: int, rank: int, *, merge: bool
     return merged, "through_weight" if through_weight < through_rank else "through_rank"
 
 
-def _merged(weight: EncodedWeight, a: Tensor, b: Tensor, scaling: float, transposed: bool) -> Tensor:
+def _merged(weight: EncodedWeight, a: Tensor, b: Tensor, scaling: float, transposed: bool) -> EncodedWeight:
     """``W + s·B·A`` in the dtype of ``a``, laid out as ``W`` is."""
     first, second = (a.t(), b.t()) if transposed else (b, a)
-    return torch.addmm(weight.decode(None, a.dtype), first, second, alpha=scaling)
+    return EncodedWeight((torch.addmm(weight.decode(None, a.dtype), first, second, alpha=scaling),))
 
 
 def scaled_product(x: Tensor, y: Tensor, scaling: float) -> Tensor:
@@ -85,12 +85,12 @@ def forward(
         merged, backward = _order(x, weight, a, b, context_rows is not None, merge)
         if not merged:
             low = linear(x, a)
-    product = matmul if transposed else linear
+    product = product_nn if transposed else product_nt
     if merged:
         assert a is not None and b is not None
-        return product(x, _merged(weight, a, b, scaling, transposed), bias), low
+        return product(x, _merged(weight, a, b, scaling, transposed), bias=bias), low
     if dense_rows is None or context_rows is None or channels is None:
-        y = product(x, weight.decode(None, x.dtype), bias)
+        y = product(x, weight, bias=bias)
         if b is not None:
             y.addmm_(low, b.t(), alpha=scaling)
     else:
@@ -104,7 +104,7 @@ def forward(
         weight = weight.once(some_dense, x.dtype)
         if some_dense:
             # Added to the branch, which is there for all tokens.
-            y.index_add_(0, dense_rows, product(x.index_select(0, dense_rows), weight.parts[0], bias))
+            y.index_add_(0, dense_rows, product(x.index_select(0, dense_rows), weight, bias=bias))
         adds = b is not None
         if transposed:
             kept = gather(x, context_rows, channels)
@@ -167,12 +167,12 @@ def backward(
         grad_a, grad_b = grad_a.to(dtypes[0]), grad_b.to(dtypes[1])
     if not needs_input:
         return none, grad_a, grad_b
-    product = linear if transposed else matmul
+    product = product_nt if transposed else product_nn
     if merged:
         assert a is not None and b is not None
         return product(grad, _merged(weight, a, b, scaling, transposed)), grad_a, grad_b
     if not sparse:
-        grad_x = product(grad, weight.decode(None, grad.dtype))
+        grad_x = product(grad, weight)
         if a is not None:
             grad_x.addmm_(z, a)
         return grad_x, grad_a, grad_b
@@ -182,7 +182,7 @@ def backward(
     some_dense = dense_rows.numel() > 0
     weight = weight.once(some_dense, grad.dtype)
     if some_dense:
-        grad_x.index_add_(0, dense_rows, product(grad.index_select(0, dense_rows), weight.parts[0]))
+        grad_x.index_add_(0, dense_rows, product(grad.index_select(0, dense_rows), weight))
     adds = a is not None
     if transposed:
         kept = indexed_nt(NTOperands(grad, context_rows, channels), weight)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .formats import FORMATS, NF4, PLAIN, every_of, numbers_of
+from .fp8 import multiplies
 
 
 class EncodedWeight(NamedTuple):
@@ -54,8 +55,13 @@ class EncodedWeight(NamedTuple):
         return FORMATS[self.layout[0]].decode(self.parts, self.layout, channels, dtype, self.first)
 
     def once(self, whole: bool, dtype: torch.dtype) -> EncodedWeight:
-        """The matrix as several products read it: decoded here where one of them is ``whole``, else as it is stored."""
-        return EncodedWeight((self.decode(None, dtype),)) if whole else self
+        """The matrix as several products read it: decoded here where one of them is ``whole``, else as it is stored, and
+        so is one that needs no decoding."""
+        return EncodedWeight((self.decode(None, dtype),)) if whole and not self.multiplies(dtype) else self
+
+    def multiplies(self, dtype: torch.dtype) -> bool:
+        """Whether it is multiplied as it is stored, by operands in ``dtype``."""
+        return multiplies(self.parts[0], self.layout, dtype)
 
 
 Weight: TypeAlias = "Tensor | EncodedWeight"

@@ -32,11 +32,7 @@ def codec_named(name: Format, bits: int, *, double_quant: bool = True, fp8_compu
         return LevelsCodec(name, bits)
     if name == "fp8":
         return FloatsCodec(compute=fp8_compute)
-    if name == "nvfp4":
-        return FloatsCodec.nvfp4()
-    if name == "mxfp4":
-        return FloatsCodec.mxfp4()
-    raise NotImplementedError(name)
+    return FloatsCodec.nvfp4() if name == "nvfp4" else FloatsCodec.mxfp4()
 
 
 __all__ = [

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from sparselora_kernels import EncodedWeight, Weight, float_layout
-from sparselora_kernels.floats import E4M3, E8M0, FP32, LARGEST, row_bytes, scale_bytes
+from sparselora_kernels.floats import E4M3, E8M0, FP32, row_bytes, scale_bytes, to_fp8
 
 from ..sharding.placement import Share, alone
 from .base import Codec, Part
 
 _CHUNK = 1 << 20
 """Values that are encoded at a time."""
-_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +47,7 @@ class FloatsCodec(Codec):
         return cls(4, E8M0, *((1, 32) if transposed else (32, 1)), compute=False)
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return "fp8" if self.bits == 8 else "nvfp4" if self.scale == E4M3 else "mxfp4"
 
     @property
@@ -78,24 +77,11 @@ class FloatsCodec(Codec):
         step = max(1, _CHUNK // max(1, length))
         for start in range(0, n, step):
             part = slice(start, start + step)
-            codes[part], scales[part] = _fp8(rows[part].float())
+            codes[part], scales[part] = to_fp8(rows[part].float())
+            if not bool(scales[part].isfinite().all()):
+                raise ValueError(f"a matrix with rows of {length} values holds NaN or Inf, which fp8 cannot store")
         return {"rows": codes, "scales": scales.view(torch.uint8)}
 
     def stored(self, parts: tuple[Tensor, ...], length: int) -> Weight:
         layout = float_layout(length, self.bits, self.scale, self.block, self.every, self.compute)
         return EncodedWeight(parts, layout)
-
-
-def _fp8(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (n, length) uint8 and scales (n, 1) fp32 of fp32 rows.
-
-    The largest magnitude becomes 448. A scale is never less than the smallest normal fp32, so that a row of zeros has one
-    too, and codes of zero.
-    """
-    largest = values.abs().amax(1, keepdim=True) if values.shape[1] else values.new_zeros(values.shape[0], 1)
-    if not bool(largest.isfinite().all()):
-        raise ValueError(f"a matrix with rows of {values.shape[1]} values holds NaN or Inf, which fp8 cannot store")
-    scales = (largest / LARGEST).clamp_(min=_SMALLEST)
-    # By rounding, a quotient can be a bit more than 448, and what fp8 cannot hold would become NaN.
-    codes = (values / scales).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-    return codes.view(torch.uint8), scales

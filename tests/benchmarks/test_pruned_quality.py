@@ -14,8 +14,6 @@ import torch
 
 from support.harness import ROOT
 
-NAMES = ("boolq_{}", "arc_easy_{}", "openbookqa_{}")
-
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
@@ -27,25 +25,8 @@ def script() -> ModuleType:
     return module
 
 
-@pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Demo rows in the places of the real ones."""
-    data = tmp_path_factory.mktemp("data")
-    for source, names in (("train", ("math/train",)), ("eval", ("math/eval",))):
-        lines = (ROOT / "demo" / "data" / f"{source}.jsonl").read_text().splitlines()[:40]
-        found = [(row["prompt"], row["completion"]) for row in map(json.loads, lines)]
-        rows = "".join(json.dumps({"instruction": asked, "output": answer}) + "\n" for asked, answer in found)
-        split = "test" if source == "eval" else "train"
-        for name in (*names, *(f"commonsense/{name.format(split)}" for name in NAMES)):
-            path = data / f"{name}.jsonl"
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(rows)
-    words = ["--model", str(ROOT / "demo" / "model"), "--data", str(data), "--output", str(data / "out")]
-    return [*words, "--steps", "2", "--batch", "4", "--eval-rows", "6", "--sequences", "2", "--max-length", "160"]
-
-
 def test_an_arm_of_every_kind(
-    script: ModuleType, options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    script: ModuleType, quality_options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arm: Any = script.Arm
     chosen = [
@@ -62,15 +43,15 @@ def test_an_arm_of_every_kind(
     sparse = script.WAYS["masked + SparseLoRA"]["sparse_lora"]
     monkeypatch.setitem(sparse, "layers", {"ffn": {"2-3": 0.9}})  # The demo model has five.
     monkeypatch.setattr(script, "arms", lambda group: chosen if group == "general" else [])
-    folder = Path(options[options.index("--output") + 1])
+    folder = Path(quality_options[quality_options.index("--output") + 1])
     for _ in range(2):
-        script.main(["run", *options, "--seeds", "1"])
+        script.main(["run", *quality_options, "--seeds", "1"])
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     assert [arm(row["task"], row["base"], row["way"]) for row in rows] == chosen, "a second call adds nothing"
     filled = {row["way"]: row["filled"] for row in rows if "filled" in row}
     assert filled["plain"] > 0 and filled["masked"] == filled["masked + SparseLoRA"] == 0
     with pytest.raises(SystemExit, match="other settings"):
-        script.main(["run", *options, "--learning-rate", "0.5"])
+        script.main(["run", *quality_options, "--learning-rate", "0.5"])
     capsys.readouterr()
     script.main(["table", str(folder)])
     lines = capsys.readouterr().out.splitlines()
@@ -86,11 +67,11 @@ def test_what_fills_zeros_is_seen(script: ModuleType) -> None:
 
 
 def test_the_librarys_gradients_are_the_formulas(
-    script: ModuleType, options: list[str], capsys: pytest.CaptureFixture[str]
+    script: ModuleType, quality_options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     import masked_gradient
 
-    masked_gradient.main([*options, "--bases", "magnitude 0.5"])
+    masked_gradient.main([*quality_options, "--bases", "magnitude 0.5"])
     lines = capsys.readouterr().out.splitlines()
     cells = [line.split("|")[2:5] for line in lines if line.startswith("| magnitude 0.5 |")]
     assert [(start.strip(), steps.strip()) for start, steps, _ in cells] == [

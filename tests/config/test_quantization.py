@@ -33,6 +33,9 @@ def test_defaults() -> None:
 
 def test_every_key_and_back() -> None:
     keys = {
+        "format": None,
+        "bits": None,
+        "fp8_compute": True,
         "load_in_4bit": True,
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": False,

@@ -248,5 +248,6 @@ def test_other_block_sizes(copy: Path, key: str, value: int) -> None:
 def test_a_rank_without_rows_gets_none(checkpoint: Path) -> None:
     found = stored_matrix(TensorFiles.of_model(checkpoint), "model.layers.0.self_attn.k_proj.weight")
     assert found is not None
-    parts = found.encoded(found.shape[0], found.shape[0])
-    assert parts["codes"].shape == (0, found.shape[1] // 2) and parts["scales"].shape[0] == 0
+    codes, scales = (found.part(name, found.shape[0], found.shape[0], transposed=False) for name in ("codes", "scales"))
+    assert codes is not None and codes.shape == (0, found.shape[1] // 2)
+    assert scales is not None and scales.shape[0] == 0

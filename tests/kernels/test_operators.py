@@ -10,6 +10,8 @@ import torch
 
 from sparselora_dist.codecs import NF4Codec
 from sparselora_kernels.backend import forced_triton
+from sparselora_kernels.levels import BILLM, SIGNS
+from support.kernel_cases import level_parts
 
 PATHS = {"torch": nullcontext, "triton": forced_triton}
 paths = pytest.mark.parametrize("path", PATHS.values(), ids=list(PATHS))
@@ -43,6 +45,14 @@ def test_nf4(path: Path) -> None:
     for channels in (None, torch.tensor([1, 3]), torch.empty(0, dtype=torch.int64)):
         arguments = (parts["codes"], parts["scales"], channels, torch.bfloat16, 100, True, 0)
         check(path, torch.ops.sparselora.nf4_rows, arguments)
+
+
+@paths
+@pytest.mark.parametrize(("rule", "bits"), [(SIGNS, 3), (BILLM, 2)], ids=["signs", "billm"])
+def test_levels(path: Path, rule: int, bits: int) -> None:
+    parts = level_parts((5, 100), rule, bits)
+    for channels in (None, torch.tensor([1, 3]), torch.empty(0, dtype=torch.int64)):
+        check(path, torch.ops.sparselora.level_rows, (*parts, channels, torch.bfloat16, 100, rule, bits))
 
 
 def test_an_unknown_activation_is_refused() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from .agreement_workers import CASES, ON_FOUR, agreement_case, loaded_partitioned
 from .experts_workers import experts
+from .formats_workers import formats
 from .pruned_workers import pruned
 from .sharding_workers import apply_after_fully_shard, family_names, sharding
 from .state_workers import State, continue_from, variants
@@ -17,6 +18,7 @@ def zero3(folder: str) -> dict[str, Any]:
         "agreement": {case: agreement_case("zero3", case) for case in CASES},
         "loaded partitioned": loaded_partitioned(folder),
         "experts": experts("zero3"),
+        "formats": formats("zero3"),
         "pruned": pruned("zero3"),
         "variants": variants("zero3"),
         "sharding": sharding("zero3"),
@@ -29,6 +31,7 @@ def fsdp2(from_zero3: State) -> dict[str, Any]:
     return {
         "agreement": {case: agreement_case("fsdp2", case) for case in CASES},
         "experts": experts("fsdp2"),
+        "formats": formats("fsdp2"),
         "pruned": pruned("fsdp2"),
         "variants": variants("fsdp2"),
         "sharding": sharding("fsdp2"),
@@ -51,6 +54,7 @@ def single(from_zero3: State, from_fsdp2: State) -> dict[str, Any]:
     return {
         "agreement": {case: agreement_case("single", case) for case in CASES},
         "experts": experts("single"),
+        "formats": formats("single"),
         "pruned": pruned("single"),
         "variants": variants("single"),
         "state": continue_from("single", None, 0, 2),

@@ -32,7 +32,9 @@ import sparselora_kernels.score as scores
 from sparselora_kernels import aot, indexed_linear
 from sparselora_kernels.backend import forced_triton
 from sparselora_kernels.gpu import tiling
+from sparselora_kernels.levels import BILLM, SIGNS, widths
 from sparselora_kernels.nf4 import blocks, scale_bytes
+from sparselora_kernels.stored import unpack
 
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 """Of A100, H100 and B200; tiles are chosen by them."""
@@ -129,6 +131,13 @@ def matrix(rows: int, length: int, stored: str) -> kernels.Weight:
     return kernels.EncodedWeight((codes, scales), kernels.nf4_layout(length, True))
 
 
+def few_levels(rows: int, length: int, rule: int, bits: int) -> kernels.EncodedWeight:
+    sizes = zip((rows, rows, 1), widths(length, rule, bits))
+    return kernels.EncodedWeight(
+        [empty(*size, dtype=torch.uint8) for size in sizes], kernels.level_layout(length, rule, bits)
+    )
+
+
 def dtype_of(stored: str) -> torch.dtype:
     return torch.float32 if stored == "fp32" else torch.bfloat16
 
@@ -191,10 +200,11 @@ def run_masked(model: Model, stored: str, rank: int | None, tokens: int, dense: 
 def run_decode(model: Model, stored: str, rank: int | None, tokens: int, dense: int) -> None:
     """All rows, as for dense tokens, and kept rows alone."""
     if stored == "nf4":
-        weight = matrix(model.width, model.hidden, stored)
-        for channels in (None, index(model.neurons)):
-            for dtype in (torch.bfloat16, torch.float32):
-                weight.decode(channels, dtype)
+        shape = model.width, model.hidden
+        for weight in (matrix(*shape, stored), few_levels(*shape, SIGNS, 3), few_levels(*shape, BILLM, 2)):
+            for channels in (None, index(model.neurons)):
+                for dtype in (torch.bfloat16, torch.float32):
+                    unpack(weight).decode(channels, dtype)
 
 
 RUNS: dict[str, Callable[..., None]] = {

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparselora_dist.codecs import FloatsCodec
 from sparselora_dist.codecs.nf4 import NF4Codec
 from sparselora_kernels import EncodedWeight
 from sparselora_kernels.backend import forced_triton
+from sparselora_kernels.floats import E4M3, E8M0, FP32
 from sparselora_kernels.levels import BILLM, BITS, groups, numbers, pack_params, widths
 from sparselora_kernels.stored import unpack
 
@@ -73,6 +75,30 @@ def nf4_parts(shape: tuple[int, int], double_quant: bool) -> tuple[Tensor, Tenso
     """Codes and scales of a random matrix."""
     encoded = NF4Codec(double_quant=double_quant).encode(torch.randn(shape) * 0.02, 0)
     return encoded["codes"], encoded["scales"]
+
+
+FLOAT_FORMATS = [
+    (8, FP32, 0, 1), (8, FP32, 0, 0), (8, FP32, 1, 0), (8, FP32, 128, 128), (8, FP32, 16, 3),
+    (4, E4M3, 16, 1), (4, E4M3, 1, 16), (4, E8M0, 32, 1), (4, E8M0, 1, 32), (4, E8M0, 7, 2),
+]  # fmt: skip
+"""(bits, kind of scale, block, every): what files hold, and blocks that nothing divides."""
+
+
+def floats(shape: tuple[int, int], bits: int, scale: int, block: int, every: int) -> EncodedWeight:
+    """A random matrix of fp8 or fp4 codes with random scales, none of them NaN."""
+    codec = FloatsCodec(bits, scale, block, every)
+    parts = []
+    for name, part in codec.parts(shape[1]).items():
+        size = (part.rows(shape[0]), part.width)
+        if name == "rows":
+            rows = torch.randint(0, 256, size, dtype=torch.uint8)
+            parts.append(rows.masked_fill_(rows & 127 == 127, 3) if bits == 8 else rows)
+        elif name == "whole" or scale == FP32:
+            parts.append(torch.randn(size[0], size[1] // 4).view(torch.uint8))
+        else:
+            # Powers of two near 1; any positive e4m3, those below 2^-6 among them.
+            parts.append(torch.randint(*((100, 150) if scale == E8M0 else (0, 127)), size, dtype=torch.uint8))
+    return unpack(codec.stored(tuple(parts), shape[1]))
 
 
 def leaf(tensor: Tensor | None) -> Tensor | None:

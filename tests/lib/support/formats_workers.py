@@ -1,0 +1,66 @@
+"""A small model in each format of the frozen weights, streamed into an engine and trained."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from sparselora_dist.config import QuantizationSection, RunConfig
+
+from .agreement_workers import follow
+from .engine_parts import close, run_config
+from .models import ALL_LINEAR, tiny_base
+from .nf4_workers import SHAPE, gathered, stream
+from .sharding_workers import held
+
+CASES: dict[str, dict[str, Any]] = {
+    "fp8": {"format": "fp8"},
+    "hqq 3": {"format": "hqq", "bits": 3},
+    "bcq 2": {"format": "bcq", "bits": 2},
+    "shiftadd 3": {"format": "shiftadd"},
+}
+"""Those that are made when the model is loaded."""
+
+
+def _plain(folder: Path) -> None:
+    tiny_base(**SHAPE).save_pretrained(folder)
+
+
+MAKERS: dict[str, Callable[[Path], None]] = {}
+"""Of the checkpoints that hold a format already."""
+
+
+@cache
+def base_folder(case: str) -> str:
+    """Of the model that a case loads, the same on all ranks."""
+    folder = [tempfile.mkdtemp()]
+    if dist.is_initialized():
+        dist.broadcast_object_list(folder, src=0)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        MAKERS.get(case, _plain)(Path(folder[0]))
+    if dist.is_initialized():
+        dist.barrier()
+    return folder[0]
+
+
+def config_of(name: str, case: str) -> RunConfig:
+    folder = base_folder(case if case in MAKERS else "plain")
+    return replace(run_config(name, folder=folder), quantization=QuantizationSection(**CASES[case]))
+
+
+def formats(name: str) -> dict[str, Any]:
+    """By case: whole parts before and after training, what this rank holds, and the run."""
+    seen: dict[str, Any] = {}
+    for case in CASES:
+        engine, model = stream(config_of(name, case), targets=ALL_LINEAR)
+        start, here = gathered(model), held(model)
+        run = follow(engine, model)
+        seen[case] = {"start": start, "held": here, "run": run, "after": gathered(model)}
+        close(engine)
+    return seen

@@ -22,6 +22,7 @@ from ..sharding.placement import Placement
 from .loftq import Shift
 from .memory import check_fits, peak_bytes, trim_heap
 from .prequantized import PrequantizedError, check_quantization_config, check_quantization_files, is_quantised
+from .prequantized.own import with_stored_bits
 from .pretrained import read_config, read_tokenizer
 from .shard_files import TensorFiles
 from .stored_names import find_names
@@ -112,6 +113,7 @@ def load_base(
     # Ranks read different parts, of files that may be their hosts' own: what one of them finds wrong must end all.
     with placement.together():
         config = check_model(section)
+        quantization = with_stored_bits(quantization, getattr(config, "quantization_config", None))
         codec, dtype = frozen_codec(section, quantization), getattr(torch, section.dtype)
         check_quantization_config(config, codec, section.name_or_path)
         said = config.__dict__.pop("quantization_config", None)

@@ -29,7 +29,8 @@ from .merge_4bit import FourBit
 from .merge_adapter import CONFIG_FILE, Adapter
 from .merge_base import BaseWeights
 from .model_folder import PRUNING_FILE, copy_companions, output_config, save_tensors, write_json
-from .shard_files import INDEX_FILE
+from .prequantized.own import with_stored_bits
+from .shard_files import INDEX_FILE, read_json
 
 log = logging.getLogger(__name__)
 
@@ -112,8 +113,8 @@ def merge_adapter(
         raise FileNotFoundError(f"--adapter {adapter} is not a folder")
     lora = Adapter(adapter)
     section: dict[str, Any] = {"load_in_4bit": load_in_4bit, "format": format, "bits": bits}
-    stored = QuantizationSection(**section, bnb_4bit_use_double_quant=double_quant)
-    weights = BaseWeights(base, _codec(stored, lora), DTYPES[dtype], lora.shift)
+    asked = QuantizationSection(**section, bnb_4bit_use_double_quant=double_quant)
+    weights = BaseWeights(base, _codec(_stored_bits(asked, base), lora), DTYPES[dtype], lora.shift)
     has_head = weights.head in weights.shapes
     lora.resolve(weights.shapes if has_head else {**weights.shapes, weights.head: weights.shapes[weights.embedding]})
     four_bit = FourBit(weights, double_quant, DTYPES[dtype]) if save_in_4bit else None
@@ -121,6 +122,12 @@ def merge_adapter(
     _check_zeros(weights, lora)
     _warn_about_another_base(weights, lora)
     return _write(weights, lora, output, dtype, untied, four_bit)
+
+
+def _stored_bits(asked: QuantizationSection, base: Path) -> QuantizationSection:
+    """With those of a base that was quantised here, where nobody says how many."""
+    config = base / "config.json"
+    return with_stored_bits(asked, read_json(config).get("quantization_config")) if config.is_file() else asked
 
 
 def _codec(asked: QuantizationSection, lora: Adapter) -> Codec | None:

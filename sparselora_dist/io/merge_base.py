@@ -151,9 +151,8 @@ class BaseWeights:
         kind = self._decoder.get(name)
         if self.codec is None or kind is None or (name in self.quantized and kind not in TRANSPOSED):
             return None
-        if self.stored or (
-            self.quantized and name not in self.quantized
-        ):  # Training keeps what a quantised checkpoint left as it was.
+        # Training keeps what a checkpoint has stored here, and what a quantised one left as it was.
+        if self.stored or (self.quantized and name not in self.quantized):
             return None
         value, transposed = self._shift.rows(name, value).to(self.dtype), kind in TRANSPOSED
         try:
@@ -171,8 +170,9 @@ class BaseWeights:
         """Of what the files must hold, the shapes; and what those of the decoder's matrices are."""
         layers = decoder_layers(model)
         if self.codec is not None and any(layer.experts for layer in layers):
+            asked = "--load-in-4bit" if isinstance(self.codec, NF4Codec) else "--format"
             raise UnsupportedModelError(
-                f"{self.folder}: --format of a mixture of experts: what storage in {self.codec.name} makes of its "
+                f"{self.folder}: {asked} of a mixture of experts: what storage in {self.codec.name} makes of its "
                 "experts is not merged into. Load the adapter with PEFT instead"
             )
         matrices = {self.key(f"{layer.path_of(name)}.weight"): name for layer in layers for name in layer.names}
@@ -195,8 +195,8 @@ class BaseWeights:
             what = f"{method} {kind if section.get('load_in_4bit') else ''}".strip()
             raise ValueError(
                 f"{self.folder / 'config.json'}: 'quantization_config' is {what!r}; a base can be merged into when it is "
-                "not quantised, when bitsandbytes quantised it with load_in_4bit and nf4, or in fp8, nvfp4 or mxfp4 as docs/formats.md "
-                "says"
+                "not quantised, or by sparselora-dist, by bitsandbytes with load_in_4bit and nf4, or in fp8, nvfp4 or mxfp4 "
+                "(docs/formats.md)"
             )
 
     def _find_encoded(self) -> dict[str, list[str]]:
@@ -216,6 +216,10 @@ class BaseWeights:
         """A run trains on what a checkpoint has stored as it is, or is refused."""
         if self.codec is None:
             return
+        if self.quantized and not isinstance(self.codec, NF4Codec):
+            raise ValueError(
+                f"{self.folder} is quantised in nf4 already, and a run trains on it as it is: leave --format out"
+            )
         for name, found in self.stored.items():
             try:
                 found.codec(self.codec, self._decoder.get(name) in TRANSPOSED)

@@ -83,8 +83,8 @@ class Stream:
         for name in MATRICES:
             if stored_matrix(self.checkpoint, bank.key(name)):
                 raise PrequantizedError(
-                    f"{bank.key(name)} of {self.checkpoint.folder} is quantised: routed experts are read in bf16, fp16 or fp32. "
-                    "Use the checkpoint that it was made from"
+                    f"{bank.key(name)} of {self.checkpoint.folder} is quantised: routed experts are read in bf16, fp16 or "
+                    "fp32. Use the checkpoint that it was made from"
                 )
             self._check_there(f"{bank.path}.{name}", tuple(family._parameters[name].shape))
             widths = self.codec.parts(experts.hidden)

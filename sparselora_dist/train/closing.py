@@ -26,7 +26,7 @@ def closing_words(config: RunConfig, summary: dict[str, Any]) -> str:
     if stored.stored == "nf4":
         merge += ["--load-in-4bit", *([] if stored.bnb_4bit_use_double_quant else ["--no-double-quant"])]
     elif stored.stored:
-        merge += ["--format", stored.stored, "--bits", str(stored.width)]
+        merge += ["--format", stored.stored, *(["--bits", str(stored.bits)] if stored.bits else [])]
     return f"""
 {losses}
 {summary["executed_flops_share"]:.1%} of plain LoRA's FLOPs{speed}

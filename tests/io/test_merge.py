@@ -410,5 +410,5 @@ def test_a_base_in_small_floats_is_merged_in_its_own_values(tmp_path: Path, kind
     expected, got = tensors(tmp_path / "expected"), tensors(tmp_path / "out")
     assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in got)
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
-    with pytest.raises(ValueError, match="is quantised already, .* leave --load-in-4bit out"):
+    with pytest.raises(ValueError, match=r"is quantised already, .* leave --load-in-4bit out"):
         merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "four", load_in_4bit=True)

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from sparselora_kernels import EncodedWeight, nonzero
 
-from ..codecs import NF4Codec
+from ..codecs import Codec, NF4Codec
 from ..codecs.nf4_files import nonzero_of_codes
 from ..layouts import UnsupportedModelError, check_config, decoder_layers
 from ..method.channels import TRANSPOSED
+from .loftq import Shift
 from .manifest import CorruptFileError
-from .prequantized import READERS, StoredMatrix, bitsandbytes, is_quantised, stored_matrix
+from .prequantized import READERS, PrequantizedError, StoredMatrix, bitsandbytes, is_quantised, stored_matrix
 from .shard_files import FLOATS, PACKED, TensorFiles, TensorInfo, read_json, spaced
 from .stored_names import find_names
 
@@ -29,8 +30,9 @@ class BaseWeights:
 
     Args:
         folder: ``config.json`` and safetensors; nothing in it is run or unpickled.
-        codec: given, the matrices of the decoder layers become what training with ``quantization.load_in_4bit`` saw.
+        codec: given, the matrices of the decoder layers become what training with this ``quantization.format`` saw.
         dtype: that training computed in.
+        shift: what of them was subtracted before they were stored, of an adapter that LoftQ started.
 
     Attributes:
         shapes: of every matrix and vector by name.
@@ -46,7 +48,7 @@ class BaseWeights:
         ValueError: quantised in a way that is not read, or not as ``codec``.
     """
 
-    def __init__(self, folder: Path, codec: NF4Codec | None, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, codec: Codec | None, dtype: torch.dtype, shift: Shift | None = None) -> None:
         if not folder.is_dir():
             raise FileNotFoundError(f"--base {folder} is not a folder; download the model first")
         self.folder, self.codec, self.dtype = folder, codec, dtype
@@ -61,9 +63,10 @@ class BaseWeights:
         self.embedding = self.key(names[model.get_input_embeddings()])
         self._expected, self._decoder = self._named(model)
         self.quantized = self._find_encoded()
-        if (self.quantized or codec is not None) and find_spec("bitsandbytes") is None:
+        if (self.quantized or isinstance(codec, NF4Codec)) and find_spec("bitsandbytes") is None:
             raise ValueError("4-bit weights need bitsandbytes: pip install 'sparselora-dist[quantization]'")
         self.stored = {} if self.quantized else self._find_stored()
+        self._check_asked()
         self._head_is_embedding = False
         states = {state for states in self.quantized.values() for state in states}
         if self.stored:  # Scales, also of activations: what the model itself does not have.
@@ -72,6 +75,7 @@ class BaseWeights:
         self.shapes |= {name: self._encoded_shape(name) for name in self.quantized}
         self.shapes |= {name: found.shape for name, found in self.stored.items()}
         self._check()
+        self._shift = (shift or Shift()).by_key(self.files)
 
     @property
     def shards(self) -> dict[str, list[str]]:
@@ -91,10 +95,10 @@ class BaseWeights:
         return self.files.tensors.get(name) or self.files.tensors[name + PACKED]
 
     def dequantized(self, name: str) -> bool:
-        """Whether :meth:`get` gives what quantised storage makes of the matrix."""
-        if self.quantized or self.stored:
-            return name in self.quantized or name in self.stored
-        return self.codec is not None and name in self._decoder
+        """Whether :meth:`get` gives what storage in few bits makes of the matrix."""
+        if name in self.quantized or name in self.stored:
+            return True
+        return not (self.quantized or self.stored) and self.codec is not None and name in self._decoder
 
     def untie(self) -> None:
         """Give the LM head, which a tied model shares with the embedding, a matrix of its own."""
@@ -147,10 +151,10 @@ class BaseWeights:
         kind = self._decoder.get(name)
         if self.codec is None or kind is None or (name in self.quantized and kind not in TRANSPOSED):
             return None
-        # Training keeps what a quantised checkpoint left as it was.
+        # Training keeps what a checkpoint has stored here, and what a quantised one left as it was.
         if self.stored or (self.quantized and name not in self.quantized):
             return None
-        value, transposed = value.to(self.dtype), kind in TRANSPOSED
+        value, transposed = self._shift.rows(name, value).to(self.dtype), kind in TRANSPOSED
         try:
             weight = self.codec.whole(value.t().contiguous() if transposed else value)
         except ValueError as error:
@@ -166,9 +170,10 @@ class BaseWeights:
         """Of what the files must hold, the shapes; and what those of the decoder's matrices are."""
         layers = decoder_layers(model)
         if self.codec is not None and any(layer.experts for layer in layers):
+            asked = "--load-in-4bit" if isinstance(self.codec, NF4Codec) else "--format"
             raise UnsupportedModelError(
-                f"{self.folder}: --load-in-4bit of a mixture of experts: what 4-bit storage makes of its experts is not "
-                "merged into. Load the adapter with PEFT instead"
+                f"{self.folder}: {asked} of a mixture of experts: what storage in {self.codec.name} makes of its "
+                "experts is not merged into. Load the adapter with PEFT instead"
             )
         matrices = {self.key(f"{layer.path_of(name)}.weight"): name for layer in layers for name in layer.names}
         expected: dict[str, tuple[int, ...]] = {}
@@ -190,8 +195,8 @@ class BaseWeights:
             what = f"{method} {kind if section.get('load_in_4bit') else ''}".strip()
             raise ValueError(
                 f"{self.folder / 'config.json'}: 'quantization_config' is {what!r}; a base can be merged into when it is "
-                "not quantised, when bitsandbytes quantised it with load_in_4bit and nf4, or in fp8, nvfp4 or mxfp4 as "
-                "docs/formats.md says"
+                "not quantised, or by sparselora-dist, by bitsandbytes with load_in_4bit and nf4, or in fp8, nvfp4 or mxfp4 "
+                "(docs/formats.md)"
             )
 
     def _find_encoded(self) -> dict[str, list[str]]:
@@ -205,11 +210,24 @@ class BaseWeights:
             return {}
         there = self.files.tensors
         names = [name for name in self._expected if name in there or name + PACKED in there]
-        stored = {name: found for name in names if (found := stored_matrix(self.files, name))}
-        if self.codec is not None:
-            for name in stored.keys() & self._decoder.keys():
-                stored[name].codec(self.codec, self._decoder[name] in TRANSPOSED)  # Training refused it as this does.
-        return stored
+        return {name: found for name in names if (found := stored_matrix(self.files, name))}
+
+    def _check_asked(self) -> None:
+        """A run trains on what a checkpoint has stored as it is, or is refused."""
+        if self.codec is None:
+            return
+        if self.quantized and not isinstance(self.codec, NF4Codec):
+            raise ValueError(
+                f"{self.folder} is quantised in nf4 already, and a run trains on it as it is: leave --format out"
+            )
+        for name, found in self.stored.items():
+            try:
+                found.codec(self.codec, self._decoder.get(name) in TRANSPOSED)
+            except PrequantizedError as error:
+                raise ValueError(
+                    f"{self.folder} is quantised already, and a run trains on it as it is: leave --load-in-4bit out, or "
+                    f"--format ({error})"
+                ) from error
 
     def _encoded_shape(self, name: str) -> tuple[int, ...]:
         key = next(state for state in self.quantized[name] if _STATE in state)

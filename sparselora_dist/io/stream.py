@@ -16,9 +16,12 @@ from ..layouts import BY_ROWS, DecoderLayer, Experts, placeholder
 from ..method.channels import TRANSPOSED
 from ..sharding.placement import OtherRankError, Placement, Share
 from .bank import MATRICES, BankFiles
+from .loftq import KeyedShift
 from .manifest import CorruptFileError
 from .prequantized import PrequantizedError, StoredMatrix, stored_codec, stored_matrix
 from .shard_files import TensorFiles, weight_key
+
+_NO_SHIFT = KeyedShift()
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +36,16 @@ class Job:
 class Stream:
     """Fills a model on the meta device, tensor by tensor."""
 
-    def __init__(self, checkpoint: TensorFiles, codec: Codec, dtype: torch.dtype, placement: Placement) -> None:
+    def __init__(
+        self,
+        checkpoint: TensorFiles,
+        codec: Codec,
+        dtype: torch.dtype,
+        placement: Placement,
+        shift: KeyedShift = _NO_SHIFT,
+    ) -> None:
         self.checkpoint, self.codec, self.dtype, self.placement = checkpoint, codec, dtype, placement
+        self.shift = shift
         self.kept = 0
 
     # --- the matrices of the decoder layers -----------------------------------------------------------------------
@@ -144,7 +155,8 @@ class Stream:
         if found := stored_matrix(self.checkpoint, key):
             return found.columns(start, stop) if transposed else found.rows(start, stop)
         span = slice(start, stop)
-        return self.checkpoint.read_columns(key, span) if transposed else self.checkpoint.read(key, span)
+        rows = self.checkpoint.read_columns(key, span) if transposed else self.checkpoint.read(key, span)
+        return self.shift.rows(key, rows, start, transposed)
 
     def _encoded(self, codec: Codec, key: str, rows: Tensor, start: int, share: Share) -> dict[str, Tensor]:
         rows = rows.to(self.dtype).contiguous().to(self.placement.device)

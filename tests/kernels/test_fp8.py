@@ -142,7 +142,11 @@ def lora_case(transposed: bool, sparse: bool, rank: int, block: int) -> tuple[An
     trained: dict[str, Any] = {"x": numbers(20, inputs)}
     if rank:
         trained |= {"a": numbers(rank, inputs) / 8, "b": numbers(outputs, rank) / 8}
-    fixed: dict[str, Any] = {"weight": fp8(torch.randn(40, 60), block), "bias": numbers(outputs), "transposed": transposed}
+    fixed: dict[str, Any] = {
+        "weight": fp8(torch.randn(40, 60), block),
+        "bias": numbers(outputs),
+        "transposed": transposed,
+    }
     if sparse:
         fixed |= dict(zip(("dense_rows", "context_rows"), split(7, 10, 3)), channels=some(40, 21))
     return kernels.lora_linear, trained, fixed
@@ -169,7 +173,11 @@ def ffn_case(operation: str, dense: int) -> tuple[Any, dict, dict]:
     lists = {"dense_rows": rows[0], "context_rows": rows[1], "channels": some(60, 33)}
     if operation == "ffn_down":
         trained = {"h_dense": numbers(dense, 60), "h_context": numbers(17 - dense, 33)}
-        return kernels.ffn_down, trained, {"weight": fp8(torch.randn(60, 40)), "bias": numbers(40), "tokens": 20} | lists
+        return (
+            kernels.ffn_down,
+            trained,
+            {"weight": fp8(torch.randn(60, 40)), "bias": numbers(40), "tokens": 20} | lists,
+        )
     trained = {"x": numbers(20, 40)}
     if operation == "ffn_up":
         trained |= {"low": numbers(20, 2), "b": numbers(60, 2)}

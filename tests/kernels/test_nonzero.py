@@ -61,7 +61,9 @@ def test_negative_zero_is_zero() -> None:
 @pytest.mark.parametrize("form", [(8, 0, 0, 1), (4, 1, 16, 1), (4, 2, 32, 1)], ids=["fp8", "nvfp4", "mxfp4"])
 @pytest.mark.parametrize("shape", [(7, 101), (33, 130)], ids=str)
 @implementations
-def test_zeros_of_fp8_and_fp4_are_those_of_their_codes(form: tuple, shape: tuple[int, int], implementation: str) -> None:
+def test_zeros_of_fp8_and_fp4_are_those_of_their_codes(
+    form: tuple, shape: tuple[int, int], implementation: str
+) -> None:
     """Both zeros, whatever the scale; the weight of a masked adapter keeps them."""
     rows, *scales = floats(shape, *form).parts
     rows[torch.rand(rows.shape) < 0.3] = 0

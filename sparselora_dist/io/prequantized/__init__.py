@@ -10,11 +10,11 @@ import torch
 
 from ...codecs import Codec, PlainCodec
 from ..shard_files import FLOATS, TensorFiles
-from . import bitsandbytes, compressed_tensors, fine_grained, modelopt
+from . import bitsandbytes, compressed_tensors, fine_grained, modelopt, own
 from .family import quantization_settings
 from .matrix import REMEDY, PrequantizedError, StoredMatrix
 
-READERS: tuple[Any, ...] = (bitsandbytes, compressed_tensors.READER, modelopt.READER, fine_grained.READER)
+READERS: tuple[Any, ...] = (bitsandbytes, own, compressed_tensors.READER, modelopt.READER, fine_grained.READER)
 """Each has ``find(checkpoint, key) -> StoredMatrix | None``, ``is_quantised(checkpoint)`` and
 ``check_config(settings, codec, at) -> bool``: whether a ``quantization_config`` is its own; raises PrequantizedError."""
 

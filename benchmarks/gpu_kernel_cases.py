@@ -52,7 +52,10 @@ SIZES = (
     Size(T=2048, H=4096, C=14336, n=1536, k=144, R=32),
     Size(T=4096, H=4096, C=4096, n=3001, k=1024, R=32),
 )
-FLOATS = ((8, 0, 0, 1), (8, 0, 1, 0), (8, 0, 128, 128), (4, 1, 16, 1), (4, 1, 1, 16), (4, 2, 32, 1), (4, 2, 1, 32))
+FLOATS = (
+    (8, 0, 0, 1), (8, 0, 1, 0), (8, 0, 128, 128), (8, 2, 32, 1), (4, 1, 16, 1), (4, 1, 1, 16),
+    (4, 3, 16, 1), (4, 3, 1, 16), (4, 2, 32, 1), (4, 2, 1, 32),
+)  # fmt: skip
 """Bits, kind of scale, block, every, as checkpoints have them."""
 TINY_SIZES = (Size(T=37, H=72, C=21, n=19, k=7, R=3), Size(T=9, H=64, C=16, n=1, k=1, R=1))
 
@@ -205,10 +208,12 @@ def _float_checks(data: Data) -> Iterator[Check]:
             codes = codes.masked_fill(codes & 127 == 127, 5)  # No NaN.
         count = -(-size.C // every) if every else 1, floats.blocks(size.H, block)
         scales = torch.rand(count, device=data.device, generator=data.generator) + 0.5
-        whole = torch.full((1, 1), 0.37, device=data.device).view(torch.uint8) if scale == floats.E4M3 else None
+        number = torch.full((1, 1), 0.37, device=data.device)
+        whole = number.view(torch.uint8) if scale in (floats.E4M3, floats.E4M3_OVER) else None
         stored = scales.view(torch.uint8) if scale == floats.FP32 else data.bytes(*count) % 60 + 60
         factors = scales if scale == floats.FP32 else floats.scale_values(scale, data.device)[stored.int()]
-        factors = factors if whole is None else factors * whole.view(torch.float32)
+        if whole is not None:
+            factors = factors / number if scale == floats.E4M3_OVER else factors * number
         pairs = codes if bits == 8 else torch.stack([codes & 15, codes >> 4], -1).flatten(1)[:, : size.H]
         rows = torch.arange(size.C, device=data.device) // (every or size.C)
         columns_of = torch.arange(size.H, device=data.device) // (block or size.H)

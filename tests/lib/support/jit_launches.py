@@ -31,7 +31,7 @@ import sparselora_kernels as kernels
 import sparselora_kernels.score as scores
 from sparselora_kernels import aot, fp8, indexed_linear
 from sparselora_kernels.backend import forced_triton
-from sparselora_kernels.floats import E4M3, E8M0, FP32, row_bytes
+from sparselora_kernels.floats import E4M3, E4M3_OVER, E8M0, FP32, row_bytes
 from sparselora_kernels.floats import scale_bytes as scale_bytes_of
 from sparselora_kernels.gpu import tiling
 from sparselora_kernels.levels import BILLM, SIGNS, widths
@@ -144,12 +144,15 @@ def small_floats(rows: int, length: int, bits: int, scale: int, block: int, ever
     count = -(-rows // every) if every else 1
     sizes = [(rows, row_bytes(length, bits)), (count, scale_bytes_of(length, scale, block)), (1, 4)]
     return kernels.EncodedWeight(
-        [empty(*size, dtype=torch.uint8) for size in sizes[: 3 if scale == E4M3 else 2]],
+        [empty(*size, dtype=torch.uint8) for size in sizes[: 3 if scale in (E4M3, E4M3_OVER) else 2]],
         kernels.float_layout(length, bits, scale, block, every),
     )
 
 
-FLOATS = [(8, FP32, 0, 1), (8, FP32, 1, 0), (4, E4M3, 16, 1), (4, E4M3, 1, 16), (4, E8M0, 32, 1), (4, E8M0, 1, 32)]
+FLOATS = [
+    (8, FP32, 0, 1), (8, FP32, 1, 0), (8, E8M0, 32, 1), (8, E8M0, 1, 32), (4, E4M3, 16, 1), (4, E4M3, 1, 16),
+    (4, E4M3_OVER, 16, 1), (4, E4M3_OVER, 1, 16), (4, E8M0, 32, 1), (4, E8M0, 1, 32),
+]  # fmt: skip
 
 
 def dtype_of(stored: str) -> torch.dtype:

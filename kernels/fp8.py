@@ -18,29 +18,14 @@ Not run on a GPU yet: tests on a CPU put a stand-in for ``_scaled_mm`` in its pl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from .backend import use_fp8, use_triton
+from .backend import use_triton
 from .floats import FP32, row_scales, to_fp8
-from .formats import FLOATS
-
-if TYPE_CHECKING:
-    from .stored import EncodedWeight
+from .stored import EncodedWeight
 
 _STEP = 16
-
-
-def multiplies(rows: Tensor, layout: Sequence[int], dtype: torch.dtype) -> bool:
-    """Whether products with a matrix, whose first part is ``rows``, are taken in fp8 where they compute in ``dtype``."""
-    if layout[0] != FLOATS or dtype is not torch.bfloat16:
-        return False
-    _, _, bits, scale, block, every, compute = layout
-    along = block == 0 or (block == 1 and every == 0)
-    return bool(compute) and bits == 8 and scale == FP32 and along and use_fp8(rows)
 
 
 def product_nt(x: Tensor, weight: EncodedWeight, channels: Tensor | None, bias: Tensor | None) -> Tensor:

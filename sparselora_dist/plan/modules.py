@@ -109,7 +109,11 @@ class Builder:
         channels, length = shape
         return [
             Parameter(
-                f"{at}.{part}", (spec.rows(channels), spec.width), spec.dtype, "weights" if part in VALUES else "scales"
+                f"{at}.{part}",
+                (spec.rows(channels), spec.width),
+                spec.dtype,
+                "weights" if part in VALUES else "scales",
+                channels * length if part in VALUES else 0,
             )
             for part, spec in codec.parts(length).items()
         ]
@@ -153,6 +157,13 @@ class Builder:
         rank = min(self.estimator_rank, rows, columns)
         sides = (("a", (rank, columns)), ("b", (rows, rank)))
         return [Parameter(f"layers.{index}.{name}_{side}", size, self.dtype, "factors") for side, size in sides]
+
+
+def matrix_sizes(tree: Tree, codec: Codec) -> tuple[int, int]:
+    """Bytes of the frozen matrices that ``codec`` stores in all decoder layers, and their values."""
+    names = tuple(codec.parts(1))
+    stored = [p for layer in tree.layers for p in layer.walk() if p.name.endswith(tuple(f".{name}" for name in names))]
+    return sum(p.numel * p.dtype.itemsize for p in stored), sum(p.values for p in stored)
 
 
 def base_layer(module: Module) -> Module:

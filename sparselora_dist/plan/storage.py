@@ -1,7 +1,7 @@
 """Bytes that a rank holds between two optimizer steps, by kind.
 
-    weights    frozen matrices (rows, or NF4 codes), embedding, LM head, norms, biases
-    scales     NF4 scales
+    weights    frozen matrices (rows, or codes), embedding, LM head, norms, biases
+    scales     what decodes the codes: scales, parameters of groups, a mask of columns
     factors    estimator factors
     lora       adapter parameters; under ZeRO-3 also the gradient partitions, which it allocates once
     optimizer  Adam's two moments, in fp32 or 8 bits, and under ZeRO-3 the fp32 masters (a copy also of fp32 adapters)

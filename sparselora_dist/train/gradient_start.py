@@ -31,10 +31,21 @@ def start_at_gradient(loop: TrainingLoop, masked: Collection[str], rows: int) ->
         loop: of a run that has not begun.
         masked: names of the layers, in the base model's files.
         rows: training rows for the gradient, in whole batches.
+
+    Raises:
+        ValueError: an adapter's rank is above a side of its matrix, which has no more directions.
+        FloatingPointError: a gradient is not finite.
     """
     engine, context = loop.engine, loop.context
     values = engine.full_parameters()
     pairs = {a: a.replace(".lora_A.", ".lora_B.") for a in values if any(f"{name}.lora_A." in a for name in masked)}
+    for a, b in sorted(pairs.items()):
+        rank, side = values[a].shape[0], min(values[a].shape[1], values[b].shape[0])
+        if rank > side:
+            raise ValueError(
+                f"sparse_base.start 'gradient': {a.split('.lora_A.')[0]} has rank {rank}, but its matrix only {side} "
+                f"directions: give it at most that rank (lora.r, lora.rank_pattern), or set sparse_base.start to 'lora'"
+            )
     generator = torch.Generator().manual_seed(loop.train.seed)
     for a in sorted(pairs):
         values[a] = torch.randn(values[a].shape, generator=generator)

@@ -85,3 +85,10 @@ def test_it_is_the_best_that_rank_r_can_see_of_the_gradient(tiny: Tiny, base: Pa
             assert (whole @ a.t()).square().sum() >= 0.9 * best, (engine, gradient, name)
     random = torch.linalg.qr(torch.randn(whole.shape[1], RANK)).Q
     assert (whole @ random).square().sum() < 0.7 * best, "chance would not pass"
+
+
+def test_a_rank_above_a_matrix_side_is_refused_by_name(tiny: Tiny, base: Path, tmp_path: Path) -> None:
+    config = starting(tiny, base, "single", tmp_path / "wide", "exact")
+    config["lora"] |= {"r": 4, "rank_pattern": {"up_proj": 1000}}
+    with pytest.raises(ValueError, match=r"up_proj has rank 1000, but its matrix only \d+ directions: .*rank_pattern"):
+        observe(config, IDS)

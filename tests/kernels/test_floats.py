@@ -61,6 +61,13 @@ def test_parts_of_a_larger_buffer() -> None:
         assert torch.equal(got, weight.decode(torch.tensor([1, 8]), torch.float32))
 
 
+def test_schema_and_fake_result() -> None:
+    weight = some_floats((5, 33), 4, E4M3, 16, 1)
+    for channels in (None, torch.tensor([4, 1])):
+        arguments = (*weight.parts, channels, torch.bfloat16, list(weight.layout[1:6]), 0)
+        torch.library.opcheck(torch.ops.sparselora.float_rows, arguments)
+
+
 def test_every_code_and_every_scale() -> None:
     """By the formula of each, and by torch's own types."""
     byte = torch.arange(256, dtype=torch.uint8)

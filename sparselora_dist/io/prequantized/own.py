@@ -182,14 +182,13 @@ def check_config(settings: dict[str, Any], codec: Codec, at: str) -> bool:
     return True
 
 
-def with_stored_bits(asked: QuantizationSection, config: Any) -> QuantizationSection:
+def with_stored_bits(asked: QuantizationSection, settings: Any) -> QuantizationSection:
     """What a run asks for, with as many bits as its model's files have where it does not say how many.
 
     Args:
         asked: by the run.
-        config: of the model.
+        settings: the model's ``quantization_config``, if it has one.
     """
-    settings = getattr(config, "quantization_config", None)
     if asked.bits is not None or not isinstance(settings, dict) or settings.get("quant_method") != METHOD:
         return asked
     bits = settings.get("bits")

@@ -160,7 +160,7 @@ class BillmEncoder(GroupedEncoder):
         return tables_of(params)
 
     def parts(self) -> dict[str, Tensor]:
-        return super().parts() | {"columns": pack_bits(self.salient.view(1, -1, 8))}
+        return super().parts() | {"columns": pack_bits(self.salient.view(1, -1))}
 
 
 class LevelsEncoder(GroupedEncoder):

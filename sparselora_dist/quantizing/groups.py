@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from sparselora_kernels.floats import LARGEST
-from sparselora_kernels.levels import level_rows, numbers, pack_bits, pack_codes, pack_params
+from sparselora_kernels.level_rows import level_rows
+from sparselora_kernels.levels import numbers, pack_bits, pack_codes, pack_params
 
 from ..codecs.billm import GROUP, fit_groups, nearest, salient_columns, tables_of
 from ..codecs.floats import FloatsCodec

@@ -98,7 +98,9 @@ def main() -> int:
     options = parser.parse_args()
     quiet_bitsandbytes()
     with tempfile.TemporaryDirectory(dir=ROOT) as name:
-        found = {kind: measured(Path(name) / kind, options, kind == "background") for kind in ("background", "blocking")}
+        found = {
+            kind: measured(Path(name) / kind, options, kind == "background") for kind in ("background", "blocking")
+        }
     behind, front = found["background"], found["blocking"]
     rows = [
         "| | blocking | background |",

@@ -251,7 +251,10 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
             }
             against = [100 * (row["loss"] / plain[row["seed"]] - 1) for row in mine if row["seed"] in plain]
             cells = [name, f"{mine[0]['bits']:.3f}", f"{mine[0]['bytes'] / 1e6:.2f}", way, str(len(mine))]
-            cells += [spread([row["before"] for row in mine], "{:.4f}"), spread([row["loss"] for row in mine], "{:.4f}")]
+            cells += [
+                spread([row["before"] for row in mine], "{:.4f}"),
+                spread([row["loss"] for row in mine], "{:.4f}"),
+            ]
             cells.append(spread(against, "{:+.2f}") + " %" if against and not math.isnan(against[0]) else "")
             yield f"| {' | '.join(cells)} |"
         yield ""

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparselora_kernels import EncodedWeight
+from sparselora_kernels import EncodedWeight, float_layout, floats
 from sparselora_kernels.activations import ACTIVATIONS, activate, activate_backward
-from sparselora_kernels.gpu import columns, gated_ffn, gated_gradient, indexed_linear, nf4, score, select
+from sparselora_kernels.gpu import columns, fp8, gated_ffn, gated_gradient, indexed_linear, nf4, score, select
 from sparselora_kernels.gpu.matrix import NF4Matrix
-from sparselora_kernels.indexed_linear import vendor_nn, vendor_nt
+from sparselora_kernels.indexed_linear import product_nn, product_nt, vendor_nn, vendor_nt
 from sparselora_kernels.nf4 import BLOCK, blocks, nested_scales, nested_slots
 from sparselora_kernels.operands import NNOperands, NTOperands
 from sparselora_kernels.reference import gated_ffn_score, projection_score, select_channels
@@ -52,6 +52,11 @@ SIZES = (
     Size(T=2048, H=4096, C=14336, n=1536, k=144, R=32),
     Size(T=4096, H=4096, C=4096, n=3001, k=1024, R=32),
 )
+FLOATS = (
+    (8, 0, 0, 1), (8, 0, 1, 0), (8, 0, 128, 128), (8, 2, 32, 1), (4, 1, 16, 1), (4, 1, 1, 16),
+    (4, 3, 16, 1), (4, 3, 1, 16), (4, 2, 32, 1), (4, 2, 1, 32),
+)  # fmt: skip
+"""Bits, kind of scale, block, every, as checkpoints have them."""
 TINY_SIZES = (Size(T=37, H=72, C=21, n=19, k=7, R=3), Size(T=9, H=64, C=16, n=1, k=1, R=1))
 
 
@@ -71,6 +76,7 @@ def all_checks(device: torch.device, sizes: Iterable[Size]) -> Iterator[Check]:
         data = Data(size, device, dtype)
         yield from _score_checks(data)
         yield from _nf4_checks(data)
+        yield from _float_checks(data)
         for kind in ("plain", "nf4"):
             yield from _indexed_checks(data, kind)
             yield from _gated_checks(data, kind)
@@ -190,6 +196,62 @@ def _nf4_checks(data: Data) -> Iterator[Check]:
 
         what = f"{'double' if double else 'single'}, {'chosen' if chosen else 'all'} rows of {length}"
         yield data.check(f"nf4.nf4_rows, {what}", run, tolerance=0)
+
+
+def _float_checks(data: Data) -> Iterator[Check]:
+    """fp8 and fp4 decoded, and a row rounded to fp8, bit for bit; products in fp8 where the device has them."""
+    size = data.size
+    x, h = data.normal(size.n, size.H), data.normal(size.n, size.k)
+    for bits, scale, block, every in FLOATS[:: 1 if data.device.type == "cuda" else 3]:
+        codes = data.bytes(size.C, floats.row_bytes(size.H, bits))
+        if bits == 8:
+            codes = codes.masked_fill(codes & 127 == 127, 5)  # No NaN.
+        count = -(-size.C // every) if every else 1, floats.blocks(size.H, block)
+        scales = torch.rand(count, device=data.device, generator=data.generator) + 0.5
+        number = torch.full((1, 1), 0.37, device=data.device)
+        whole = number.view(torch.uint8) if scale in (floats.E4M3, floats.E4M3_OVER) else None
+        stored = scales.view(torch.uint8) if scale == floats.FP32 else data.bytes(*count) % 60 + 60
+        factors = scales if scale == floats.FP32 else floats.scale_values(scale, data.device)[stored.int()]
+        if whole is not None:
+            factors = factors / number if scale == floats.E4M3_OVER else factors * number
+        pairs = codes if bits == 8 else torch.stack([codes & 15, codes >> 4], -1).flatten(1)[:, : size.H]
+        rows = torch.arange(size.C, device=data.device) // (every or size.C)
+        columns_of = torch.arange(size.H, device=data.device) // (block or size.H)
+        values = floats.code_values(bits, data.device)[pairs.int()] * factors[rows][:, columns_of]
+        weight = EncodedWeight(
+            (codes, stored) if whole is None else (codes, stored, whole),
+            float_layout(size.H, bits, scale, block, every, compute=True),
+        )
+
+        def decoded(weight: EncodedWeight = weight, values: Tensor = values) -> Iterator[tuple[Tensor, Tensor]]:
+            yield weight.decode(data.channels, data.dtype), values[data.channels].to(data.dtype)
+            yield weight.decode(None, data.dtype), values.to(data.dtype)
+
+        what = f"{bits} bits, scale {scale}, block {block}, every {every}"
+        yield data.check(f"floats.float_rows, {what}", decoded, tolerance=0)
+
+        def products(weight: EncodedWeight = weight, values: Tensor = values) -> Iterator[tuple[Tensor, Tensor]]:
+            yield product_nt(x, weight, data.channels), x.double() @ values[data.channels].double().t()
+            yield product_nn(h, weight, data.channels), h.double() @ values[data.channels].double()
+
+        if weight.multiplies(data.dtype):  # Half a step of three bits of mantissa is 6 % of a value.
+            yield data.check(f"fp8 products, {what}", products, tolerance=8)
+    some, codes = torch.rand(size.H, device=data.device, generator=data.generator), data.bytes(size.C, size.H)
+
+    def rounded() -> Iterator[tuple[Tensor, Tensor]]:
+        for factors in (None, some):
+            want = floats.to_fp8(x.float() if factors is None else x.float() * factors)
+            got = fp8.round_rows(x, factors, -(-size.H // 16) * 16)
+            yield got[0][:, : size.H], want[0]
+            yield got[1], want[1]
+
+    def turned() -> Iterator[tuple[Tensor, Tensor]]:
+        got = fp8.turned(codes, -(-size.H // 16) * 16, -(-size.C // 16) * 16)
+        yield got[: size.H, : size.C], codes.t()
+        yield got.sum(), codes.sum()
+
+    yield data.check("fp8.round_rows", rounded, tolerance=0)
+    yield data.check("fp8.turned", turned, tolerance=0)
 
 
 def _indexed_checks(data: Data, kind: str) -> Iterator[Check]:

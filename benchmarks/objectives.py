@@ -122,7 +122,9 @@ def check(objective: str, options: argparse.Namespace) -> None:
     """At sparsity 0 a run is that of plain PEFT."""
     sides = [run(objective, scale, 0, options, CHECKED)[0] for scale in (None, 0.0)]
     apart = max(abs(float(one["loss"]) - float(other["loss"])) for one, other in zip(*sides, strict=True))
-    print(f"{objective}: at sparsity 0 the losses of {CHECKED} steps are within {apart:.1e} of plain PEFT's", flush=True)
+    print(
+        f"{objective}: at sparsity 0 the losses of {CHECKED} steps are within {apart:.1e} of plain PEFT's", flush=True
+    )
     assert apart < 1e-5
 
 

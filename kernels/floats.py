@@ -5,18 +5,19 @@
 8 bits are e4m3fn (fp8), 4 bits are e2m1 (nvfp4, mxfp4). Who shares a scale differs: ``block`` values of a row (0: all
 of it) of ``every`` channels in a line (0: all of them). So a scale per channel is block 0, every 1; the same of a matrix
 that is stored transposed is block 1, every 0; a scale for all is block 0, every 0; blocks of 128 by 128 are block 128,
-every 128. Scales come in three kinds:
+every 128. Scales come in four kinds:
 
-    FP32    fp32                                        fp8
-    E4M3    e4m3fn, times one fp32 of the whole matrix  nvfp4: value = table[code] · (scale · whole), rounded to fp32 twice
-    E8M0    a power of two, 2^(byte - 127)              mxfp4
+    FP32        fp32                                        fp8
+    E4M3        e4m3fn, times one fp32 of the whole matrix  nvfp4: table[code] · (scale · whole), rounded to fp32 twice
+    E4M3_OVER   e4m3fn, divided by it                       nvfp4 in other files: table[code] · (scale / whole), likewise
+    E8M0        a power of two, 2^(byte - 127)              mxfp4
 
 Parts of a matrix (C, length), nb = ceil(length / block), or 1 for block 0:
 
     rows    (C, length) uint8               8 bits
             (C, ceil(length / 2)) uint8     4 bits: two values a byte, the first in the low half
     scales  (ceil(C / every), nb · 4 or 1) uint8, one row for every 0
-    whole   (1, 4) uint8, E4M3 only: the fp32 that all channels share
+    whole   (1, 4) uint8, E4M3 and E4M3_OVER only: the fp32 that all channels share
 
 Scales are bytes on purpose: an engine that computes in bf16 would round fp32 parameters. There is no fp8 type in the kernel
 either, since GPUs before sm_89 have none: codes are looked up.
@@ -33,7 +34,7 @@ from torch import Tensor
 from .backend import use_triton
 from .operator import register
 
-FP32, E4M3, E8M0 = 0, 1, 2
+FP32, E4M3, E8M0, E4M3_OVER = 0, 1, 2, 3
 """Kinds of scales."""
 LARGEST = 448.0
 """The largest value of e4m3fn."""
@@ -69,7 +70,7 @@ def code_values(bits: int, device: torch.device) -> Tensor:
 @cache
 def scale_values(scale: int, device: torch.device) -> Tensor:
     """The value of each byte of a scale that has one, (256,) fp32; the last of E8M0 is NaN."""
-    if scale == E4M3:
+    if scale != E8M0:
         return code_values(8, device)
     powers = torch.ldexp(torch.ones(256, dtype=torch.float64), torch.arange(256) - 127)
     powers[255] = torch.nan
@@ -119,7 +120,9 @@ def row_scales(
     if scale == FP32:
         return floats_of(scales)
     values = scale_values(scale, scales.device).index_select(0, scales.reshape(-1).int()).view(scales.shape)
-    return values if whole is None else values.mul_(floats_of(whole))
+    if whole is None:
+        return values
+    return values.div_(floats_of(whole)) if scale == E4M3_OVER else values.mul_(floats_of(whole))
 
 
 def float_rows(

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .floats import E4M3, float_rows
+from .backend import use_fp8
+from .floats import E4M3, E4M3_OVER, FP32, float_rows
 from .level_rows import level_rows
 from .levels import BILLM, BITS
 from .nf4 import nf4_rows
@@ -71,7 +72,7 @@ def _floats(
 
 def _floats_every(layout: Sequence[int]) -> tuple[int, ...]:
     _, _, _, scale, _, every, _ = layout
-    return (1, every, 0) if scale == E4M3 else (1, every)
+    return (1, every, 0) if scale in (E4M3, E4M3_OVER) else (1, every)
 
 
 FORMATS: Mapping[int, Format] = {
@@ -90,6 +91,16 @@ def numbers_of(layout: Sequence[int]) -> int:
 def every_of(layout: Sequence[int]) -> tuple[int, ...]:
     """How many channels share a row of each part; 0 where all do."""
     return (1,) if layout[0] == PLAIN[0] else FORMATS[layout[0]].every(layout)
+
+
+def multiplies(layout: Sequence[int], part: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a matrix, of which this is a part, is multiplied as it is stored by operands in ``dtype``, not decoded: by
+    :mod:`sparselora_kernels.fp8`."""
+    if layout[0] != FLOATS or dtype is not torch.bfloat16:
+        return False
+    _, _, bits, scale, block, every, compute = layout
+    along = block == 0 or (block == 1 and every == 0)
+    return bool(compute) and bits == 8 and scale == FP32 and along and use_fp8(part)
 
 
 def nf4_layout(length: int, double_quant: bool) -> tuple[int, ...]:

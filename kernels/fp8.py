@@ -18,41 +18,26 @@ Not run on a GPU yet: tests on a CPU put a stand-in for ``_scaled_mm`` in its pl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from .backend import use_fp8, use_triton
+from .backend import use_triton
 from .floats import FP32, row_scales, to_fp8
-from .formats import FLOATS
-
-if TYPE_CHECKING:
-    from .stored import EncodedWeight
+from .stored import EncodedWeight
 
 _STEP = 16
-
-
-def multiplies(rows: Tensor, layout: Sequence[int], dtype: torch.dtype) -> bool:
-    """Whether products with a matrix, whose first part is ``rows``, are taken in fp8 where they compute in ``dtype``."""
-    if layout[0] != FLOATS or dtype is not torch.bfloat16:
-        return False
-    _, _, bits, scale, block, every, compute = layout
-    along = block == 0 or (block == 1 and every == 0)
-    return bool(compute) and bits == 8 and scale == FP32 and along and use_fp8(rows)
 
 
 def product_nt(x: Tensor, weight: EncodedWeight, channels: Tensor | None, bias: Tensor | None) -> Tensor:
     """``x · weight[channels]ᵀ + bias``, the bias that of the channels: (n, in) -> (n, k), bf16."""
     rows, by_channel, by_column = _picked(weight, channels)
-    return _product(*round_rows(x, by_column), _operand(rows), by_channel, rows.shape[0], bias)
+    return _product(*round_rows(x, by_column), operand(rows), by_channel, rows.shape[0], bias)
 
 
 def product_nn(h: Tensor, weight: EncodedWeight, channels: Tensor | None, bias: Tensor | None) -> Tensor:
     """``h · weight[channels] + bias``: (n, k) -> (n, out), bf16."""
     rows, by_channel, by_column = _picked(weight, channels)
-    return _product(*round_rows(h, by_channel), _operand(rows.t()), by_column, rows.shape[1], bias)
+    return _product(*round_rows(h, by_channel), operand(rows.t()), by_column, rows.shape[1], bias)
 
 
 def _picked(weight: EncodedWeight, channels: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -81,7 +66,7 @@ def round_rows(x: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.nn.functional.pad(codes, (0, wide - x.shape[1])), scales
 
 
-def _operand(rows: Tensor) -> Tensor:
+def operand(rows: Tensor) -> Tensor:
     """Codes (N, K) as the product reads them: both sides multiples of 16, one row after another, aligned."""
     n, k = _up(rows.shape[0]), _up(rows.shape[1])
     if (n, k) == rows.shape and rows.is_contiguous() and rows.data_ptr() % _STEP == 0:

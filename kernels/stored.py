@@ -13,8 +13,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .formats import FORMATS, NF4, PLAIN, every_of, numbers_of
-from .fp8 import multiplies
+from .formats import FORMATS, NF4, PLAIN, every_of, multiplies, numbers_of
 
 
 class EncodedWeight(NamedTuple):
@@ -61,7 +60,7 @@ class EncodedWeight(NamedTuple):
 
     def multiplies(self, dtype: torch.dtype) -> bool:
         """Whether it is multiplied as it is stored, by operands in ``dtype``."""
-        return multiplies(self.parts[0], self.layout, dtype)
+        return multiplies(self.layout, self.parts[0], dtype)
 
 
 Weight: TypeAlias = "Tensor | EncodedWeight"

@@ -33,6 +33,8 @@ def _scale_at(at, whole, scale_table, mask, SCALE: tl.constexpr):
     scale = tl.load(scale_table + tl.load(at, mask=mask, other=0).to(tl.int32))
     if SCALE == 1:
         scale *= float_at(whole, True)
+    elif SCALE == 3:
+        scale = tl.div_rn(scale, float_at(whole, True) + tl.zeros_like(scale))
     return scale
 
 
@@ -85,7 +87,7 @@ def variants() -> Iterator[Variant]:
         "rows": "*u8", "scales": "*u8", "whole": "*u8", "channels": "*i64", "table": "*fp32", "scale_table": "*fp32",
     }  # fmt: skip
     for dtype in DTYPES:
-        for bits, scale in ((8, 0), (4, 1), (4, 2)):
+        for bits, scale in ((8, 0), (8, 2), (4, 1), (4, 2), (4, 3)):
             for alike in (True, False):
                 name = TYPE_NAMES[dtype]
                 yield Variant(

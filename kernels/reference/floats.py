@@ -7,7 +7,7 @@ import struct
 import torch
 from torch import Tensor
 
-from ..floats import E4M3, E8M0
+from ..floats import E4M3, E4M3_OVER, E8M0
 
 
 def e4m3(code: int) -> float:
@@ -50,10 +50,11 @@ def float_rows(
         data, codes, values = bytes(scales[shared].tolist()), rows[row].tolist(), []
         for position in range(length):
             number = position // block if block else 0
-            if scale == E4M3:
+            if scale in (E4M3, E4M3_OVER):
                 assert whole is not None
                 (all_of_it,) = struct.unpack("<f", bytes(whole.flatten().tolist()))
-                factor = torch.tensor(e4m3(data[number])) * torch.tensor(all_of_it)
+                factor = torch.tensor(e4m3(data[number]))
+                factor = factor / torch.tensor(all_of_it) if scale == E4M3_OVER else factor * torch.tensor(all_of_it)
             elif scale == E8M0:
                 factor = torch.tensor(e8m0(data[number]))
             else:

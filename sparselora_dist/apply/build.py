@@ -19,6 +19,7 @@ from ..io.start_adapter import StartAdapter
 from ..layers.packed_attention import use_packed_attention
 from ..sharding.placement import Placement
 from .liger import use_liger
+from .loftq import LoftQStart, loftq_start
 from .model import apply_sparselora
 
 
@@ -30,6 +31,7 @@ def build_model(
     progress: bool = False,
     adapter: Path | None = None,
     start: StartAdapter | None = None,
+    loftq: LoftQStart | None = None,
 ) -> tuple[Any, LoadReport]:
     """Base model, adapter and sparse layers, before the engine shards what is not sharded yet; and what loading took.
 
@@ -41,15 +43,18 @@ def build_model(
         adapter: folder of an adapter to continue with, a checkpoint's.
         start: what the adapter starts from otherwise (``lora.init_from``). Under ZeRO-3 the parameters are the masters
             rounded; :meth:`Engine.load_state` gives the masters the values themselves.
+        loftq: :func:`loftq_start` of the run, where it has been made; the same holds.
     """
     if config.train.use_liger_kernel:
         use_liger(check_model(config.model).model_type)
     lora = config.lora.build()
+    loftq = loftq or loftq_start(config, placement, adapter)
     base = load_base(
         config.model,
         config.quantization,
         placement,
         whole=partial(is_adapted, lora),
+        shift=loftq.shift if loftq else None,
         local_ranks=local_ranks,
         progress=progress and not config.train.disable_tqdm,
     )
@@ -65,6 +70,8 @@ def build_model(
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(getattr(torch, config.model.dtype))
+    if loftq:
+        loftq.put(model)
     if adapter:
         load_adapter(model, adapter)
     elif start:

@@ -68,7 +68,7 @@ def _check(name: str, module: nn.Module) -> None:
     if type(module) is not Linear or not (isinstance(base, FrozenLinear) or type(base) is nn.Linear):
         raise ValueError(
             f"{name} is pruned, but a {type(base).__name__}: sparse_base masks adapters of torch.nn.Linear and of matrices "
-            "that a run has stored (quantization.load_in_4bit)"
+            "that a run has stored (quantization)"
         )
     if any(p.requires_grad for p in base.parameters()):
         raise ValueError(f"{name} is trainable: a pruned matrix keeps its zeros only frozen")

@@ -17,6 +17,7 @@ COMMANDS = {
     "schema": "the JSON Schema of a run file, for editors",
     "prune": "put zeros in the place of the weights that matter least, layer by layer",
     "losa": "prune and tune in rounds, each layer with a sparsity and a rank of its own",
+    "quantize": "store the weights in few bits, layer by layer, with calibration data, once",
     "merge": "merge an adapter into its base model, shard by shard",
 }
 

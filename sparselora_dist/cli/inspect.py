@@ -1,4 +1,5 @@
-"""``sparselora-dist inspect``: how well the estimator chooses on your data, and a report of a run; a model's zeros."""
+"""``sparselora-dist inspect``: how well the estimator chooses on your data, and a report of a run; a model's zeros, and
+its storage."""
 
 from __future__ import annotations
 
@@ -22,16 +23,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", metavar="8,32", help="ranks of the estimator to compare (default 8,32)")
     parser.add_argument("--output", metavar="DIR", help="where the report goes; else RUN_DIR/inspect")
     parser.add_argument("--sparsity", action="store_true", help="the zeros of a model folder, by layer and matrix")
+    parser.add_argument("--storage", action="store_true", help="the formats of a model folder, and their bits a weight")
     parser.add_argument("--against", metavar="FOLDER", help="with --sparsity: the model before; its zeros must be here")
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, print, and write ``fidelity.json`` and ``report.html``; with ``--sparsity`` see :mod:`.sparsity`.
+    """Measure, print, and write ``fidelity.json`` and ``report.html``; with ``--sparsity`` see :mod:`.sparsity`, with
+    ``--storage`` :mod:`.storage`.
 
     Raises:
         ConfigError: an argument, the run, the model or the data cannot be used.
     """
+    if arguments.sparsity and arguments.storage:
+        raise ConfigError("'--storage' and '--sparsity' are two questions: ask one")
+    if arguments.storage:
+        from .storage import run as look_at_storage
+
+        return look_at_storage(arguments)
     if arguments.sparsity:
         from .sparsity import run as look_at_zeros
 

@@ -6,6 +6,8 @@ import argparse
 import json
 import sys
 import textwrap
+from dataclasses import replace
+from pathlib import Path
 
 from ..config import ConfigError, RunConfig
 from ..plan.hardware import GPUS, Cluster, find_gpu
@@ -51,7 +53,14 @@ def run(arguments: argparse.Namespace) -> int:
         from ..io.start_adapter import completed  # PEFT, which a plan needs for nothing else.
 
         config = completed(config)
-    shape = find_shape(arguments.model or config.model.name_or_path)
+    name = arguments.model or config.model.name_or_path
+    shape = find_shape(name)
+    stored = None
+    if (folder := Path(name)).exists():
+        from ..io.prequantized import planned
+
+        if found := planned(folder if folder.is_dir() else folder.parent, config.model, config.quantization):
+            config, stored = replace(config, quantization=found[0]), found[1]
     cluster = Cluster(
         gpu=find_gpu(arguments.gpu),
         gpus=arguments.gpus,
@@ -60,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         inter=arguments.inter_gbps * 1e9,
     )
     batch = _batch(arguments, config)
-    plan = make_plan(shape, config, cluster, batch)
+    plan = make_plan(shape, config, cluster, batch, stored)
     if arguments.json:
         print(json.dumps(_as_json(plan), indent=1))
     else:
@@ -106,10 +115,12 @@ def _print(plan: Plan, shape: ModelShape, cluster: Cluster, batch: Batch, config
     if config.sparse_base.enabled:
         print(_masks(work, config))
     print(f"GB a GPU, {gpu.usable / 1e9:.1f} usable; gathered GB and seconds a step; * the run's own layout\n")
+    print(_storages(plan))
     heads = "".join(f"{head:>7}" for head in _HEADS)
-    print(f"{'':17}{heads}{'total':>8} {'fits':<4}{'gathered':>9}{'comp s':>8}{'comm s':>8} bound")
+    wide = max(17, *(len(layout.name) + 2 for layout in plan.layouts))
+    print(f"{'':{wide}}{heads}{'total':>8} {'fits':<4}{'gathered':>9}{'comp s':>8}{'comm s':>8} bound")
     for layout in plan.layouts:
-        print(_row(layout, layout is plan.configured))
+        print(_row(layout, layout is plan.configured, wide))
     print()
     print(textwrap.fill(plan.reason[0].upper() + plan.reason[1:] + ".", WIDTH))
 
@@ -130,10 +141,18 @@ def _masks(work: Work, config: RunConfig) -> str:
     return textwrap.fill(text, WIDTH)
 
 
-def _row(layout: Layout, own: bool) -> str:
+def _storages(plan: Plan) -> str:
+    """What the decoder's matrices take in each storage."""
+    stored = {layout.storage: layout for layout in plan.layouts}
+    words = [f"{name} {x.stored_bits:.4g} bits a weight, {x.matrix_bytes / 1e9:.1f} GB" for name, x in stored.items()]
+    return f"the decoder's matrices in all: {'; '.join(words)}\n"
+
+
+def _row(layout: Layout, own: bool, wide: int) -> str:
     sizes = "".join(f"{layout.bytes[kind] / 1e9:7.2f}" for kind in _COLUMNS)
     name = layout.name + ("*" if own else "")
     return (
-        f"{name:<17}{sizes}{layout.total / 1e9:8.2f} {'yes' if layout.fits else 'NO':<4}{layout.traffic.gathered / 1e9:9.1f}"
+        f"{name:<{wide}}{sizes}{layout.total / 1e9:8.2f} {'yes' if layout.fits else 'NO':<4}"
+        f"{layout.traffic.gathered / 1e9:9.1f}"
         f"{layout.compute:8.2f}{layout.communication:8.2f} {'comm' if layout.bound == 'communication' else 'comp'}"
     )

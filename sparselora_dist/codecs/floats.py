@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparselora_kernels import EncodedWeight, Weight, float_layout
-from sparselora_kernels.floats import E4M3, E8M0, FP32, row_bytes, scale_bytes, to_fp8
+from sparselora_kernels.floats import E4M3, E4M3_OVER, E8M0, FP32, row_bytes, scale_bytes, to_fp8
 
 from ..sharding.placement import Share, alone
 from .base import Codec, Part
@@ -28,7 +28,7 @@ class FloatsCodec(Codec):
     bits: int = 8
     """8: e4m3fn. 4: e2m1."""
     scale: int = FP32
-    """FP32, E4M3 or E8M0 of :mod:`sparselora_kernels.floats`."""
+    """FP32, E4M3, E4M3_OVER or E8M0 of :mod:`sparselora_kernels.floats`."""
     block: int = 0
     """Values of a stored row that share a scale; 0: all."""
     every: int = 1
@@ -48,7 +48,7 @@ class FloatsCodec(Codec):
 
     @property
     def name(self) -> str:
-        return "fp8" if self.bits == 8 else "nvfp4" if self.scale == E4M3 else "mxfp4"
+        return "fp8" if self.bits == 8 else "mxfp4" if self.scale == E8M0 else "nvfp4"
 
     @property
     def mark(self) -> str:
@@ -59,7 +59,7 @@ class FloatsCodec(Codec):
             "rows": Part(row_bytes(length, self.bits), torch.uint8),
             "scales": Part(scale_bytes(length, self.scale, self.block), torch.uint8, self.every),
         }
-        return parts | ({"whole": Part(4, torch.uint8, 0)} if self.scale == E4M3 else {})
+        return parts | ({"whole": Part(4, torch.uint8, 0)} if self.scale in (E4M3, E4M3_OVER) else {})
 
     def encode(self, rows: Tensor, first: int, share: Share = alone) -> dict[str, Tensor]:
         """See :meth:`Codec.encode`.

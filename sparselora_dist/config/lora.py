@@ -25,6 +25,7 @@ _DEFAULTS: dict[str, Any] = {
     "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
 }
 _START = "init_from"
+LOFTQ = "loftq"
 _VARIANT = (
     "it changes the adapter's forward, which the sparse layers compute themselves: plain LoRA only; remove the key"
 )
@@ -44,8 +45,19 @@ _Name = Annotated[str, MinLen(1)]
 _NAMES = Says('a list of module names, such as ["q_proj", "v_proj"]')
 _PARAMETERS = Says('a list of parameters of routed experts, such as ["mlp.experts.gate_up_proj"]')
 _BIAS = Says('"none": the biases of the base model are frozen with its weights')
-# Other starts rewrite the base weight, so that the saved adapter would not fit the plain base model.
-_INIT = Says('true, false, "gaussian" or "orthogonal" (other starts rewrite or need more than the base weights)')
+# Other starts rewrite the base weight, so that the saved adapter would not fit the plain base model; LoftQ's weights are
+# those of a quantised base, which is another one in any case.
+_INIT = Says(
+    'true, false, "gaussian", "orthogonal" or "loftq" (other starts rewrite or need more than the base weights)'
+)
+
+
+@with_config(ConfigDict(**CONFIG))
+class LoftQValues(TypedDict, total=False):
+    """PEFT's ``LoftQConfig``."""
+
+    loftq_iter: Annotated[Positive, ALLOWED]
+    loftq_bits: Annotated[Positive, ALLOWED]
 
 
 @with_config(ConfigDict(**{**CONFIG, "extra": "allow"}))
@@ -58,7 +70,8 @@ class LoraValues(TypedDict, total=False):
     task_type: Annotated[Literal["CAUSAL_LM"], ALLOWED]
     peft_type: Annotated[Literal["LORA"], ALLOWED]
     bias: Annotated[Literal["none"], ALLOWED, _BIAS]
-    init_lora_weights: Annotated[bool | Literal["gaussian", "orthogonal"], ALLOWED, _INIT]
+    init_lora_weights: Annotated[bool | Literal["gaussian", "orthogonal", "loftq"], ALLOWED, _INIT]
+    loftq_config: LoftQValues
     target_modules: Annotated[Annotated[list[_Name], MinLen(1)] | _Name, ALLOWED, _NAMES]
     exclude_modules: Annotated[list[_Name] | _Name | None, ALLOWED, _NAMES]
     modules_to_save: Annotated[list[_Name] | None, ALLOWED, _NAMES]
@@ -95,6 +108,23 @@ class LoraSection(Section):
                 f"'{self.PATH}.init_lora_weights' is {show(initial)}, and '{self.PATH}.{_START}' is "
                 f"{show(self.init_from)}: both say what the adapter starts from; remove one"
             )
+        if initial == LOFTQ:
+            self.values["loftq_config"] = {"loftq_iter": 1} | self.values.get("loftq_config", {})
+            if self.values.get("target_parameters"):
+                raise ConfigError(
+                    f"'{self.PATH}.target_parameters' is {show(self.values['target_parameters'])} with "
+                    f"'{self.PATH}.init_lora_weights' \"loftq\", which decomposes matrices, not banks of experts: remove one"
+                )
+        elif self.values.get("loftq_config"):
+            raise ConfigError(
+                f"'{self.PATH}.loftq_config' is {show(self.values['loftq_config'])}, but '{self.PATH}.init_lora_weights' is "
+                f'{show(initial)}, not "loftq": remove it, or start with LoftQ'
+            )
+
+    @property
+    def loftq_rounds(self) -> int:
+        """Of LoftQ's alternation; 0 of an adapter that starts otherwise."""
+        return self.values["loftq_config"]["loftq_iter"] if self.values.get("init_lora_weights") == LOFTQ else 0
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LoraSection:
@@ -113,6 +143,7 @@ class LoraSection(Section):
     def __get_pydantic_json_schema__(cls, *_: Any) -> dict[str, Any]:
         """PEFT's names instead of ``values``."""
         schema = TypeAdapter(LoraValues).json_schema()
+        schema["properties"]["loftq_config"] = schema.pop("$defs")[LoftQValues.__name__]
         names = {name: schema["properties"].get(name, {}) for name in _known()}
         for name, value in _DEFAULTS.items():
             names[name]["default"] = value
@@ -134,6 +165,11 @@ class LoraSection(Section):
                 f"'{self.PATH}.{_START}' is {show(self.init_from)}, not read yet: '{self.PATH}.{missing[0]}' is not known"
             )
         values = {key: value for key, value in copy.deepcopy(self.values).items() if key not in _REFUSED}
+        if (
+            self.loftq_rounds
+        ):  # Ours: PEFT would decompose a matrix that it takes for whole, and quantise it its own way.
+            values["init_lora_weights"] = True
+            del values["loftq_config"]
         try:
             return peft.LoraConfig(**values)
         except (TypeError, ValueError) as error:

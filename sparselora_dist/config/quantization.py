@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from .errors import ConfigError
 from .limits import ALLOWED, Says
@@ -21,9 +21,13 @@ BITS: Mapping[str, tuple[int, ...]] = {
     "mxfp4": (4,),
 }
 """What a code of each format may take; the last one is the default where several are allowed, but for 3 of ``shiftadd``."""
+READ_ONLY = ("billm", "nvfp4", "mxfp4")
+"""Those that are never made when a model is loaded: a checkpoint holds them."""
+WITHOUT_ZERO = ("hqq", "bcq", "shiftadd", "billm")
+"""Those whose codes cannot say that a value is zero."""
 
 _REFUSED = {
-    "load_in_8bit": ": 8-bit weights are not offered: use 'load_in_4bit', or leave the section out",
+    "load_in_8bit": ": bitsandbytes' 8 bits are not offered: use 'load_in_4bit' or 'format', or leave the section out",
     "llm_int8_skip_modules": ": every matrix of the decoder layers is 4-bit, the embedding and the LM head never are",
 }
 _STORAGE = Says(
@@ -89,6 +93,21 @@ class QuantizationSection(Section):
         """Bits of a code of :attr:`stored`."""
         assert self.stored is not None
         return self.bits or (3 if self.stored == "shiftadd" else BITS[self.stored][-1])
+
+    @property
+    def label(self) -> str | None:
+        """In a table: ``nf4``, ``bcq3``."""
+        return f"{self.stored}{self.width}" if self.stored and len(BITS[self.stored]) > 1 else self.stored
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells it from another storage, the same however it is said."""
+        if self.stored is None:
+            return {"load_in_4bit": False}
+        if self.stored == "nf4":
+            return {"load_in_4bit": True, "bnb_4bit_use_double_quant": self.bnb_4bit_use_double_quant}
+        computed = {"fp8_compute": self.fp8_compute} if self.stored == "fp8" else {}
+        return {"format": self.stored, "bits": self.width} | computed
 
     @classmethod
     def elsewhere(cls, key: str) -> str | None:

@@ -18,7 +18,7 @@ from .limits import Path, Positive, Says
 from .lora import LoraSection
 from .model import Section, parse, section
 from .overrides import apply_overrides
-from .quantization import QuantizationSection
+from .quantization import READ_ONLY, WITHOUT_ZERO, QuantizationSection
 from .sparse import SparseLoRAConfig
 from .sparse_base import SparseBaseConfig
 from .train import TrainSection
@@ -144,6 +144,9 @@ class RunConfig(Section):
                 "'quantization.format': it would quantise the codes again, as if they were weights. Remove it"
             )
 
+        if self.lora.loftq_rounds:
+            self._check_loftq()
+
         can_pack = self.model.attn_implementation != "eager"
         if self.data.packing and not can_pack:
             raise ConfigError(
@@ -166,6 +169,11 @@ class RunConfig(Section):
                     f"'lora.{key}' is {show(lora[key])} with 'sparse_base.enabled': an adapter that keeps a pruned matrix' "
                     "zeros is one matrix with it, without dropout, without a bias, and not on experts. Remove the key"
                 )
+        if self.quantization.stored in WITHOUT_ZERO:
+            raise ConfigError(
+                f"'quantization.format' is \"{self.quantization.stored}\" with 'sparse_base.enabled': it has no code for "
+                'zero, so that nothing tells what is pruned. Allowed: "nf4", "fp8", or null'
+            )
         if self.sparse_base.start == "gradient" and self.lora.init_from:
             raise ConfigError(
                 "'sparse_base.start' is \"gradient\" with 'lora.init_from', which says where the adapter starts: use one"
@@ -174,6 +182,31 @@ class RunConfig(Section):
             raise ConfigError(
                 f"'sparse_lora.lora_branch' is {show(branch)} with 'sparse_base.enabled': the branch is masked with the "
                 'matrix that it is added to, and so limited to its kept channels. Allowed: "kept"'
+            )
+
+    def _check_loftq(self) -> None:
+        """LoftQ decomposes what storing a matrix changes of it."""
+        stored, said = self.quantization, "'lora.init_lora_weights' is \"loftq\""
+        if stored.stored is None:
+            raise ConfigError(
+                f"{said}, but the base is not quantised, so that there is nothing to make up for: set "
+                "'quantization.format', or remove it"
+            )
+        if stored.stored in READ_ONLY:
+            raise ConfigError(
+                f"{said} with 'quantization.format' \"{stored.stored}\", whose matrices are read as a checkpoint holds "
+                "them: LoftQ stores others. Use a format that is made when a model is loaded, or remove it"
+            )
+        if self.sparse_base.enabled:
+            raise ConfigError(
+                f"{said} with 'sparse_base.enabled': the adapter would start outside the zeros that it has to keep. "
+                "Use one"
+            )
+        bits = self.lora.values["loftq_config"].get("loftq_bits", stored.width)
+        if bits != stored.width:
+            raise ConfigError(
+                f"'lora.loftq_config.loftq_bits' is {bits}, but 'quantization' stores {stored.stored} in {stored.width} "
+                "bits: leave the first out"
             )
 
     @property

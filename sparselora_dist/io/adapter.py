@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor
 
+from .loftq import SHIFT, Shift
 from .manifest import CorruptFileError, read_safetensors, share
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -27,6 +28,8 @@ def is_adapted(config: LoraConfig, module: str) -> bool:
 def save_adapter(model: Any, parameters: dict[str, Tensor], folder: Path) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``, then read them back and compare.
 
+    Beside them goes what LoftQ's base was stored less, where there is something.
+
     Args:
         model: the PEFT model; its own (sharded) values are not read.
         parameters: whole values of the trainable parameters by name.
@@ -40,6 +43,7 @@ def save_adapter(model: Any, parameters: dict[str, Tensor], folder: Path) -> Non
     (folder / "README.md").unlink(missing_ok=True)
     expected = get_peft_model_state_dict(model, state_dict=parameters, save_embedding_layers=False)
     share(folder / ADAPTER_FILE)
+    getattr(model, SHIFT, Shift()).save(folder)
     saved, _ = read_safetensors(folder / ADAPTER_FILE)
     for name in {*expected, *saved}:
         if name not in saved or name not in expected or not torch.equal(saved[name], expected[name]):

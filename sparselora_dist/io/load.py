@@ -15,12 +15,14 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ..codecs import Codec, codec_of
-from ..config.quantization import QuantizationSection
+from ..config.quantization import READ_ONLY, QuantizationSection
 from ..config.run import ModelSection
 from ..layouts import check_known, check_text, decoder_layers
 from ..sharding.placement import Placement
+from .loftq import Shift
 from .memory import check_fits, peak_bytes, trim_heap
-from .prequantized import check_quantization_config
+from .prequantized import PrequantizedError, check_quantization_config, check_quantization_files, is_quantised
+from .prequantized.own import with_stored_bits
 from .pretrained import read_config, read_tokenizer
 from .shard_files import TensorFiles
 from .stored_names import find_names
@@ -86,6 +88,7 @@ def load_base(
     placement: Placement,
     *,
     whole: Callable[[str], bool] = lambda name: False,
+    shift: Shift | None = None,
     local_ranks: int = 1,
     progress: bool = False,
 ) -> LoadedBase:
@@ -97,6 +100,7 @@ def load_base(
         section, quantization: what is loaded, and how it is stored.
         placement: this rank's part.
         whole: names of modules that every rank needs whole, because PEFT copies them.
+        shift: what LoftQ subtracts from matrices before they are stored.
         local_ranks: ranks that share this host's memory.
         progress: show a bar.
 
@@ -109,17 +113,23 @@ def load_base(
     # Ranks read different parts, of files that may be their hosts' own: what one of them finds wrong must end all.
     with placement.together():
         config = check_model(section)
+        quantization = with_stored_bits(quantization, getattr(config, "quantization_config", None))
         codec, dtype = frozen_codec(section, quantization), getattr(torch, section.dtype)
         check_quantization_config(config, codec, section.name_or_path)
-        config.__dict__.pop("quantization_config", None)
+        said = config.__dict__.pop("quantization_config", None)
         checkpoint = TensorFiles.of_model(checkpoint_folder(section.name_or_path))
+        if said is None:
+            check_quantization_files(checkpoint.folder, codec)
         model = model_without_weights(config, dtype, section.attn_implementation)
         model.requires_grad_(False)
         layers = decoder_layers(model)
         check_known(model, layers)
         find_names(model, checkpoint)
-        stream = Stream(checkpoint, codec, dtype, placement)
+        keyed = (shift or Shift()).by_key(checkpoint)
+        stream = Stream(checkpoint, codec, dtype, placement, keyed)
         jobs = [*stream.matrices(layers), *stream.others(model, layers, whole)]
+        if quantization.stored in READ_ONLY and not is_quantised(checkpoint):
+            raise PrequantizedError(_not_made(quantization.stored, section.name_or_path))
         check_fits(sum(job.kept for job in jobs), placement.home, local_ranks, placement.rank)
     with placement.together(), tqdm(jobs, "loading", disable=not progress, leave=False, unit="tensor") as bar:
         for number, job in enumerate(bar):
@@ -136,7 +146,16 @@ def load_base(
     except OSError:
         log.debug("%s has no generation_config.json", section.name_or_path)
     report = LoadReport(time.perf_counter() - started, stream.kept, *peak_bytes(placement.device))
-    return LoadedBase(model, CheckpointWeights(checkpoint, codec, dtype, layers), report)
+    return LoadedBase(model, CheckpointWeights(checkpoint, codec, dtype, layers, keyed), report)
+
+
+def _not_made(stored: str, name: str) -> str:
+    """Of a format that must be in the files and is not."""
+    how = "'sparselora-dist quantize' makes such a checkpoint" if stored == "billm" else "name a checkpoint that is"
+    return (
+        f"'quantization.format' is \"{stored}\", which is read from a checkpoint that holds it, never made when a model is "
+        f"loaded, and {name} is not quantised: {how}, or use a format that is made on load (docs/formats.md)"
+    )
 
 
 def model_without_weights(config: Any, dtype: torch.dtype, implementation: str | None) -> Any:

@@ -56,5 +56,6 @@ def check_fits(needed: int, device: torch.device, local_ranks: int, rank: int) -
     if needed > free:
         raise InsufficientMemoryError(
             f"rank {rank} would keep {needed / 1e9:.2f} GB of frozen weights on {device}, where {free / 1e9:.2f} GB are "
-            "free: use more ranks, or quantization.load_in_4bit true; 'sparselora-dist plan' shows what fits"
+            "free: use more ranks, or quantization.load_in_4bit true (fewer bits: docs/formats.md); 'sparselora-dist "
+            "plan' shows what fits"
         )

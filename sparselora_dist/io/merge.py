@@ -2,8 +2,8 @@
 
     merged = base + scaling · (B @ A)    in fp32, rounded once
 
-``base`` is what training saw: the checkpoint's weights, or what 4-bit storage makes of them. An adapter that was trained
-under the zeros of a pruned model says so, and its sum is zero wherever ``base`` is.
+``base`` is what training saw: the checkpoint's weights, or what storage in few bits makes of them. An adapter that was
+trained under the zeros of a pruned model says so, and its sum is zero wherever ``base`` is.
 """
 
 from __future__ import annotations
@@ -14,19 +14,23 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..codecs import NF4Codec
+from ..codecs import Codec, codec_named
+from ..config.quantization import Format, QuantizationSection
+from .loftq import KEY as LOFTQ
 from .manifest import publish
 from .marker import KEY
 from .merge_4bit import FourBit
 from .merge_adapter import CONFIG_FILE, Adapter
 from .merge_base import BaseWeights
 from .model_folder import PRUNING_FILE, copy_companions, output_config, save_tensors, write_json
-from .shard_files import INDEX_FILE
+from .prequantized.own import with_stored_bits
+from .shard_files import INDEX_FILE, read_json
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +53,7 @@ class MergeSummary:
     replaced: int
     """Tensors that the adapter holds whole (``modules_to_save``, biases)."""
     dequantized: int
-    """Matrices that are what 4-bit storage makes of them."""
+    """Matrices that are what storage in few bits makes of them."""
     dtype: str
     """Of what is not in 4 bits."""
     quantized: int
@@ -72,6 +76,8 @@ def merge_adapter(
     *,
     dtype: str = "bfloat16",
     load_in_4bit: bool = False,
+    format: Format | None = None,
+    bits: int | None = None,
     save_in_4bit: bool = False,
     double_quant: bool = True,
 ) -> MergeSummary:
@@ -81,18 +87,22 @@ def merge_adapter(
     time and at most one output shard is held.
 
     Args:
-        base: a local model folder in safetensors; bf16, fp16, fp32, or 4-bit by bitsandbytes (nf4), which is dequantised.
+        base: a local model folder in safetensors; bf16, fp16, fp32, or quantised as a run reads it (bitsandbytes'
+            nf4, fp8, nvfp4, mxfp4), which is dequantised.
         adapter: a folder that PEFT wrote.
         output: must not exist.
         dtype: of the result, and what training computed in: ``bfloat16``, ``float32`` or ``float16``.
-        load_in_4bit: the adapter was trained with ``quantization.load_in_4bit``.
+        load_in_4bit: the adapter was trained with ``quantization.load_in_4bit``; the same as ``format`` "nf4".
+        format, bits: ``quantization.format`` and ``.bits`` that it was trained with. An adapter that LoftQ started says so
+            itself.
         save_in_4bit: write the linears' weights in NF4, as bitsandbytes quantises the merged model in ``dtype``.
         double_quant: that run's ``quantization.bnb_4bit_use_double_quant``, and that of the output in 4 bits.
 
     Raises:
+        ConfigError: a format or a number of bits that is not one.
         ValueError, OSError: see :class:`BaseWeights`, :class:`Adapter` and :class:`FourBit`; an output that exists or does
             not fit on the disk; a result that is not finite; an adapter that was trained under zeros which the base does
-            not have.
+            not have; another format than the adapter says.
     """
     base, adapter, output = Path(base), Path(adapter), Path(output).absolute()
     if dtype not in DTYPES:
@@ -102,7 +112,9 @@ def merge_adapter(
     if not adapter.is_dir():
         raise FileNotFoundError(f"--adapter {adapter} is not a folder")
     lora = Adapter(adapter)
-    weights = BaseWeights(base, NF4Codec(double_quant=double_quant) if load_in_4bit else None, DTYPES[dtype])
+    section: dict[str, Any] = {"load_in_4bit": load_in_4bit, "format": format, "bits": bits}
+    asked = QuantizationSection(**section, bnb_4bit_use_double_quant=double_quant)
+    weights = BaseWeights(base, _codec(_stored_bits(asked, base), lora), DTYPES[dtype], lora.shift)
     has_head = weights.head in weights.shapes
     lora.resolve(weights.shapes if has_head else {**weights.shapes, weights.head: weights.shapes[weights.embedding]})
     four_bit = FourBit(weights, double_quant, DTYPES[dtype]) if save_in_4bit else None
@@ -110,6 +122,26 @@ def merge_adapter(
     _check_zeros(weights, lora)
     _warn_about_another_base(weights, lora)
     return _write(weights, lora, output, dtype, untied, four_bit)
+
+
+def _stored_bits(asked: QuantizationSection, base: Path) -> QuantizationSection:
+    """With those of a base that was quantised here, where nobody says how many."""
+    config = base / "config.json"
+    return with_stored_bits(asked, read_json(config).get("quantization_config")) if config.is_file() else asked
+
+
+def _codec(asked: QuantizationSection, lora: Adapter) -> Codec | None:
+    """How training stored the base: as the adapter says where LoftQ started it, else as is asked for."""
+    said = lora.stored
+    if said is None:
+        double = asked.bnb_4bit_use_double_quant
+        return codec_named(asked.stored, asked.width, double_quant=double) if asked.stored else None
+    if asked.stored and (asked.stored, asked.width) != (said.format, said.bits):
+        raise ValueError(
+            f"{lora.folder / CONFIG_FILE}: {LOFTQ!r} says that the adapter was trained on a base in {said}, but "
+            f"{asked.stored} of {asked.width} bits is asked for: leave --format and --load-in-4bit out"
+        )
+    return codec_named(said.format, said.bits, double_quant=said.double_quant)
 
 
 def _resolve_tied(weights: BaseWeights, lora: Adapter, has_head: bool) -> bool:

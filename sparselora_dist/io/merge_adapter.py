@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .adapter import ADAPTER_FILE
 from .adapter_config import CONFIG_FILE, PREFIX, read_adapter_config, stored_shape
+from .loftq import KEY as LOFTQ
+from .loftq import Mark, Shift
 from .manifest import CorruptFileError
 from .marker import KEY, marked_modules
 from .shard_files import TensorFiles, read_json
@@ -34,6 +36,8 @@ class Adapter:
         deltas: by the name of the base tensor.
         replaced: key in the adapter file by the name of the base tensor (``modules_to_save``, trained biases).
         masked: names of the base tensors whose zeros it was trained under.
+        stored: how its base was stored, and
+        shift: what of it was subtracted before, where LoftQ started it.
 
     Raises:
         FileNotFoundError, CorruptFileError: a missing, truncated or inconsistent file.
@@ -43,8 +47,11 @@ class Adapter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path = folder / ADAPTER_FILE
-        self.config = read_adapter_config(folder / CONFIG_FILE, "merged", (KEY,))
-        marked = marked_modules(read_json(folder / CONFIG_FILE), folder / CONFIG_FILE)
+        self.config = read_adapter_config(folder / CONFIG_FILE, "merged", (KEY, LOFTQ))
+        said = read_json(folder / CONFIG_FILE)
+        marked = marked_modules(said, folder / CONFIG_FILE)
+        self.stored = Mark.read(said, folder / CONFIG_FILE)
+        self.shift = Shift.read(folder, self.stored) if self.stored else Shift()
         self.masked = {f"{module}.weight" for module in marked}
         self.files = TensorFiles(folder, [ADAPTER_FILE])
         self.deltas: dict[str, Delta] = {}

@@ -1,4 +1,4 @@
-"""The base model of a merge: checked against its config, read one matrix at a time, dequantised where it is 4-bit."""
+"""The base model of a merge: checked against its config, read one matrix at a time, dequantised where it is quantised."""
 
 from __future__ import annotations
 
@@ -12,82 +12,93 @@ from torch import Tensor
 
 from sparselora_kernels import EncodedWeight, nonzero
 
-from ..codecs import NF4Codec
+from ..codecs import Codec, NF4Codec
 from ..codecs.nf4_files import nonzero_of_codes
 from ..layouts import UnsupportedModelError, check_config, decoder_layers
 from ..method.channels import TRANSPOSED
+from .loftq import Shift
 from .manifest import CorruptFileError
-from .shard_files import TensorFiles, read_json, spaced
+from .prequantized import READERS, PrequantizedError, StoredMatrix, bitsandbytes, is_quantised, stored_matrix
+from .shard_files import FLOATS, PACKED, TensorFiles, TensorInfo, read_json, spaced
 from .stored_names import find_names
 
-FLOATS = ("F64", "F32", "F16", "BF16")
 _STATE = ".quant_state.bitsandbytes__"
 
 
 class BaseWeights:
-    """A model folder as whole matrices: what a matrix is stored as (bf16, or bitsandbytes' NF4) is hidden.
+    """A model folder as whole matrices: what a matrix is stored as (bf16, bitsandbytes' NF4, fp8 or fp4) is hidden.
 
     Args:
         folder: ``config.json`` and safetensors; nothing in it is run or unpickled.
-        codec: given, the matrices of the decoder layers become what training with ``quantization.load_in_4bit`` saw.
+        codec: given, the matrices of the decoder layers become what training with this ``quantization.format`` saw.
         dtype: that training computed in.
+        shift: what of them was subtracted before they were stored, of an adapter that LoftQ started.
 
     Attributes:
         shapes: of every matrix and vector by name.
         shards: the names by file, in the files' order.
         raw_config: the contents of ``config.json``.
-        quantized: the names of 4-bit matrices, and of all the tensors that describe each.
+        quantized: the names of bitsandbytes' 4-bit matrices, and of all the tensors that describe each.
+        stored: the matrices that are quantised in another way, by name.
 
     Raises:
         FileNotFoundError, CorruptFileError: see :meth:`TensorFiles.of_model`; also a tensor that is missing or has
             another shape than ``config.json`` asks for.
         UnsupportedModelError: the family is not supported.
-        ValueError: quantised by something else than bitsandbytes' NF4.
+        ValueError: quantised in a way that is not read, or not as ``codec``.
     """
 
-    def __init__(self, folder: Path, codec: NF4Codec | None, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, codec: Codec | None, dtype: torch.dtype, shift: Shift | None = None) -> None:
         if not folder.is_dir():
             raise FileNotFoundError(f"--base {folder} is not a folder; download the model first")
         self.folder, self.codec, self.dtype = folder, codec, dtype
         self.raw_config = read_json(folder / "config.json")
         config, model = meta_model(folder)
         self.tied = bool(getattr(config, "tie_word_embeddings", False))
-        self._check_quantization()
         self.files = TensorFiles.of_model(folder)
+        self._check_quantization()
         find_names(model, self.files)
         names = {module: f"{path}.weight" for path, module in model.named_modules()}
         self.head = self.key(names[model.get_output_embeddings()])
         self.embedding = self.key(names[model.get_input_embeddings()])
         self._expected, self._decoder = self._named(model)
         self.quantized = self._find_encoded()
-        if (self.quantized or codec is not None) and find_spec("bitsandbytes") is None:
+        if (self.quantized or isinstance(codec, NF4Codec)) and find_spec("bitsandbytes") is None:
             raise ValueError("4-bit weights need bitsandbytes: pip install 'sparselora-dist[quantization]'")
+        self.stored = {} if self.quantized else self._find_stored()
+        self._check_asked()
         self._head_is_embedding = False
         states = {state for states in self.quantized.values() for state in states}
+        if self.stored:  # Scales, also of activations: what the model itself does not have.
+            states = self.files.tensors.keys() - self._expected.keys()
         self.shapes = {name: info.shape for name, info in self.files.tensors.items() if name not in states}
         self.shapes |= {name: self._encoded_shape(name) for name in self.quantized}
+        self.shapes |= {name: found.shape for name, found in self.stored.items()}
         self._check()
+        self._shift = (shift or Shift()).by_key(self.files)
 
     @property
     def shards(self) -> dict[str, list[str]]:
         shards: dict[str, list[str]] = {}
         for name in self.shapes:
             source = self.embedding if name == self.head and self._head_is_embedding else name
-            shards.setdefault(self.files.tensors[source].file, []).append(name)
+            shards.setdefault(self._info(source).file, []).append(name)
         return shards
 
     def is_float(self, name: str) -> bool:
         """Whether a tensor is cast to the output's dtype: the model's own are, a leftover buffer in the files is not."""
-        if name in self.quantized or (name == self.head and self._head_is_embedding):
+        if name in self.quantized or name in self.stored or (name == self.head and self._head_is_embedding):
             return True
-        return name in self._expected and self._stored(name) in FLOATS
+        return name in self._expected and self._info(name).dtype in FLOATS
 
-    def _stored(self, name: str) -> str:
-        return self.files.tensors[name].dtype
+    def _info(self, name: str) -> TensorInfo:
+        return self.files.tensors.get(name) or self.files.tensors[name + PACKED]
 
     def dequantized(self, name: str) -> bool:
-        """Whether :meth:`get` gives what 4-bit storage makes of the matrix."""
-        return name in self.quantized or (not self.quantized and self.codec is not None and name in self._decoder)
+        """Whether :meth:`get` gives what storage in few bits makes of the matrix."""
+        if name in self.quantized or name in self.stored:
+            return True
+        return not (self.quantized or self.stored) and self.codec is not None and name in self._decoder
 
     def untie(self) -> None:
         """Give the LM head, which a tied model shares with the embedding, a matrix of its own."""
@@ -95,15 +106,19 @@ class BaseWeights:
         self.shapes[self.head] = self.shapes[self.embedding]
 
     def get(self, name: str) -> Tensor:
-        """One tensor, whole; a 4-bit one in the training dtype, any other as the file has it."""
+        """One tensor, whole; a quantised one in the training dtype, any other as the file has it."""
         if name == self.head and self._head_is_embedding:
             return self.files.get(self.embedding)
+        if found := self.stored.get(name):
+            return found.rows(0, found.shape[0]).to(self.dtype)
         value = self._decode(name) if name in self.quantized else self.files.get(name)
         return value if (stored := self._stored_again(name, value)) is None else stored[0]
 
     def masked(self, name: str) -> tuple[Tensor, Tensor]:
-        """A matrix as :meth:`get` gives it, and where it is not zero in what training saw; of 4-bit codes where the code
-        is not that of zero."""
+        """A matrix as :meth:`get` gives it, and where it is not zero in what training saw; of codes where the code is not
+        that of zero."""
+        if found := self.stored.get(name):
+            return self.get(name), found.kept(0, found.shape[0])
         value = self._decode(name) if name in self.quantized else self.files.get(name)
         if (stored := self._stored_again(name, value)) is not None:
             decoded, weight, transposed = stored
@@ -115,6 +130,8 @@ class BaseWeights:
 
     def zeros(self, name: str) -> float:
         """Share of zeros of a matrix in the files: of some values, and where these have hardly any, of all."""
+        if found := self.stored.get(name):
+            return 1 - found.kept(0, found.shape[0]).double().mean().item()
         value, coded = self.files.get(name), name in self.quantized
         for part in (spaced(value), value):
             kept = nonzero_of_codes(part, (2 * part.numel(),)) if coded else part != 0
@@ -125,6 +142,8 @@ class BaseWeights:
 
     def least_zeros(self, name: str) -> float:
         """The share of zeros below which a matrix is not taken for a pruned one."""
+        if found := self.stored.get(name):
+            return found.least_zeros
         return 0.12 if name in self.quantized else 0.01  # 4-bit codes of weights without zeros have 9 % of them.
 
     def _stored_again(self, name: str, value: Tensor) -> tuple[Tensor, EncodedWeight, bool] | None:
@@ -132,9 +151,10 @@ class BaseWeights:
         kind = self._decoder.get(name)
         if self.codec is None or kind is None or (name in self.quantized and kind not in TRANSPOSED):
             return None
-        if self.quantized and name not in self.quantized:  # Training keeps what a quantised checkpoint left as it was.
+        # Training keeps what a checkpoint has stored here, and what a quantised one left as it was.
+        if self.stored or (self.quantized and name not in self.quantized):
             return None
-        value, transposed = value.to(self.dtype), kind in TRANSPOSED
+        value, transposed = self._shift.rows(name, value).to(self.dtype), kind in TRANSPOSED
         try:
             weight = self.codec.whole(value.t().contiguous() if transposed else value)
         except ValueError as error:
@@ -150,9 +170,10 @@ class BaseWeights:
         """Of what the files must hold, the shapes; and what those of the decoder's matrices are."""
         layers = decoder_layers(model)
         if self.codec is not None and any(layer.experts for layer in layers):
+            asked = "--load-in-4bit" if isinstance(self.codec, NF4Codec) else "--format"
             raise UnsupportedModelError(
-                f"{self.folder}: --load-in-4bit of a mixture of experts: what 4-bit storage makes of its experts is not "
-                "merged into. Load the adapter with PEFT instead"
+                f"{self.folder}: {asked} of a mixture of experts: what storage in {self.codec.name} makes of its "
+                "experts is not merged into. Load the adapter with PEFT instead"
             )
         matrices = {self.key(f"{layer.path_of(name)}.weight"): name for layer in layers for name in layer.names}
         expected: dict[str, tuple[int, ...]] = {}
@@ -167,14 +188,15 @@ class BaseWeights:
 
     def _check_quantization(self) -> None:
         section = self.raw_config.get("quantization_config")
-        if not section:
+        if not section or any(reader.is_quantised(self.files) for reader in READERS if reader is not bitsandbytes):
             return
         method, kind = section.get("quant_method"), section.get("bnb_4bit_quant_type", "fp4")
         if method != "bitsandbytes" or not section.get("load_in_4bit") or kind != "nf4":
             what = f"{method} {kind if section.get('load_in_4bit') else ''}".strip()
             raise ValueError(
                 f"{self.folder / 'config.json'}: 'quantization_config' is {what!r}; a base can be merged into when it is "
-                "not quantised, or when bitsandbytes quantised it with load_in_4bit and nf4"
+                "not quantised, or by sparselora-dist, by bitsandbytes with load_in_4bit and nf4, or in fp8, nvfp4 or mxfp4 "
+                "(docs/formats.md)"
             )
 
     def _find_encoded(self) -> dict[str, list[str]]:
@@ -182,6 +204,30 @@ class BaseWeights:
         names = self.files.tensors
         weights = [name.split(_STATE)[0] for name in names if _STATE in name]
         return {weight: [name for name in names if name.startswith(f"{weight}.")] for weight in weights}
+
+    def _find_stored(self) -> dict[str, StoredMatrix]:
+        if not is_quantised(self.files):
+            return {}
+        there = self.files.tensors
+        names = [name for name in self._expected if name in there or name + PACKED in there]
+        return {name: found for name in names if (found := stored_matrix(self.files, name))}
+
+    def _check_asked(self) -> None:
+        """A run trains on what a checkpoint has stored as it is, or is refused."""
+        if self.codec is None:
+            return
+        if self.quantized and not isinstance(self.codec, NF4Codec):
+            raise ValueError(
+                f"{self.folder} is quantised in nf4 already, and a run trains on it as it is: leave --format out"
+            )
+        for name, found in self.stored.items():
+            try:
+                found.codec(self.codec, self._decoder.get(name) in TRANSPOSED)
+            except PrequantizedError as error:
+                raise ValueError(
+                    f"{self.folder} is quantised already, and a run trains on it as it is: leave --load-in-4bit out, or "
+                    f"--format ({error})"
+                ) from error
 
     def _encoded_shape(self, name: str) -> tuple[int, ...]:
         key = next(state for state in self.quantized[name] if _STATE in state)
@@ -215,12 +261,12 @@ class BaseWeights:
                 raise CorruptFileError(f"{self.folder} has no tensor {name!r}, which its config.json asks for")
             if self.shapes[name] != shape:
                 raise CorruptFileError(
-                    f"{self.folder / self.files.tensors[name].file}: {name!r} has shape {self.shapes[name]}, "
+                    f"{self.folder / self._info(name).file}: {name!r} has shape {self.shapes[name]}, "
                     f"config.json asks for {shape}"
                 )
             if not self.is_float(name):
                 raise ValueError(
-                    f"{self.folder / self.files.tensors[name].file}: {name!r} is stored as {self._stored(name)}, "
+                    f"{self.folder / self.files.tensors[name].file}: {name!r} is stored as {self._info(name).dtype}, "
                     f"expected one of {', '.join(FLOATS)}, or bitsandbytes' nf4"
                 )
 

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from ..config.run import RunConfig
+from .loftq import Mark, loftq_sentence
 from .marker import marked_names, marked_sentence
 
 _TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
@@ -39,6 +40,7 @@ def write_model_card(model: Any, folder: Path, config: RunConfig, summary: dict[
         lora=model.peft_config["default"],
         summary=summary,
         masked=marked_sentence(masked) if (masked := marked_names(model.peft_config["default"])) else None,
+        loftq=loftq_sentence(Mark.of(config.quantization, rounds)) if (rounds := config.lora.loftq_rounds) else None,
         results=_results(summary),
         versions={name: _version(name) for name in ("sparselora-dist", *_PACKAGES)},
     )

@@ -14,6 +14,9 @@ from torch import Tensor
 PRUNING_FILE = "pruning.json"
 """In the folder of a pruned model: how it was made."""
 
+QUANTIZATION_FILE = "quantization.json"
+"""In the folder of a model that ``sparselora-dist quantize`` made: how."""
+
 # Everything else in a model folder is weights in other formats, or code.
 _COMPANIONS = (
     "generation_config.json", "tokenizer*.json", "tokenizer.model*", "tekken.json", "special_tokens_map.json",

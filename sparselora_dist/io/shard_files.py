@@ -18,6 +18,10 @@ from .manifest import CorruptFileError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Dtypes whose numbers are the values that are meant."""
+PACKED = "_packed"
+"""Ends the name of a matrix whose codes are not one a value: ``X.weight_packed`` in the place of ``X.weight``."""
 _SAMPLE_VALUES = 4096
 
 
@@ -93,7 +97,7 @@ class Stack:
 
 
 class TensorFiles:
-    """The tensors of one or more safetensors files of a folder.
+    """The tensors of one or more safetensors files of a folder. Floats of 8 bits are given as their bytes, uint8.
 
     Attributes:
         tensors: what the headers say, by tensor name, in the order of the files.
@@ -151,19 +155,19 @@ class TensorFiles:
         path = self.folder / self.tensors[name].file
         try:
             with safe_open(path, framework="pt") as file:
-                return file.get_tensor(name)
+                return _bytes(file.get_tensor(name))
         except (SafetensorError, OSError) as error:
             raise CorruptFileError(f"cannot read {name!r} from {path}: {error}") from error
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
         """Rows of a tensor, in memory of their own; the rest of the file is not read."""
-        return self._slice(name, lambda view: view[rows].clone())
+        return self._slice(name, lambda view: _bytes(view[rows]).clone())
 
     def read_columns(self, name: str, columns: slice) -> Tensor:
         """Columns of a matrix, transposed: (columns, rows), in memory of their own."""
         # Copied before it is turned: torch turns a contiguous matrix in blocks, twice as fast.
         return (
-            self._slice(name, lambda view: view[:, columns].clone(memory_format=torch.contiguous_format))
+            self._slice(name, lambda view: _bytes(view[:, columns]).clone(memory_format=torch.contiguous_format))
             .t()
             .contiguous()
         )
@@ -184,7 +188,8 @@ class TensorFiles:
             CorruptFileError: NaN or infinity among it; the tensor and its file are named.
         """
         if not is_finite(values):
-            where = self.folder / self.tensors[name].file
+            held = self.tensors.get(name) or self.tensors[name + PACKED]
+            where = self.folder / held.file
             raise CorruptFileError(f"{where}: {name!r} holds NaN or Inf: the file is damaged, or its training diverged")
 
     def some_rows(self, starts: int, values: int) -> Iterator[tuple[str, Tensor]]:
@@ -206,22 +211,26 @@ class TensorFiles:
 
 def _spread(opened: Any, name: str, shape: tuple[int, ...], starts: int, values: int) -> Tensor:
     if not shape:
-        return opened.get_tensor(name).clone()
+        return _bytes(opened.get_tensor(name)).reshape(1).clone()
     view, total = opened.get_slice(name), shape[0]
     rows = max(1, values // max(1, math.prod(shape[1:])))
     places = sorted({number * max(0, total - rows) // max(1, starts - 1) for number in range(starts)})
-    return torch.cat([view[start : start + rows].flatten() for start in places])
+    return torch.cat([_bytes(view[start : start + rows]).flatten() for start in places])
+
+
+def _bytes(values: Tensor) -> Tensor:
+    return values.view(torch.uint8) if values.dtype.is_floating_point and values.itemsize == 1 else values
 
 
 def weight_key(checkpoint: TensorFiles, name: str) -> str:
     """The checkpoint's key of a parameter: its name, an older one (``renamed``), or without the ``model.`` in
-    front, of a base model that was saved without its LM head.
+    front, of a base model that was saved without its LM head. What the files hold may have :data:`PACKED` behind it.
 
     Raises:
         CorruptFileError: there is none.
     """
     for key in (name, checkpoint.renamed.get(name, name), name.removeprefix("model.")):
-        if key in checkpoint.tensors:
+        if key in checkpoint.tensors or key + PACKED in checkpoint.tensors:
             return key
     raise CorruptFileError(f"{checkpoint.folder} has no tensor {name!r}: it is not a whole checkpoint of this model")
 

@@ -25,6 +25,7 @@ from ..config.run import RunConfig
 from .adapter import ADAPTER_FILE, saved_names
 from .adapter_config import CONFIG_FILE, PREFIX, read_adapter_config, stored_shape
 from .load import check_model, model_without_weights
+from .loftq import Mark
 from .manifest import CorruptFileError, tensors_sha256
 from .marker import KEY, marked_modules
 from .shard_files import TensorFiles, read_json
@@ -71,6 +72,11 @@ def completed(config: RunConfig) -> RunConfig:
     file, described = _find(lora.init_from)
     if described is None:
         return replace(config, lora=_said(lora, file))
+    if Mark.read(read_json(described), described):
+        raise ConfigError(
+            f"{described} says 'loftq': the adapter belongs to another base, the one that its run has stored, and over this "
+            "run's it computes something else. Merge it and train on the result, or start from another adapter"
+        )
     adapter = read_adapter_config(described, "started from", _ALSO)
     _check_zeros(described, config)
     plain = LoraConfig()

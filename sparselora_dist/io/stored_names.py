@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from .manifest import CorruptFileError
-from .shard_files import Stack, TensorFiles
+from .shard_files import FLOATS, PACKED, Stack, TensorFiles
 
 
 def find_names(model: Any, files: TensorFiles) -> None:
@@ -33,7 +33,7 @@ def find_names(model: Any, files: TensorFiles) -> None:
     renamings = [transform for transform in transforms if not isinstance(transform, WeightConverter)]
     converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     parts: dict[str, dict[str, list[str]]] = {}
-    for key in files.tensors:
+    for key in (name.removesuffix(PACKED) for name in files.tensors):
         if key in state:
             continue
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
@@ -41,9 +41,15 @@ def find_names(model: Any, files: TensorFiles) -> None:
             parts.setdefault(name, {}).setdefault(pattern, []).append(key)
         elif name in state and name != key:
             files.renamed[name] = key
+    plain = {key for key, info in files.tensors.items() if info.dtype in FLOATS}
     for name, found in parts.items():
         if name not in state:
             continue
+        if coded := [key for keys in found.values() for key in keys if key not in plain]:
+            raise ValueError(
+                f"{files.folder} holds {name!r} quantised, as {coded[0]!r}: routed experts are read in bf16, fp16 or fp32. "
+                "Use the checkpoint that it was made from"
+            )
         converter = converter_of[next(iter(found))]
         operations = [(type(one).__name__, getattr(one, "dim", None)) for one in converter.operations]
         if operations not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):

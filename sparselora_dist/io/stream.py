@@ -16,9 +16,12 @@ from ..layouts import BY_ROWS, DecoderLayer, Experts, placeholder
 from ..method.channels import TRANSPOSED
 from ..sharding.placement import OtherRankError, Placement, Share
 from .bank import MATRICES, BankFiles
+from .loftq import KeyedShift
 from .manifest import CorruptFileError
-from .prequantized import StoredMatrix, stored_codec, stored_matrix
+from .prequantized import PrequantizedError, StoredMatrix, stored_codec, stored_matrix
 from .shard_files import TensorFiles, weight_key
+
+_NO_SHIFT = KeyedShift()
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +36,16 @@ class Job:
 class Stream:
     """Fills a model on the meta device, tensor by tensor."""
 
-    def __init__(self, checkpoint: TensorFiles, codec: Codec, dtype: torch.dtype, placement: Placement) -> None:
+    def __init__(
+        self,
+        checkpoint: TensorFiles,
+        codec: Codec,
+        dtype: torch.dtype,
+        placement: Placement,
+        shift: KeyedShift = _NO_SHIFT,
+    ) -> None:
         self.checkpoint, self.codec, self.dtype, self.placement = checkpoint, codec, dtype, placement
+        self.shift = shift
         self.kept = 0
 
     # --- the matrices of the decoder layers -----------------------------------------------------------------------
@@ -45,9 +56,7 @@ class Stream:
                 linear: Any = layer.matrix(name)
                 parent, own = layer.slot(name)
                 key = weight_key(self.checkpoint, f"{layer.path_of(name)}.weight")
-                found = stored_matrix(self.checkpoint, key)
-                shape = found.shape if found else self.checkpoint.tensors[key].shape
-                self._check_shape(key, shape, tuple(linear.weight.shape))
+                self._check_shape(key, self._shape(key), tuple(linear.weight.shape))
                 transposed = name in TRANSPOSED
                 codec = stored_codec(self.checkpoint, key, self.codec, self.dtype, transposed=transposed)
                 channels, length = tuple(linear.weight.shape)[:: -1 if transposed else 1]
@@ -72,6 +81,11 @@ class Stream:
         by_rows = family.__dict__.setdefault(BY_ROWS, {})
         like = torch.empty(0, dtype=self.dtype, device=self.placement.device)
         for name in MATRICES:
+            if stored_matrix(self.checkpoint, bank.key(name)):
+                raise PrequantizedError(
+                    f"{bank.key(name)} of {self.checkpoint.folder} is quantised: routed experts are read in bf16, fp16 or "
+                    "fp32. Use the checkpoint that it was made from"
+                )
             self._check_there(f"{bank.path}.{name}", tuple(family._parameters[name].shape))
             widths = self.codec.parts(experts.hidden)
             kept = sum(part.bytes(bank.channels(name)) for part in widths.values()) // self.placement.size
@@ -141,7 +155,8 @@ class Stream:
         if found := stored_matrix(self.checkpoint, key):
             return found.columns(start, stop) if transposed else found.rows(start, stop)
         span = slice(start, stop)
-        return self.checkpoint.read_columns(key, span) if transposed else self.checkpoint.read(key, span)
+        rows = self.checkpoint.read_columns(key, span) if transposed else self.checkpoint.read(key, span)
+        return self.shift.rows(key, rows, start, transposed)
 
     def _encoded(self, codec: Codec, key: str, rows: Tensor, start: int, share: Share) -> dict[str, Tensor]:
         rows = rows.to(self.dtype).contiguous().to(self.placement.device)
@@ -185,7 +200,8 @@ class Stream:
         saved = model.state_dict()
         for path, buffer in list(model.named_buffers()):
             if path in saved:  # A router's correction of its scores, a layer's scale.
-                self._check_there(path, tuple(buffer.shape))
+                key = weight_key(self.checkpoint, path)
+                self._check_shape(key, self.checkpoint.tensors[key].shape, tuple(buffer.shape))
                 yield Job(buffer.nbytes, partial(self._fill_buffer, path, buffer))
 
     def _parameter(self, name: str, shape: torch.Size, whole: bool) -> nn.Parameter:
@@ -196,7 +212,9 @@ class Stream:
             rows = self.checkpoint.stacks[name].read(self.checkpoint, slice(start, stop))
         else:
             key = weight_key(self.checkpoint, name)
-            rows = self.checkpoint.read(key, slice(start, stop))
+            # An LM head may be quantised with the rest: it is kept in values.
+            found = stored_matrix(self.checkpoint, key)
+            rows = found.rows(start, stop) if found else self.checkpoint.read(key, slice(start, stop))
         rows = rows.to(self.placement.device, self.dtype)
         self.checkpoint.check_finite(key, rows)
         self.kept += rows.nbytes
@@ -215,7 +233,11 @@ class Stream:
     def _check_there(self, name: str, want: tuple[int, ...]) -> None:
         if name not in self.checkpoint.stacks:
             key = weight_key(self.checkpoint, name)
-            self._check_shape(key, self.checkpoint.tensors[key].shape, want)
+            self._check_shape(key, self._shape(key), want)
+
+    def _shape(self, key: str) -> tuple[int, ...]:
+        found = stored_matrix(self.checkpoint, key)
+        return found.shape if found else self.checkpoint.tensors[key].shape
 
     def _check_shape(self, key: str, have: tuple[int, ...], want: tuple[int, ...]) -> None:
         if tuple(have) != tuple(want):

@@ -15,6 +15,7 @@ from ..layouts import BY_ROWS, DecoderLayer, Experts, Rows, causal_lm, decoder_l
 from ..method.channels import EXPERTS
 from ..sharding.parameters import full_tensor
 from .bank import BankFiles
+from .loftq import KeyedShift
 from .prequantized import stored_codec, stored_matrix
 from .shard_files import TensorFiles, digest, spaced, weight_key
 
@@ -142,6 +143,9 @@ def _there(weight: Tensor, layer: int, name: str) -> Tensor:
     return weight
 
 
+_NO_SHIFT = KeyedShift()
+
+
 class CheckpointWeights:
     """The matrices of a checkpoint as a codec stores them, read one at a time by whoever asks.
 
@@ -151,9 +155,14 @@ class CheckpointWeights:
     collective = False
 
     def __init__(
-        self, checkpoint: TensorFiles, codec: Codec, dtype: torch.dtype, layers: Sequence[DecoderLayer] = ()
+        self,
+        checkpoint: TensorFiles,
+        codec: Codec,
+        dtype: torch.dtype,
+        layers: Sequence[DecoderLayer] = (),
+        shift: KeyedShift = _NO_SHIFT,
     ) -> None:
-        self.checkpoint, self.codec, self.dtype = checkpoint, codec, dtype
+        self.checkpoint, self.codec, self.dtype, self.shift = checkpoint, codec, dtype, shift
         self._paths = {(layer.index, name): layer.path_of(name) for layer in layers for name in layer.names}
         self._layers = {layer.index: layer for layer in layers}
         self._banks = {layer.index: BankFiles.of(checkpoint, layer) for layer in layers if layer.experts}
@@ -165,7 +174,8 @@ class CheckpointWeights:
         if found := stored_matrix(self.checkpoint, key):
             weight = found.rows(0, found.shape[0]).to(self.dtype)
         else:
-            weight = self._codec_of(key).roundtrip(self.checkpoint.read(key).to(self.dtype))
+            value = self.shift.rows(key, self.checkpoint.read(key))
+            weight = self._codec_of(key).roundtrip(value.to(self.dtype))
         return weight if rows is None else weight[rows]
 
     def shape(self, layer: int, name: str) -> tuple[int, int]:
@@ -189,9 +199,8 @@ class CheckpointWeights:
         if found := stored_matrix(self.checkpoint, key):
             mark = found.mark()
         else:
-            mark = self._codec_of(key).mark + digest(
-                self.checkpoint.sample(key).to(self.dtype), self.checkpoint.tensors[key].shape
-            )
+            sample = digest(self.checkpoint.sample(key).to(self.dtype), self.checkpoint.tensors[key].shape)
+            mark = self._codec_of(key).mark + self.shift.mark(key) + sample
         return _part_mark(mark, name, rows)
 
     def _find(self, layer: int, name: str) -> tuple[str, Rows | None]:

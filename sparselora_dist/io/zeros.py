@@ -1,6 +1,6 @@
 """Zeros of a model's matrices, read from its files a few rows at a time: how many, in which pattern, and which were lost.
 
-A matrix in 4 bits (bitsandbytes' NF4) is judged by its codes.
+A quantised matrix (bitsandbytes' NF4, fp8, nvfp4, mxfp4) is judged by its codes.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from tqdm import tqdm
 from ..codecs.nf4_files import STATE, nonzero_of_codes
 from .manifest import CorruptFileError
 from .model_folder import PRUNING_FILE
-from .shard_files import TensorFiles, read_json
+from .prequantized import StoredMatrix, is_quantised, stored_matrix
+from .shard_files import FLOATS, PACKED, TensorFiles, read_json
 
 PATTERNS = ("1:4", "2:4", "4:8")
 """Those that are recognised, N kept of every M; the first that a matrix has is named."""
-_FLOATS = ("F64", "F32", "F16", "BF16")
 _VALUES = 1 << 24  # Looked at together.
 _LAYER = re.compile(r"\.(\d+)\.(.+)")
 _ROUNDED = 1e-6  # A record has six digits.
@@ -114,7 +114,7 @@ def model_zeros(folder: str | Path, against: str | Path | None = None) -> ModelZ
     """Look at every matrix of a model folder.
 
     Args:
-        folder: safetensors; plain, or in 4 bits by bitsandbytes (nf4).
+        folder: safetensors; plain, or quantised as a run reads it.
         against: the model before, in the same form or the other one.
 
     Raises:
@@ -149,18 +149,30 @@ class _Matrices:
         self.folder, self.files = folder, TensorFiles.of_model(folder)
         coded = [name.removesuffix(STATE) for name in self.files.tensors if name.endswith(STATE)]
         self.coded = {name: self._coded_shape(name) for name in coded}
+        self.stored = {} if self.coded else self._stored()
         self.shapes: dict[str, tuple[int, ...]] = {}
         for name, info in self.files.tensors.items():
             base = name.rpartition(".")[0]
             if name in self.coded:
                 self.shapes[name] = self.coded[name]
-            elif len(info.shape) > 1 and base not in self.coded:
-                if info.dtype not in _FLOATS:
+            elif found := self.stored.get(name.removesuffix(PACKED)):
+                self.shapes[name.removesuffix(PACKED)] = found.shape
+            elif len(info.shape) > 1 and not {base, f"{base}.weight"} & (self.coded.keys() | self.stored.keys()):
+                if info.dtype not in FLOATS:
                     raise ValueError(
-                        f"{folder / info.file}: {name!r} is stored as {info.dtype}: zeros are read of floating point and of "
-                        "bitsandbytes' nf4"
+                        f"{folder / info.file}: {name!r} is stored as {info.dtype}: zeros are read of floating point, of "
+                        "bitsandbytes' nf4, and of fp8, nvfp4 and mxfp4"
                     )
                 self.shapes[name] = info.shape
+
+    def _stored(self) -> dict[str, StoredMatrix]:
+        """The matrices of a checkpoint in small floats."""
+        if not is_quantised(self.files):
+            return {}
+        names = [
+            name.removesuffix(PACKED) for name in self.files.tensors if name.endswith((".weight", f".weight{PACKED}"))
+        ]
+        return {name: found for name in names if (found := stored_matrix(self.files, name))}
 
     def _coded_shape(self, name: str) -> tuple[int, ...]:
         try:
@@ -181,6 +193,8 @@ class _Matrices:
             if name in self.coded:
                 codes = self.files.read(name, slice(start * width // 2, -(-stop * width // 2)))
                 yield nonzero_of_codes(codes, (stop - start, width))
+            elif found := self.stored.get(name):
+                yield found.kept(start, stop)
             else:
                 yield self.files.read(name, slice(start, stop)).view(-1, shape[-1]) != 0
 

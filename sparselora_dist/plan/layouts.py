@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from ..codecs import NF4Codec, PlainCodec
+from ..codecs import Codec, NF4Codec, PlainCodec, codec_of
 from ..config import RunConfig
 from .hardware import Cluster
+from .modules import Stored, matrix_sizes
 from .shapes import ModelShape
 from .storage import Scheme, checkpointing, configured_scheme, engine_settings, resident, tree_of
 from .traffic import Traffic, traffic
@@ -27,6 +28,7 @@ from .work import Batch, Work, decode_buffer, work
 from .zero_replay import ZeroLimits
 
 ORDER = ("zero3", "fsdp2", "zero3-hpz", "hsdp", "replicated")
+_PLAIN = {"bfloat16": "bf16", "float32": "fp32"}
 TIE = 0.05
 """Step times closer than this count as equal: both are bounds, not measurements."""
 
@@ -37,7 +39,11 @@ class Layout:
 
     sharding: str
     storage: str
-    """``bf16``, ``fp32`` or ``nf4``."""
+    """``bf16``, ``fp32``, ``nf4``, or the run's own format, such as ``bcq3``."""
+    matrix_bytes: int
+    """Of the decoder layers' matrices as they are stored, all GPUs' shards together."""
+    stored_bits: float
+    """A weight of them, scales and all."""
     scheme: Scheme
     bytes: dict[str, int]
     """By kind; see docs/planning.md."""
@@ -71,6 +77,8 @@ class Layout:
         return {
             "name": self.name,
             "fits": self.fits,
+            "matrix_bytes": self.matrix_bytes,
+            "stored_bits": self.stored_bits,
             "bytes_per_gpu": self.bytes | {"total": self.total},
             "gathered_bytes_per_step": self.traffic.gathered,
             "flops_dense_equivalent": self.work.dense_flops,
@@ -108,19 +116,28 @@ class Plan:
         return f"{text}; the nearest layout that does is '{nearest.name}' with {_gb(nearest.total)}{_how(own, nearest)}"
 
 
-def make_plan(shape: ModelShape, config: RunConfig, cluster: Cluster, batch: Batch) -> Plan:
+def make_plan(
+    shape: ModelShape, config: RunConfig, cluster: Cluster, batch: Batch, stored: Stored | None = None
+) -> Plan:
     """Evaluate every layout for the run's model, adapter and sparsity.
+
+    Args:
+        stored: of a checkpoint that is quantised already: there is no other storage then.
 
     Raises:
         ConfigError: the run's engine sizes do not fit the number of GPUs; sparse layers that the model does not have.
     """
-    plain = {"bfloat16": "bf16", "float32": "fp32"}[config.model.dtype]
+    plain = _PLAIN[config.model.dtype]
     own = _own(shape, config, cluster)
-    configured_name = f"{own[0]} {'nf4' if config.quantization.load_in_4bit else plain}" if own else None
+    label = config.quantization.label
+    configured_name = f"{own[0]} {label or plain}" if own else None
+    storages = dict.fromkeys([plain, "nf4", *([label] if label else [])])
+    if stored is not None and label:
+        storages = dict.fromkeys([label])
     layouts = []
     for sharding, scheme in _schemes(shape, config, cluster, own).items():
-        for storage in (plain, "nf4"):
-            layouts.append(evaluate(shape, config, cluster, batch, sharding, storage, scheme))
+        for storage in storages:
+            layouts.append(evaluate(shape, config, cluster, batch, sharding, storage, scheme, stored))
     configured = next((x for x in layouts if x.name == configured_name), None)
     choice = _choose(layouts, configured)
     return Plan(layouts, configured, choice, _reason(layouts, choice, cluster))
@@ -134,11 +151,13 @@ def evaluate(
     sharding: str,
     storage: str,
     scheme: Scheme,
+    stored_as: Stored | None = None,
 ) -> Layout:
     """One layout."""
     dtype: torch.dtype = getattr(torch, config.model.dtype)
-    double = config.quantization.bnb_4bit_use_double_quant
-    tree = tree_of(shape, config, scheme, NF4Codec(double_quant=double) if storage == "nf4" else PlainCodec(dtype))
+    codec = _codec(config, storage)
+    tree = tree_of(shape, config, scheme, codec, stored_as)
+    stored, values = matrix_sizes(tree, codec)
     moved = traffic(tree, scheme, checkpointing(config), config.train.gradient_accumulation_steps)
     done = work(shape, config, tree, batch)
     held = resident(tree, scheme, config.train.optim)
@@ -146,7 +165,8 @@ def evaluate(
     # fp32 gradients: of every shard from backward to step under FSDP2, made for the step under ZeRO-3.
     held["lora"] += trained
     # A masked adapter's matrix is computed into the decoded one.
-    gather = moved.live + (decode_buffer(shape, dtype) if storage == "nf4" else done.mask_elements * dtype.itemsize)
+    encoded = not isinstance(codec, PlainCodec)
+    gather = moved.live + (decode_buffer(shape, dtype) if encoded else done.mask_elements * dtype.itemsize)
     if scheme.engine == "zero3":
         gather += scheme.bucket * dtype.itemsize
     held |= {"activations": done.activations, "gather": gather, "logits": done.logits}
@@ -155,6 +175,8 @@ def evaluate(
     return Layout(
         sharding,
         storage,
+        stored,
+        8 * stored / values,
         scheme,
         held,
         sum(held.values()) <= cluster.gpu.usable,
@@ -163,6 +185,14 @@ def evaluate(
         done.executed_flops / cluster.gpu.flops,
         seconds,
     )
+
+
+def _codec(config: RunConfig, storage: str) -> Codec:
+    if storage in _PLAIN.values():
+        return PlainCodec(getattr(torch, config.model.dtype))
+    if storage == config.quantization.label:
+        return codec_of(config.model, config.quantization)
+    return NF4Codec(double_quant=config.quantization.bnb_4bit_use_double_quant)
 
 
 def _own(shape: ModelShape, config: RunConfig, cluster: Cluster) -> tuple[str, Scheme] | None:
@@ -213,7 +243,7 @@ def _choose(layouts: Sequence[Layout], configured: Layout | None) -> Layout | No
     return min(
         tied,
         key=lambda x: (
-            x.storage == "nf4",
+            x.storage not in _PLAIN.values(),
             configured is not None and x is not configured,
             configured is not None and x.scheme.engine != configured.scheme.engine,
             x.total,
@@ -239,10 +269,11 @@ def _reason(layouts: Sequence[Layout], choice: Layout | None, cluster: Cluster) 
     lacking = [x.name for x in layouts if not x.fits]
     if lacking:
         text += f". Too large: {', '.join(lacking)}"
-    if choice.storage == "nf4":
-        faster = [x for x in layouts if x.storage != "nf4" and x.fits]
+    plain = [x for x in layouts if x.storage in _PLAIN.values()]
+    if plain and choice not in plain:
+        faster = [x for x in plain if x.fits]
         why = "none without quantisation is as fast" if faster else "nothing fits without quantisation"
-        text += f". NF4 because {why}; decoding is not in the bound (docs/planning.md)"
+        text += f". {choice.storage.upper()} because {why}; decoding is not in the bound (docs/planning.md)"
     return text
 
 
@@ -265,7 +296,12 @@ def _how(own: Layout, other: Layout) -> str:
     if other.scheme.engine == "zero3" and other.scheme.secondary != own.scheme.secondary:
         changes.append(f"zero_optimization.zero_hpz_partition_size {other.scheme.secondary}")
     if other.storage != own.storage:
-        changes.append(f"quantization.load_in_4bit {'true' if other.storage == 'nf4' else 'false'}")
+        if "nf4" not in (own.storage, other.storage):
+            changes.append("quantization.format null")  # A run's own format is no other layout's.
+        else:
+            changes.append(f"quantization.load_in_4bit {'true' if other.storage == 'nf4' else 'false'}")
+            if own.storage not in ("nf4", *_PLAIN.values()):
+                changes.append('quantization.format "nf4"')
     return f" (set {', '.join(changes)})" if changes else ""
 
 

@@ -19,6 +19,8 @@ class Parameter:
     shape: tuple[int, ...]
     dtype: torch.dtype
     kind: Kind
+    values: int = 0
+    """Of a frozen matrix that its codes stand for."""
 
     @property
     def trainable(self) -> bool:

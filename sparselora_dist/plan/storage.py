@@ -1,7 +1,7 @@
 """Bytes that a rank holds between two optimizer steps, by kind.
 
-    weights    frozen matrices (rows, or NF4 codes), embedding, LM head, norms, biases
-    scales     NF4 scales
+    weights    frozen matrices (rows, or codes), embedding, LM head, norms, biases
+    scales     what decodes the codes: scales, parameters of groups, a mask of columns
     factors    estimator factors
     lora       adapter parameters; under ZeRO-3 also the gradient partitions, which it allocates once
     optimizer  Adam's two moments, in fp32 or 8 bits, and under ZeRO-3 the fp32 masters (a copy also of fp32 adapters)
@@ -20,7 +20,7 @@ import torch
 
 from ..codecs import Codec, codec_of
 from ..config import ConfigError, RunConfig
-from .modules import build_tree
+from .modules import Stored, build_tree
 from .parts import Parameter, Tree
 from .shapes import ModelShape
 from .zero_replay import ZeroLimits
@@ -151,10 +151,13 @@ def checkpointing(config: RunConfig) -> Checkpointing:
     return "reentrant" if config.train.gradient_checkpointing_kwargs.get("use_reentrant") else "non-reentrant"
 
 
-def tree_of(shape: ModelShape, config: RunConfig, scheme: Scheme, codec: Codec | None = None) -> Tree:
+def tree_of(
+    shape: ModelShape, config: RunConfig, scheme: Scheme, codec: Codec | None = None, stored: Stored | None = None
+) -> Tree:
     """The model's modules, as the scheme's engine trains them."""
     model: torch.dtype = getattr(torch, config.model.dtype)
-    return build_tree(shape, config, codec or codec_of(config.model, config.quantization), scheme.adapter_dtype(model))
+    codec = codec or codec_of(config.model, config.quantization)
+    return build_tree(shape, config, codec, scheme.adapter_dtype(model), stored)
 
 
 def moment_bytes(elements: int, optim: str | None) -> int:

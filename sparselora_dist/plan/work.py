@@ -177,7 +177,7 @@ def _activations(
 
 
 def decode_buffer(shape: ModelShape, dtype: torch.dtype) -> int:
-    """Bytes of the largest matrix of a layer, decoded from NF4 for its dense tokens; a mixture's experts are one."""
+    """Bytes of the largest matrix of a layer, decoded for its dense tokens; a mixture's experts are one."""
     if shape.largest:
         return shape.largest * dtype.itemsize
     return max(rows * columns for rows, columns in map(shape.matrix, ("q_proj", *FFN))) * dtype.itemsize

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
+from ..layerwise.statistics import Statistic
 from .pattern import Pattern, Scope, smallest
 from .sparsegpt import sparsegpt
-
-Statistic = Literal["", "squares", "products"]
-"""What is summed over the calibration tokens ``X`` (T, in) of a matrix: nothing, ``Σ X²`` (in,), or ``XᵀX`` (in, in)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..io.shard_files import TensorFiles
+from ..layerwise.layer_stream import Call, LayerStream
+from ..layerwise.statistics import add_parts
 from ..layouts import DecoderLayer
-from .layer_stream import Call, LayerStream
-from .statistics import add_parts
 
 
 class Reference:

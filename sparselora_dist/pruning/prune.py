@@ -20,15 +20,15 @@ from ..config import ConfigError
 from ..io.model_folder import PRUNING_FILE
 from ..io.shard_files import TensorFiles, read_json
 from ..io.weights import checkpoint_folder
+from ..layerwise.growing import GrowingModel
+from ..layerwise.layer_stream import Call
+from ..layerwise.statistics import Inputs, deal, gather, parts_of, sharers
 from ..layouts import DecoderLayer
 from ..sync.everyone import everyone
 from .criteria import METHODS, Method
 from .distance import Reference
-from .layer_stream import Call
-from .output import GrowingModel
 from .pattern import Pattern
 from .source import Source
-from .statistics import Inputs, gather, parts_of, sharers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +68,7 @@ def prune(asked: Pruning, device: torch.device | None = None) -> dict[str, Any]:
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     method = _check(asked)
-    source = Source.open(asked.model, asked.adapter, device or torch.device("cpu"))
+    source = Source.of(asked.model, asked.adapter, device or torch.device("cpu"))
     stream = source.stream
     patterns = _patterns(asked, len(stream.layers))
     for layer, pattern in zip(stream.layers, patterns):
@@ -250,13 +250,3 @@ class _Layers:
         self.source.put_adapter(layer)
         for place, hidden in enumerate(self.hidden):
             self.hidden[place] = self.stream.run(layer, hidden, self.calls[layer.index])
-
-
-def deal(shapes: dict[str, torch.Size], ranks: int) -> dict[str, int]:
-    """Which rank prunes which matrix: the costliest first, each to who has least."""
-    load = [0] * ranks
-    owners = {}
-    for name in sorted(shapes, key=lambda name: -shapes[name][0] * shapes[name][1] ** 2):
-        owners[name] = load.index(min(load))
-        load[owners[name]] += shapes[name][0] * shapes[name][1] ** 2
-    return owners

@@ -24,8 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config import ConfigError
+from ..layerwise.statistics import PARTS, add_parts, parts_of, sharers
 from .source import Source
-from .statistics import PARTS, add_parts, parts_of, sharers
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +64,10 @@ def layer_similarity(
     """How alike the layers' inputs are in a model with an adapter on it. A collective of all ranks.
 
     Raises:
-        ConfigError: see :meth:`Source.open` and :meth:`Source.sequences`.
+        ConfigError: see :meth:`Source.of` and :meth:`Source.sequences`.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    source = Source.open(model, adapter, device)
+    source = Source.of(model, adapter, device)
     tokens = source.sequences(data, sequences, length).sequences
     numbers = [number for part in parts_of(len(tokens), rank, ranks) for number in part]
     hidden, calls = source.stream.embed(tokens[numbers or [0]])

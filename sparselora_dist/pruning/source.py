@@ -4,61 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import ConfigError
-from ..io.pretrained import check_positions, read_config, read_tokenizer
-from ..io.shard_files import TensorFiles
-from ..io.weights import checkpoint_folder
+from ..layerwise.model_files import ModelFiles
 from ..layouts import DecoderLayer
-from .calibration import Calibration, read_sequences
 from .layer_adapter import LayerAdapter
-from .layer_stream import LayerStream
-
-_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class Source(ModelFiles):
     """A model and its adapter."""
 
-    name: str
-    folder: Path
-    config: Any
-    files: TensorFiles
-    dtype: str
-    stream: LayerStream
     adapter: LayerAdapter | None
 
     @classmethod
-    def open(cls, model: str, adapter: Path | None, device: torch.device) -> Source:
+    def of(cls, model: str, adapter: Path | None, device: torch.device) -> Source:
         """Raises:
         ConfigError: quantised weights, several dtypes; an adapter that changes more than matrices.
         ValueError, OSError: the model or the adapter cannot be read.
         """
-        folder = checkpoint_folder(model)
-        config = read_config(str(folder))
-        if getattr(config, "quantization_config", None):
-            raise ConfigError(f"--model {model} is quantised: prune the weights that it was made from")
-        files = TensorFiles.of_model(folder)
-        dtype = _dtype(files)
-        stream = LayerStream(config, files, getattr(torch, dtype), device)
-        return cls(model, folder, config, files, dtype, stream, LayerAdapter(adapter, files) if adapter else None)
-
-    def sequences(self, data: str, count: int, length: int | None) -> Calibration:
-        """``count`` of them; without a length, of 2048 tokens or as many as the model has positions.
-
-        Raises:
-            ConfigError: more positions than the model has, fewer tokens than are needed.
-        """
-        length = length or min(2048, getattr(self.config, "max_position_embeddings", 2048))
-        check_positions(self.config, length)
-        return read_sequences(data, read_tokenizer(str(self.folder)), count, length)
+        found = ModelFiles.open(model, device)
+        own = {field.name: getattr(found, field.name) for field in fields(ModelFiles)}
+        return cls(**own, adapter=LayerAdapter(adapter, found.files) if adapter else None)
 
     @contextmanager
     def merged(self, layer: DecoderLayer) -> Iterator[dict[str, Tensor]]:
@@ -83,12 +54,3 @@ class Source:
             key = self.stream.key(layer, f"{name}.weight")
             if self.adapter and self.adapter.touches(key):
                 yield name, linear, key
-
-
-def _dtype(files: TensorFiles) -> str:
-    matrices = {info.dtype for info in files.tensors.values() if len(info.shape) == 2}
-    if len(matrices) != 1 or (only := next(iter(matrices))) not in _DTYPES:
-        raise ConfigError(
-            f"{files.folder} has matrices of {', '.join(sorted(matrices))}: allowed: one of {', '.join(_DTYPES)}"
-        )
-    return _DTYPES[only]

@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..layerwise.second_moments import upper_of_inverse
 from .pattern import Pattern, smallest
 
 BLOCK = 128
-DAMPING = 0.01
 
 
 def sparsegpt(weight: Tensor, hessian: Tensor, pattern: Pattern) -> Tensor:
@@ -27,13 +27,9 @@ def sparsegpt(weight: Tensor, hessian: Tensor, pattern: Pattern) -> Tensor:
     Raises:
         ValueError: the damped Hessian has no Cholesky factor.
     """
-    weight, hessian = weight.clone(), hessian.clone()
-    diagonal = hessian.diagonal()
-    dead = diagonal == 0  # No token has anything there.
-    diagonal[dead] = 1.0
-    weight[:, dead] = 0.0
-    diagonal += DAMPING * diagonal.mean()
-    inverse = _upper_of_inverse(hessian)
+    weight = weight.clone()
+    weight[:, hessian.diagonal() == 0] = 0.0  # No token has anything there.
+    inverse = upper_of_inverse(hessian)
     columns = weight.shape[1]
     # A block holds whole groups.
     width = max(BLOCK // pattern.of, 1) * pattern.of if pattern.of else BLOCK
@@ -56,13 +52,3 @@ def sparsegpt(weight: Tensor, hessian: Tensor, pattern: Pattern) -> Tensor:
             block[:, j] = kept
         weight[:, end:] -= errors @ inverse[start:end, end:]
     return weight
-
-
-def _upper_of_inverse(hessian: Tensor) -> Tensor:
-    try:
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-        return torch.linalg.cholesky(inverse, upper=True)
-    except torch.linalg.LinAlgError as error:
-        raise ValueError(
-            f"the calibration data's second moments have no Cholesky factor ({error}): give more or other sequences"
-        ) from error

@@ -102,7 +102,7 @@ class _Run:
 
     def _identity(self) -> dict[str, Any]:
         """What a measured loss depends on, beside site and kept channels."""
-        config, sparse, stored = self.config, self.config.sparse_lora, self.config.quantization
+        config, sparse = self.config, self.config.sparse_lora
         files = TensorFiles.of_model(checkpoint_folder(config.model.name_or_path))
         codec, names = PlainCodec(torch.float32), ("q_proj", "v_proj", "gate_proj")
         if self.shape.data is None:
@@ -119,8 +119,8 @@ class _Run:
             "model": config.model.name_or_path,
             "model_sha256": hashlib.sha256(content).hexdigest(),
             "dtype": config.model.dtype,
-            "load_in_4bit": stored.load_in_4bit,
-            "bnb_4bit_use_double_quant": stored.load_in_4bit and stored.bnb_4bit_use_double_quant,
+            "bnb_4bit_use_double_quant": False,
+            **config.quantization.identity,
             "data": config.data.train,
             "data_sha256": self.sample.sha256,
             "rows": self.sample.rows,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..apply import estimator_factors
 from ..apply.experts import whole_experts
+from ..apply.loftq import loftq_start
 from ..apply.masking import find_pruned, mask
 from ..config.errors import ConfigError
 from ..config.run import RunConfig
@@ -121,7 +122,10 @@ def measure(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lora = config.lora.build()
     whole = partial(is_adapted, lora) if subject.adapter else lambda name: False
-    base = load_base(config.model, config.quantization, Placement(device), whole=whole)
+    placement = Placement(device)
+    loftq = loftq_start(config, placement, subject.adapter) if subject.adapter else None
+    shift = loftq.shift if loftq else None
+    base = load_base(config.model, config.quantization, placement, whole=whole, shift=shift)
     model, layers = base.model, decoder_layers(base.model)
     able = {group: [layer.index for layer in layers if group not in layer.missing] for group in GROUPS}
     sparsity = {g: by for g, by in config.sparse_lora.sparsity(len(layers), able).items() if by}

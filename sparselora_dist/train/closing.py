@@ -22,8 +22,11 @@ def closing_words(config: RunConfig, summary: dict[str, Any]) -> str:
     folder, base = config.train.output_dir, checkpoint_folder(config.model.name_or_path)
     merge = ["sparselora-dist", "merge", "--base", str(base), "--adapter", summary["adapter"]]
     merge += ["--output", os.path.join(folder, "merged"), "--dtype", config.model.dtype]
-    if config.quantization.load_in_4bit:
-        merge += ["--load-in-4bit", *([] if config.quantization.bnb_4bit_use_double_quant else ["--no-double-quant"])]
+    stored = config.quantization
+    if stored.stored == "nf4":
+        merge += ["--load-in-4bit", *([] if stored.bnb_4bit_use_double_quant else ["--no-double-quant"])]
+    elif stored.stored:
+        merge += ["--format", stored.stored, *(["--bits", str(stored.bits)] if stored.bits else [])]
     return f"""
 {losses}
 {summary["executed_flops_share"]:.1%} of plain LoRA's FLOPs{speed}

@@ -69,7 +69,7 @@ def fingerprint(
         "sparse_base": {key: run["sparse_base"][key] for key in _MASK}
         if config.sparse_base.enabled
         else {"enabled": False},
-        "quantization": _storage(config),
+        "quantization": config.quantization.identity,
     }
     found = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
     found["lora.init_from"] = f"an adapter, SHA-256 {start.sha256[:16]}" if start else None
@@ -170,15 +170,3 @@ def _named(settings: Fingerprint) -> Fingerprint:
 
 def _words(differing: list[tuple[str, Any, Any]]) -> str:
     return "; ".join(f"{key} is {show(mine)} here, {show(other)} there" for key, mine, other in differing)
-
-
-def _storage(config: RunConfig) -> dict[str, Any]:
-    """How frozen matrices are stored, the same however it is said."""
-    stored = config.quantization
-    if stored.stored is None:
-        return {"load_in_4bit": False}
-    if stored.stored == "nf4":
-        return {"load_in_4bit": True, "bnb_4bit_use_double_quant": stored.bnb_4bit_use_double_quant}
-    return {"format": stored.stored, "bits": stored.width} | (
-        {"fp8_compute": stored.fp8_compute} if stored.stored == "fp8" else {}
-    )

@@ -17,6 +17,7 @@ from ..apply import find_state
 from ..apply.build import build_model
 from ..apply.fit import fit_run
 from ..apply.liger import liger_patch
+from ..apply.loftq import loftq_start
 from ..config.run import RunConfig
 from ..data import padding_id
 from ..engines import Engine, make_engine
@@ -29,7 +30,7 @@ from ..process import SaidElsewhere
 from .gradient_start import start_at_gradient
 from .loop import TrainingLoop
 from .metrics import flop_model
-from .saving import start_from
+from .saving import start_at, start_from
 from .start import begin, read_adapter
 from .stopping import Stopped, StopSignals
 
@@ -79,13 +80,16 @@ def _run(config: RunConfig, engine: Engine, stop: StopSignals) -> dict[str, Any]
         begun = begin(config, engine, base, held, start)
         path = begun.checkpoint_path
         set_seed(config.train.seed)
+        placement = engine.placement()
+        loftq = loftq_start(config, placement, path / "adapter" if path else None)
         model, report = build_model(
             config,
-            engine.placement(),
+            placement,
             local_ranks=engine.ranks.local_world_size,
             progress=engine.is_main,
             adapter=path / "adapter" if path else None,
             start=start,
+            loftq=loftq,
         )
         load = _report_load(report, config, engine)
         state = find_state(model)
@@ -94,6 +98,8 @@ def _run(config: RunConfig, engine: Engine, stop: StopSignals) -> dict[str, Any]
         engine.prepare(model)
         if start and not path:
             start_from(start, engine)
+        if loftq and not path:
+            start_at(loftq.parameters(), engine)
 
         loop = TrainingLoop(
             config=config,

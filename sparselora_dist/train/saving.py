@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..config.train import TrainSection
 from ..engines import Engine
 from ..engines.optimizers import EIGHT_BIT, under
@@ -29,6 +31,11 @@ def start_from(start: StartAdapter, engine: Engine) -> None:
     """Give a prepared engine's masters the values of an adapter, in fp32 whatever the parameters are. A collective."""
     names = saved_names(engine.module, engine.trainable())
     engine.load_state({names[name]: value for name, value in start.tensors.items()}, {}, 0)
+
+
+def start_at(parameters: dict[str, Tensor], engine: Engine) -> None:
+    """The same of some parameters, by the model's own names; the others keep what they are."""
+    engine.load_state(engine.full_parameters() | parameters, {}, 0)
 
 
 class Saver:

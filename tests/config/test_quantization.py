@@ -77,6 +77,50 @@ def test_a_compute_dtype_that_is_not_the_models(dtype: str, compute: str) -> Non
     run({"dtype": dtype}, load_in_4bit=True, bnb_4bit_compute_dtype=dtype)
 
 
+FORMATS = [
+    ({"format": "bcq"}, "bcq", 4, "bcq4"),
+    ({"format": "shiftadd"}, "shiftadd", 3, "shiftadd3"),
+    ({"format": "hqq", "bits": 2}, "hqq", 2, "hqq2"),
+    ({"format": "fp8"}, "fp8", 8, "fp8"),
+    ({"format": "billm", "bits": 2}, "billm", 2, "billm"),
+    ({"format": "nf4"}, "nf4", 4, "nf4"),
+    ({"load_in_4bit": True, "format": "nf4"}, "nf4", 4, "nf4"),
+    ({}, None, None, None),
+]
+
+
+@pytest.mark.parametrize(("said", "stored", "width", "label"), FORMATS)
+def test_a_format_and_its_bits(said: dict[str, Any], stored: str | None, width: int | None, label: str | None) -> None:
+    section = run(**said).quantization
+    assert (section.stored, section.label) == (stored, label)
+    assert stored is None or section.width == width
+
+
+def test_storages_that_are_one_are_said_to_be() -> None:
+    nf4, plain = run(load_in_4bit=True).quantization.identity, run().quantization.identity
+    assert run(format="nf4", bits=4).quantization.identity == nf4 != plain
+    assert run(format="bcq").quantization.identity == run(format="bcq", bits=4).quantization.identity
+    told = [run(**said).quantization.identity for said in ({"format": "bcq", "bits": 3}, {"format": "hqq", "bits": 3})]
+    told += [run(format="fp8", fp8_compute=computes).quantization.identity for computes in (True, False)]
+    assert all(told.count(one) == 1 for one in [*told, nf4, plain] if one in told)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"bits": 3}, "'quantization.bits' is 3, but no 'quantization.format' is given: name one"),
+        ({"format": "bcq", "bits": 8}, "'quantization.bits' is 8, but bcq has 2, 3, 4"),
+        ({"format": "fp8", "bits": 4}, "'quantization.bits' is 4, but fp8 has 8"),
+        ({"format": "hqq", "load_in_4bit": True}, "'quantization.load_in_4bit' is true, which is nf4, but .* \"hqq\""),
+        ({"format": "gptq"}, '\'quantization.format\' is "gptq": expected one of .*"bcq"'),
+        ({"format": "bcq", "bits": 5}, "'quantization.bits' is 5: expected one of 2, 3, 4, 8"),
+    ],
+)
+def test_formats_that_contradict_are_refused(said: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        run(**said)
+
+
 def test_weights_are_not_streamed_from_nvme() -> None:
     config = run().to_dict()
     offload = {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}}

@@ -97,6 +97,8 @@ def test_missing_sections(missing: str) -> None:
         RunConfig.from_dict(data)
 
 
+LOFTQ: dict[str, Any] = {"init_lora_weights": "loftq"}
+BCQ3, FP8 = {"format": "bcq", "bits": 3}, {"format": "fp8"}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     # top level
     ({"sparselora": {}}, "unknown key 'sparselora': did you mean 'sparse_lora'\\? known: _comment, data, engine, lora"),
@@ -260,6 +262,37 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"lora": {"bias": "all"}}, '\'lora.bias\' is "all": allowed: "none"'),
     ({"lora": {"trust_remote_code": False}}, "'lora.trust_remote_code' is refused"),
     ({"lora": 8}, "'lora' is 8: expected an object"),
+    *[
+        (
+            {"sparse_base": {"enabled": True}, "quantization": {"format": name}},
+            f"'quantization.format' is \"{name}\" with 'sparse_base.enabled': it has no code for zero",
+        )
+        for name in ("hqq", "bcq", "shiftadd", "billm")
+    ],
+    # LoftQ
+    ({"lora": LOFTQ}, "\"loftq\", but the base is not quantised, .*: set 'quantization.format'"),
+    (
+        {"lora": LOFTQ, "quantization": {"format": "billm"}},
+        "with 'quantization.format' \"billm\", whose matrices are read",
+    ),
+    ({"lora": LOFTQ, "quantization": {"format": "nvfp4"}}, "Use a format that is made when a model is loaded"),
+    ({"lora": LOFTQ, "quantization": FP8, "sparse_base": {"enabled": True}}, "\"loftq\" with 'sparse_base.enabled'"),
+    ({"lora": LOFTQ | {"init_from": "adapter"}, "quantization": BCQ3}, "both say what the adapter starts from"),
+    ({"lora": LOFTQ | {"use_dora": True}, "quantization": BCQ3}, "'lora.use_dora' is refused"),
+    (
+        {"lora": LOFTQ | {"loftq_config": {"loftq_bits": 4}}, "quantization": BCQ3},
+        "'lora.loftq_config.loftq_bits' is 4, but 'quantization' stores bcq in 3 bits",
+    ),
+    (
+        {"lora": LOFTQ | {"loftq_config": {"loftq_iter": 0}}},
+        "'lora.loftq_config.loftq_iter' is 0: allowed: integers from 1",
+    ),
+    (
+        {"lora": LOFTQ | {"loftq_config": {"loftq_iters": 2}}},
+        "'lora.loftq_config.loftq_iters'.*did you mean 'loftq_iter'",
+    ),
+    ({"lora": {"loftq_config": {"loftq_iter": 2}}}, "'lora.loftq_config' is .* not \"loftq\": remove it"),
+    ({"lora": LOFTQ | {"target_parameters": ["mlp.experts.gate_up_proj"]}}, "'lora.target_parameters' is .* experts"),
 ]
 
 
@@ -267,6 +300,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_refusals(sections: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         run(**sections)
+
+
+def test_loftq_is_ours_and_not_pefts() -> None:
+    lora = run(lora=LOFTQ, quantization=BCQ3).lora
+    assert (lora.loftq_rounds, lora.values["loftq_config"]) == (1, {"loftq_iter": 1})
+    assert (lora.build().init_lora_weights, lora.build().loftq_config) == (True, {})
+    rounds = {"loftq_config": {"loftq_iter": 3, "loftq_bits": 3}}
+    config = run(lora=LOFTQ | rounds, quantization=BCQ3)
+    assert config.lora.loftq_rounds == 3 and RunConfig.from_dict(config.to_dict()) == config
+    assert run().lora.loftq_rounds == 0
 
 
 def test_a_model_path_may_go_up_where_it_exists(tmp_path: Any, monkeypatch: Any) -> None:

@@ -21,6 +21,7 @@ from sparselora_dist.engines.zero3 import FlatShards
 from sparselora_dist.io.adapter import is_adapted
 from sparselora_dist.io.load import LoadedBase, load_base
 from sparselora_dist.io.memory import InsufficientMemoryError, check_fits
+from sparselora_dist.io.prequantized import PrequantizedError
 from sparselora_dist.io.shard_files import TensorFiles
 from sparselora_dist.layouts import decoder_layers
 from sparselora_dist.sharding.placement import Placement, RowShards
@@ -119,6 +120,16 @@ def test_nf4_computes_with_the_roundtripped_matrices(tmp_path: Path, shape: dict
             assert torch.equal(linear.matrix(linear.parts, torch.float32), weight)
     torch.testing.assert_close(logits(loaded.model), logits(expected), rtol=1e-6, atol=1e-6)
     assert loaded.report.kept_bytes == sum(p.nbytes for p in loaded.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"), [("billm", "'sparselora-dist quantize' makes"), ("nvfp4", "name a checkpoint")]
+)
+def test_a_format_that_no_load_makes(base: Path, name: str, remedy: str) -> None:
+    with pytest.raises(
+        PrequantizedError, match=rf"'quantization.format' is \"{name}\", which .* is not quantised: {remedy}"
+    ):
+        stream(base, quantization=QuantizationSection(format=name))
 
 
 def test_weights_for_the_factors_are_the_models(base: Path) -> None:

@@ -24,6 +24,8 @@ from sparselora_dist.method.channels import ATTENTION
 from support.compare import assert_close
 from support.every_type import tiny_model
 from support.merging import BLOCKS, load, logits, make_adapter, save_base, tensors
+from support.small_floats import SHAPE as SMALL_FLOATS
+from support.small_floats import write_checkpoint
 
 # One fp32 product of inner size 4 in two orders, added to a weight of order 0.1 to 1; then a few layers of it.
 WEIGHTS, LOGITS = {"rtol": 1e-6, "atol": 1e-7}, {"rtol": 2e-5, "atol": 2e-5}
@@ -393,3 +395,20 @@ def test_what_is_not_a_4bit_weight_is_named(tmp_path: Path) -> None:
         (base / "config.json").write_text(json.dumps(config | {"quantization_config": section}))
         with pytest.raises(ValueError, match=rf"'quantization_config' is {found}"):
             merge_adapter(base, tmp_path / "adapter", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["fp8 block", "nvfp4", "modelopt nvfp4"])
+def test_a_base_in_small_floats_is_merged_in_its_own_values(tmp_path: Path, kind: str) -> None:
+    """The result is plain: nothing is left of codes, scales, settings or scales of activations."""
+    means = write_checkpoint(tmp_path / "base", kind, left=("layers.0.mlp.down_proj",))
+    plain = save_base(tmp_path / "plain", **SMALL_FLOATS)
+    save_file(tensors(plain) | means, plain / "model.safetensors", {"format": "pt"})
+    make_adapter(tmp_path / "adapter", plain, target_modules=["v_proj", "down_proj"])
+    summary = merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", dtype="float32")
+    assert (summary.dequantized, summary.merged, summary.quantized) == (13, 4, 0)
+    merge_adapter(plain, tmp_path / "adapter", tmp_path / "expected", dtype="float32")
+    expected, got = tensors(tmp_path / "expected"), tensors(tmp_path / "out")
+    assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in got)
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"is quantised already, .* leave --load-in-4bit out"):
+        merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "four", load_in_4bit=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparselora_kernels import EncodedWeight, floats, reference, rows_of
-from sparselora_kernels.floats import E4M3, E8M0, code_values, scale_values
+from sparselora_kernels.floats import E4M3, E4M3_OVER, E8M0, code_values, scale_values
 from sparselora_kernels.reference.floats import e2m1, e4m3, e8m0
 from sparselora_kernels.stored import weight_of
 from support.kernel_cases import FLOAT_FORMATS
@@ -61,6 +61,13 @@ def test_parts_of_a_larger_buffer() -> None:
         assert torch.equal(got, weight.decode(torch.tensor([1, 8]), torch.float32))
 
 
+def test_schema_and_fake_result() -> None:
+    weight = some_floats((5, 33), 4, E4M3, 16, 1)
+    for channels in (None, torch.tensor([4, 1])):
+        arguments = (*weight.parts, channels, torch.bfloat16, list(weight.layout[1:6]), 0)
+        torch.library.opcheck(torch.ops.sparselora.float_rows, arguments)
+
+
 def test_every_code_and_every_scale() -> None:
     """By the formula of each, and by torch's own types."""
     byte = torch.arange(256, dtype=torch.uint8)
@@ -85,3 +92,13 @@ def test_the_scale_of_nvfp4_is_rounded_before_its_product() -> None:
     factor = whole.view(torch.float32)
     got = weight.decode(None, torch.float32)
     assert torch.equal(got, values * (blocks * factor)) and not torch.equal(got, values * blocks * factor)
+
+
+def test_a_scale_that_divides_is_not_its_reciprocal() -> None:
+    weight = some_floats((64, 64), 4, E4M3_OVER, 16, 1)
+    rows, scales, whole = weight.parts
+    values = code_values(4, CPU)[torch.stack([rows & 15, rows >> 4], 2).view(64, 64).int()]
+    blocks = scales.view(torch.float8_e4m3fn).float().repeat_interleave(16, 1)
+    factor = whole.view(torch.float32)
+    got = weight.decode(None, torch.float32)
+    assert torch.equal(got, values * (blocks / factor)) and not torch.equal(got, values * (blocks * (1 / factor)))

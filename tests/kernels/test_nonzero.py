@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from sparselora_kernels import EncodedWeight, nonzero, reference
+from sparselora_kernels.masked_weight import masked_weight
 from sparselora_kernels.nonzero import keep_nonzero
-from support.kernel_cases import implementations, nf4, pruned, running, some
+from support.kernel_cases import floats, implementations, nf4, pruned, running, some
 
 SHAPES = [(1, 1), (7, 100), (33, 130), (40, 256)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -55,3 +56,34 @@ def test_negative_zero_is_zero() -> None:
     weight = torch.tensor([[-0.0, 0.0, -1.0, 1.0]])
     assert nonzero(weight).tolist() == [[False, False, True, True]]
     assert keep_nonzero(torch.ones(1, 4), weight).tolist() == [[0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("form", [(8, 0, 0, 1), (4, 1, 16, 1), (4, 2, 32, 1)], ids=["fp8", "nvfp4", "mxfp4"])
+@pytest.mark.parametrize("shape", [(7, 101), (33, 130)], ids=str)
+@implementations
+def test_zeros_of_fp8_and_fp4_are_those_of_their_codes(
+    form: tuple, shape: tuple[int, int], implementation: str
+) -> None:
+    """Both zeros, whatever the scale; the weight of a masked adapter keeps them."""
+    rows, *scales = floats(shape, *form).parts
+    rows[torch.rand(rows.shape) < 0.3] = 0
+    rows[torch.rand(rows.shape) < 0.1] = 0x80 if form[0] == 8 else 0x88
+    scales[0][0] = 0
+    stored = EncodedWeight((rows, *scales), floats(shape, *form).layout)
+    one = torch.tensor([[1.0]]).view(torch.uint8)
+    alone = EncodedWeight((rows, one, one)[: 3 if form[1] == 1 else 2], (3, shape[1], form[0], 0, 0, 0, 0))
+    expected = alone.decode(None, torch.float32) != 0
+    for channels in (None, some(shape[0], 5), torch.empty(0, dtype=torch.int64)):
+        assert torch.equal(nonzero(stored, channels), expected if channels is None else expected[channels])
+    p, q = torch.randn(shape[0], 2), torch.randn(2, shape[1])
+    with running(implementation):
+        got = masked_weight(stored, p, q, 0.5)
+    dense = torch.addmm(stored.decode(None, torch.float32), p, q, alpha=0.5)
+    assert torch.equal(got, dense.where(expected, 0)) and 0 < expected.double().mean() < 1
+
+
+def test_a_format_without_a_code_for_zero_is_refused() -> None:
+    weight = EncodedWeight((torch.zeros(4, 32, dtype=torch.uint8),), (2, 128, 0, 2))
+    for call in (lambda: nonzero(weight), lambda: keep_nonzero(torch.ones(4, 128), weight)):
+        with pytest.raises(ValueError, match=r'has no code for zero.*set quantization\.format "nf4" or "fp8"'):
+            call()

@@ -21,7 +21,7 @@ from sparselora_dist.config.run import RunConfig
 from sparselora_dist.io.merge import merge_adapter
 from sparselora_dist.io.pretrained import read_tokenizer
 from sparselora_dist.io.shard_files import TensorFiles
-from sparselora_dist.pruning.calibration import read_sequences
+from sparselora_dist.layerwise.calibration import read_sequences
 from sparselora_dist.pruning.layer_adapter import LayerAdapter
 from sparselora_dist.pruning.losa import losa
 from sparselora_dist.pruning.prune import prune

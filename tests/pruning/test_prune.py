@@ -18,13 +18,13 @@ from transformers import AutoModelForCausalLM
 from sparselora_dist.cli import main
 from sparselora_dist.io.pretrained import read_config, read_tokenizer
 from sparselora_dist.io.shard_files import TensorFiles
-from sparselora_dist.pruning.calibration import read_sequences
+from sparselora_dist.layerwise.calibration import read_sequences
+from sparselora_dist.layerwise.growing import GrowingModel
+from sparselora_dist.layerwise.layer_stream import LayerStream
+from sparselora_dist.layerwise.statistics import deal, parts_of
 from sparselora_dist.pruning.criteria import METHODS
-from sparselora_dist.pruning.layer_stream import LayerStream
-from sparselora_dist.pruning.output import GrowingModel
 from sparselora_dist.pruning.pattern import Pattern
-from sparselora_dist.pruning.prune import Pruning, deal, prune
-from sparselora_dist.pruning.statistics import parts_of
+from sparselora_dist.pruning.prune import Pruning, prune
 from support.every_type import tiny_model
 from support.harness import ROOT, run_ranks
 from support.pruning_workers import asked_of

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...codecs import Codec
 
+REMEDY = "Use the bf16 checkpoint that it was made from"
 _BLOCK = 1024
 
 
@@ -20,6 +21,8 @@ class StoredMatrix(ABC):
     """One encoded matrix of a checkpoint, of a linear (out, in). Nothing is encoded anew where that can be helped."""
 
     shape: tuple[int, int]
+    least_zeros: float = 0.01
+    """The share of zeros below which it is not taken for a pruned one: weights without zeros have codes of zero too."""
 
     @abstractmethod
     def codec(self, asked: Codec, transposed: bool) -> Codec:
@@ -41,6 +44,11 @@ class StoredMatrix(ABC):
     @abstractmethod
     def mark(self) -> str:
         """What tells it from other matrices: the format and a hash of a sample."""
+
+    def kept(self, start: int, stop: int) -> Tensor:
+        """Where rows ``start`` ... ``stop - 1`` of (out, in) are not zero, bool; of codes where the code is not that of
+        zero, if the format has one."""
+        return self.rows(start, stop) != 0
 
     def columns(self, start: int, stop: int, block: int = _BLOCK) -> Tensor:
         """Columns ``start`` ... ``stop - 1`` of all rows, (stop - start, out) fp32; a few rows at a time are decoded."""

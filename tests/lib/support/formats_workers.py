@@ -8,15 +8,18 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
 
 from sparselora_dist.config import QuantizationSection, RunConfig
+from sparselora_dist.quantizing.quantize import quantize
 
 from .agreement_workers import follow
 from .engine_parts import close, run_config
 from .models import ALL_LINEAR, tiny_base
 from .nf4_workers import SHAPE, gathered, stream
+from .quantizing_workers import asked_of, model_folder
 from .sharding_workers import held
 
 CASES: dict[str, dict[str, Any]] = {
@@ -24,15 +27,24 @@ CASES: dict[str, dict[str, Any]] = {
     "hqq 3": {"format": "hqq", "bits": 3},
     "bcq 2": {"format": "bcq", "bits": 2},
     "shiftadd 3": {"format": "shiftadd"},
+    "billm": {"format": "billm"},
 }
-"""Those that are made when the model is loaded."""
+"""All but the last are made when the model is loaded."""
 
 
 def _plain(folder: Path) -> None:
     tiny_base(**SHAPE).save_pretrained(folder)
 
 
-MAKERS: dict[str, Callable[[Path], None]] = {}
+def _billm(folder: Path) -> None:
+    asked = asked_of("billm", model_folder(folder / "plain", **SHAPE, num_hidden_layers=3), folder / "billm")
+    with mock.patch.object(dist, "is_initialized", lambda: False):  # One rank makes it, alone.
+        quantize(asked)
+    for file in asked.output.iterdir():
+        file.rename(folder / file.name)
+
+
+MAKERS: dict[str, Callable[[Path], None]] = {"billm": _billm}
 """Of the checkpoints that hold a format already."""
 
 

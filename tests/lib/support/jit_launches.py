@@ -29,8 +29,10 @@ from triton.backends.compiler import GPUTarget
 
 import sparselora_kernels as kernels
 import sparselora_kernels.score as scores
-from sparselora_kernels import aot, indexed_linear
+from sparselora_kernels import aot, fp8, indexed_linear
 from sparselora_kernels.backend import forced_triton
+from sparselora_kernels.floats import E4M3, E4M3_OVER, E8M0, FP32, row_bytes
+from sparselora_kernels.floats import scale_bytes as scale_bytes_of
 from sparselora_kernels.gpu import tiling
 from sparselora_kernels.levels import BILLM, SIGNS, widths
 from sparselora_kernels.nf4 import blocks, scale_bytes
@@ -138,6 +140,21 @@ def few_levels(rows: int, length: int, rule: int, bits: int) -> kernels.EncodedW
     )
 
 
+def small_floats(rows: int, length: int, bits: int, scale: int, block: int, every: int) -> kernels.EncodedWeight:
+    count = -(-rows // every) if every else 1
+    sizes = [(rows, row_bytes(length, bits)), (count, scale_bytes_of(length, scale, block)), (1, 4)]
+    return kernels.EncodedWeight(
+        [empty(*size, dtype=torch.uint8) for size in sizes[: 3 if scale in (E4M3, E4M3_OVER) else 2]],
+        kernels.float_layout(length, bits, scale, block, every),
+    )
+
+
+FLOATS = [
+    (8, FP32, 0, 1), (8, FP32, 1, 0), (8, E8M0, 32, 1), (8, E8M0, 1, 32), (4, E4M3, 16, 1), (4, E4M3, 1, 16),
+    (4, E4M3_OVER, 16, 1), (4, E4M3_OVER, 1, 16), (4, E8M0, 32, 1), (4, E8M0, 1, 32),
+]  # fmt: skip
+
+
 def dtype_of(stored: str) -> torch.dtype:
     return torch.float32 if stored == "fp32" else torch.bfloat16
 
@@ -198,13 +215,19 @@ def run_masked(model: Model, stored: str, rank: int | None, tokens: int, dense: 
 
 
 def run_decode(model: Model, stored: str, rank: int | None, tokens: int, dense: int) -> None:
-    """All rows, as for dense tokens, and kept rows alone."""
+    """All rows, as for dense tokens, and kept rows alone; what fp8 products need besides."""
     if stored == "nf4":
         shape = model.width, model.hidden
-        for weight in (matrix(*shape, stored), few_levels(*shape, SIGNS, 3), few_levels(*shape, BILLM, 2)):
+        floats = [small_floats(*shape, *form) for form in FLOATS]
+        for weight in (matrix(*shape, stored), few_levels(*shape, SIGNS, 3), few_levels(*shape, BILLM, 2), *floats):
             for channels in (None, index(model.neurons)):
                 for dtype in (torch.bfloat16, torch.float32):
                     unpack(weight).decode(channels, dtype)
+        for dtype in (torch.bfloat16, torch.float32):
+            for factors in (None, empty(model.hidden, dtype=torch.float32)):
+                fp8.round_rows(empty(tokens, model.hidden, dtype=dtype), factors)
+        for rows in (model.width, model.neurons):
+            fp8.operand(empty(rows, model.hidden, dtype=torch.uint8).t())
 
 
 RUNS: dict[str, Callable[..., None]] = {

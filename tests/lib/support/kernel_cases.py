@@ -14,7 +14,7 @@ from sparselora_dist.codecs import FloatsCodec
 from sparselora_dist.codecs.nf4 import NF4Codec
 from sparselora_kernels import EncodedWeight
 from sparselora_kernels.backend import forced_triton
-from sparselora_kernels.floats import E4M3, E8M0, FP32
+from sparselora_kernels.floats import E4M3, E4M3_OVER, E8M0, FP32
 from sparselora_kernels.levels import BILLM, BITS, groups, numbers, pack_params, widths
 from sparselora_kernels.stored import unpack
 
@@ -80,6 +80,7 @@ def nf4_parts(shape: tuple[int, int], double_quant: bool) -> tuple[Tensor, Tenso
 FLOAT_FORMATS = [
     (8, FP32, 0, 1), (8, FP32, 0, 0), (8, FP32, 1, 0), (8, FP32, 128, 128), (8, FP32, 16, 3),
     (4, E4M3, 16, 1), (4, E4M3, 1, 16), (4, E8M0, 32, 1), (4, E8M0, 1, 32), (4, E8M0, 7, 2),
+    (4, E4M3_OVER, 16, 1), (4, E4M3_OVER, 1, 16), (8, E8M0, 32, 1),
 ]  # fmt: skip
 """(bits, kind of scale, block, every): what files hold, and blocks that nothing divides."""
 

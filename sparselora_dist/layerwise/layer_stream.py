@@ -64,7 +64,7 @@ class LayerStream:
         if others or not known:
             raise UnsupportedModelError(
                 f"{layer.path} has {others[0] if others else 'no linear'}, which is no weight of a linear (routed experts, "
-                "a router, a convolution): pruning knows layers whose weights are all linears"
+                "a router, a convolution): only layers whose weights are all linears are taken"
             )
 
     @staticmethod

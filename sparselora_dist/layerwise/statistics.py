@@ -7,14 +7,14 @@ in their order. A sequence runs alone, so that nothing depends on what runs besi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .criteria import Statistic
-
+Statistic = Literal["", "squares", "products"]
+"""What is summed over the calibration tokens ``X`` (T, in) of a matrix: nothing, ``Σ X²`` (in,), or ``XᵀX`` (in, in)."""
 PARTS = 8
 """Into how many parts the sequences are dealt: the most ranks that can share them."""
 
@@ -30,6 +30,16 @@ def parts_of(sequences: int, rank: int, ranks: int) -> list[range]:
     bounds = [sequences * part // count for part in range(count + 1)]
     mine = range(count * rank // ranks, count * (rank + 1) // ranks) if rank < ranks else ()
     return [range(bounds[part], bounds[part + 1]) for part in mine]
+
+
+def deal(shapes: dict[str, torch.Size], ranks: int) -> dict[str, int]:
+    """Which rank works on which matrix: the costliest first, each to who has least."""
+    load = [0] * ranks
+    owners = {}
+    for name in sorted(shapes, key=lambda name: -shapes[name][0] * shapes[name][1] ** 2):
+        owners[name] = load.index(min(load))
+        load[owners[name]] += shapes[name][0] * shapes[name][1] ** 2
+    return owners
 
 
 class Inputs:
@@ -75,7 +85,7 @@ class Inputs:
 
 
 def gather(inputs: Inputs, name: str, owner: int) -> Tensor | None:
-    """The sum of a linear's inputs over all parts, on the rank that prunes it; ``None`` on the others. A collective."""
+    """The sum of a linear's inputs over all parts, on the rank that works on it; ``None`` on the others. A collective."""
     key = inputs.first.get(name, "")  # No name on a rank without sequences.
     return add_parts([sums[key] for sums in inputs.sums], owner)
 

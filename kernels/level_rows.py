@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from .backend import use_triton
-from .levels import GROUP, HQQ, SIGNS, groups, numbers, unpack_bits, unpack_codes, unpack_params
+from .levels import GROUP, HQQ, SIGNS, groups, numbers, unpack_bits, unpack_codes, unpack_params, unpack_signs
 from .operator import register
 
-# Values that the CPU decodes at once: their fp32 forms stay in the L2 cache.
-_CHUNK = 1 << 17
+# Values that the CPU decodes at once: few enough for its caches, many enough for what an operation costs by itself.
+_CHUNK = 1 << 18
 
 
 def level_rows(
@@ -62,43 +62,41 @@ def _level_rows(
     rows = codes.shape[0] if channels is None else channels.shape[0]
     nb = groups(length)
     out = codes.new_empty((rows, length), dtype=dtype)
-    salient = None if columns is None else unpack_bits(columns).view(1, nb, GROUP).view(torch.uint8) << bits
+    salient = None if columns is None else unpack_bits(columns).view(torch.uint8).view(1, nb, GROUP) << bits
     step = max(_CHUNK // (nb * GROUP), 1)
     for start in range(0, rows, step):
         part = slice(start, start + step)
         chosen = part if channels is None else channels[part]
-        own = unpack_codes(codes[chosen], bits).view(-1, nb, GROUP)
-        if salient is not None:
-            own |= salient
-        values = _values(own, unpack_params(params[chosen], numbers(rule, bits)), rule, dtype)
-        out[part] = values.view(own.shape[0], nb * GROUP)[:, :length]
+        planes, own = codes[chosen], unpack_params(params[chosen], numbers(rule, bits))
+        if rule == SIGNS:
+            values = _signed(planes, own)
+        elif rule == HQQ:
+            scale, zero = own.split(1, -1)
+            values = unpack_codes(planes, bits).view(-1, nb, GROUP).float().sub_(zero).mul_(scale)
+        else:
+            assert salient is not None
+            place = unpack_codes(planes, bits).view(-1, nb, GROUP) | salient
+            values = _billm(own).to(dtype).gather(2, place.long())
+        out[part] = values.view(values.shape[0], nb * GROUP)[:, :length]
     return out
 
 
-def _values(codes: Tensor, params: Tensor, rule: int, dtype: torch.dtype) -> Tensor:
-    """From codes (n, nb, 128) uint8 and numbers (n, nb, p) fp32; a salient column's codes are 4 larger."""
-    if rule == HQQ:
-        scale, zero = params.split(1, -1)
-        return codes.float().sub_(zero).mul_(scale)
-    levels = torch.stack(_signed(params) if rule == SIGNS else _billm(params), -1).to(dtype)
-    return levels.flatten(0, 1).gather(1, codes.flatten(0, 1).long())
+def _signed(planes: Tensor, params: Tensor) -> Tensor:
+    """Values (n, nb, 128) fp32. A product with a sign is exact, so that each sum is rounded once, fused or not."""
+    n, nb, bits = params.shape
+    first, *others = unpack_signs(planes).view(n, nb, bits, GROUP).unbind(2)
+    values = first.float().mul_(params[..., :1])
+    for i, signs in enumerate(others, start=1):
+        values.addcmul_(signs.float(), params[..., i : i + 1])
+    return values
 
 
-def _signed(params: Tensor) -> list[Tensor]:
-    """The level of every code, (n, nb) each."""
-    first, *others = params.unbind(-1)
-    levels = [-first, first]
-    for number in others:
-        levels = [level - number for level in levels] + [level + number for level in levels]
-    return levels
-
-
-def _billm(params: Tensor) -> list[Tensor]:
-    """The levels of the codes of other columns, then of salient ones."""
+def _billm(params: Tensor) -> Tensor:
+    """The levels (n, nb, 8) fp32 of the codes of other columns, then of salient ones."""
     mu_inner, a_inner, mu_outer, a_outer, mu, first, second = params.unbind(-1)
     low, high = mu - first, mu + first
     others = [mu_inner - a_inner, mu_outer - a_outer, mu_inner + a_inner, mu_outer + a_outer]
-    return [*others, low - second, high - second, low + second, high + second]
+    return torch.stack([*others, low - second, high - second, low + second, high + second], -1)
 
 
 def _level_rows_fake(

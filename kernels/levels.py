@@ -101,13 +101,18 @@ def unpack_params(params: Tensor, count: int) -> Tensor:
     return data.view(torch.float16).view(data.shape[0], data.shape[1] // (2 * count), count).float()
 
 
+def unpack_signs(planes: Tensor) -> Tensor:
+    """-1 or 1 (n, 8·k), int8, for the bits of bytes (n, k)."""
+    return _spread(planes.reshape(-1), signs=True).view(torch.int8).view(planes.shape[0], 8 * planes.shape[1])
+
+
 @cache
-def _bits(device: torch.device) -> Tensor:
-    """The eight bits of a byte, a byte each: (256,) int64."""
+def _bits(device: torch.device, signs: bool) -> Tensor:
+    """The eight bits of a byte, a byte each, or -1 and 1 for them: (256,) int64."""
     bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
-    return bits.to(torch.uint8).view(torch.int64).view(-1).to(device)
+    return (2 * bits - 1 if signs else bits).to(torch.int8).view(torch.int64).view(-1).to(device)
 
 
-def _spread(data: Tensor) -> Tensor:
-    """The bits of bytes (n,), eight in each of (n,) int64."""
-    return _bits(data.device).index_select(0, data.int())
+def _spread(data: Tensor, signs: bool = False) -> Tensor:
+    """The bits, or signs, of bytes (n,), eight in each of (n,) int64."""
+    return _bits(data.device, signs).index_select(0, data.int())

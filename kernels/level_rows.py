@@ -66,8 +66,11 @@ def _level_rows(
     step = max(_CHUNK // (nb * GROUP), 1)
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        chosen = part if channels is None else channels[part]
-        planes, own = codes[chosen], unpack_params(params[chosen], numbers(rule, bits))
+        if channels is None:
+            planes, own = codes[part], params[part]
+        else:
+            planes, own = (data.index_select(0, channels[part]) for data in (codes, params))
+        own = unpack_params(own, numbers(rule, bits))
         if rule == SIGNS:
             values = _signed(planes, own)
         elif rule == HQQ:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,30 @@ from .engine_parts import close, run_config
 from .models import ALL_LINEAR, tiny_base
 from .nf4_workers import SHAPE, gathered, stream
 from .sharding_workers import held
+from .small_floats import write_checkpoint
 
 CASES: dict[str, dict[str, Any]] = {
     "fp8": {"format": "fp8"},
     "hqq 3": {"format": "hqq", "bits": 3},
     "bcq 2": {"format": "bcq", "bits": 2},
     "shiftadd 3": {"format": "shiftadd"},
+    "fp8 tensor": {"format": "fp8"},
+    "nvfp4": {"format": "nvfp4"},
 }
-"""Those that are made when the model is loaded."""
+"""The last two are read from files that hold them, the others are made when the model is loaded."""
 
 
 def _plain(folder: Path) -> None:
     tiny_base(**SHAPE).save_pretrained(folder)
 
 
-MAKERS: dict[str, Callable[[Path], None]] = {}
+def _small_floats(folder: Path, kind: str) -> None:
+    write_checkpoint(folder, kind, **SHAPE)
+
+
+MAKERS: dict[str, Callable[[Path], None]] = {
+    kind: partial(_small_floats, kind=kind) for kind in ("fp8 tensor", "nvfp4")
+}
 """Of the checkpoints that hold a format already."""
 
 

@@ -17,7 +17,7 @@ from .gated_ffn import gated_up
 from .gated_product import gated_product
 from .grouped import grouped_linear, grouped_product
 from .label_loss import chunk_rows, label_loss, label_scores, row_bytes, scores_of
-from .levels import level_rows
+from .level_rows import level_rows
 from .lora_joined import lora_joined
 from .lora_linear import lora_linear, lora_order
 from .masked_linear import masked_down, masked_linear, masked_up

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .backend import use_fp8
 from .floats import E4M3, E4M3_OVER, FP32, float_rows
-from .levels import BILLM, BITS, level_rows
+from .level_rows import level_rows
+from .levels import BILLM, BITS
 from .nf4 import nf4_rows
 
 PLAIN: tuple[int, ...] = (0,)

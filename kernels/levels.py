@@ -1,4 +1,4 @@
-"""Few levels: q bits of code a value and p numbers per group of 128 values of a row, decoded row by row.
+"""Few levels: q bits of code a value and p numbers per group of 128 values of a row. What they mean, and how they lie.
 
     HQQ      p = 2   (code - zero) · scale                                   numbers scale, zero
     SIGNS    p = q   ((±s0) ± s1) ± ...          bit i of the code is the sign of s_i, 1 is plus
@@ -22,13 +22,9 @@ Numbers are bytes on purpose: an engine that computes in bf16 would round fp16 p
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
-
-from .backend import use_triton
-from .operator import register
 
 GROUP = 128
 """Values per group of numbers."""
@@ -38,8 +34,9 @@ HQQ, SIGNS, BILLM = range(3)
 """Rules."""
 BITS = {HQQ: (2, 3, 4), SIGNS: (2, 3, 4), BILLM: (2,)}
 """What a code of each rule may take."""
-# Values that the CPU decodes at once: their fp32 forms stay in the L2 cache.
-_CHUNK = 1 << 16
+
+_LOWEST = 0x0101010101010101
+_TO_THE_TOP = sum(1 << 56 - 7 * j for j in range(8))
 
 
 def groups(length: int) -> int:
@@ -62,15 +59,19 @@ def widths(length: int, rule: int, bits: int) -> tuple[int, ...]:
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Planes (n, nb·bits·16) uint8 of codes (n, nb·128) uint8 below 2^bits."""
     n, nb = codes.shape[0], codes.shape[1] // GROUP
-    by_byte = codes.reshape(n, nb, 1, PLANE, 8)
-    planes = torch.arange(bits, dtype=torch.uint8, device=codes.device).view(bits, 1, 1)
-    return pack_bits(by_byte >> planes & 1).view(n, nb * bits * PLANE)
+    eight = codes.contiguous().view(torch.int64).view(n, nb, 1, PLANE)
+    planes = torch.arange(bits, device=codes.device).view(bits, 1)
+    return _packed(eight >> planes & _LOWEST).view(n, nb * bits * PLANE)
 
 
 def pack_bits(values: Tensor) -> Tensor:
-    """Bytes (...) of bits (..., 8), 0 or 1, uint8 or bool; the first is the lowest."""
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=values.device)
-    return (values.to(torch.uint8) * weights).sum(-1, dtype=torch.uint8)
+    """Bytes (n, k) of bits (n, 8·k), 0 or 1, uint8 or bool; the first is the lowest."""
+    return _packed(values.to(torch.uint8).clone(memory_format=torch.contiguous_format).view(torch.int64))
+
+
+def _packed(eight: Tensor) -> Tensor:
+    """A byte, uint8, of the lowest bits of eight, each 0 or 1, in an int64. The product has bit j of byte j at 56 + j."""
+    return (eight * _TO_THE_TOP >> 56 & 255).to(torch.uint8)
 
 
 def pack_params(params: Tensor) -> Tensor:
@@ -80,12 +81,12 @@ def pack_params(params: Tensor) -> Tensor:
 
 def unpack_codes(planes: Tensor, bits: int) -> Tensor:
     """Codes (n, nb·128) uint8 of :func:`pack_codes`' planes."""
-    return _joined(planes.reshape(-1, bits, PLANE), bits).view(planes.shape[0], planes.shape[1] // bits * 8)
+    return joined(planes.reshape(-1, bits, PLANE), bits).view(planes.shape[0], planes.shape[1] // bits * 8)
 
 
 def unpack_bits(data: Tensor) -> Tensor:
     """Bits (n, 8·k), bool, of bytes (n, k)."""
-    return _spread(data, _table(data.device, False)).view(data.shape[0], 8 * data.shape[1]).view(torch.bool)
+    return spread(data, bit_table(data.device, False)).view(data.shape[0], 8 * data.shape[1]).view(torch.bool)
 
 
 def unpack_params(params: Tensor, count: int) -> Tensor:
@@ -96,114 +97,21 @@ def unpack_params(params: Tensor, count: int) -> Tensor:
 
 
 @cache
-def _table(device: torch.device, signs: bool) -> Tensor:
+def bit_table(device: torch.device, signs: bool) -> Tensor:
     """What the eight bits of a byte stand for, a byte each: 0 and 1, or -1 and 1 (int8). (256,) int64."""
     bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
     return (2 * bits - 1 if signs else bits).to(torch.int8).view(torch.int64).view(-1).to(device)
 
 
-def _spread(data: Tensor, table: Tensor) -> Tensor:
+def spread(data: Tensor, table: Tensor) -> Tensor:
     """Eight bytes of ``table`` for each byte of ``data`` (...): (..., 8) int8."""
     return table.index_select(0, data.reshape(-1).int()).view(torch.int8).view(*data.shape, 8)
 
 
-def _joined(planes: Tensor, bits: int) -> Tensor:
+def joined(planes: Tensor, bits: int) -> Tensor:
     """Codes (g, 128) uint8 of planes (g, bits, 16). Eight codes are shifted at once, a byte each."""
-    single = _table(planes.device, False).index_select(0, planes.reshape(-1).int()).view(-1, bits, PLANE)
+    single = bit_table(planes.device, False).index_select(0, planes.reshape(-1).int()).view(-1, bits, PLANE)
     codes = single[:, 0].clone()
     for i in range(1, bits):
         codes |= single[:, i] << i
     return codes.view(torch.uint8)
-
-
-def level_rows(
-    codes: Tensor,
-    params: Tensor,
-    columns: Tensor | None,
-    channels: Tensor | None,
-    dtype: torch.dtype,
-    *,
-    length: int,
-    rule: int,
-    bits: int,
-) -> Tensor:
-    """Decode ``channels`` of a matrix of few levels. Carries no gradient.
-
-    Args:
-        codes, params: uint8, laid out as above, of C channels.
-        columns: uint8, for BILLM; otherwise ``None``.
-        channels: (k,) int64 rows of these, or ``None`` for all.
-        dtype: of the result.
-        length: values per row.
-        rule, bits: what a code means.
-
-    Returns:
-        (k, length).
-    """
-    return _run(codes, params, columns, channels, dtype, length, rule, bits)
-
-
-def _level_rows(
-    codes: Tensor,
-    params: Tensor,
-    columns: Tensor | None,
-    channels: Tensor | None,
-    dtype: torch.dtype,
-    length: int,
-    rule: int,
-    bits: int,
-) -> Tensor:
-    if use_triton(codes):
-        from .gpu import levels
-
-        if dtype not in levels.DTYPES:
-            return _level_rows(codes, params, columns, channels, torch.float32, length, rule, bits).to(dtype)
-        with torch.cuda.device_of(codes):
-            return levels.level_rows(codes, params, columns, channels, dtype, length=length, rule=rule, bits=bits)
-    rows = codes.shape[0] if channels is None else channels.shape[0]
-    out = codes.new_empty((rows, length), dtype=dtype)
-    step = max(_CHUNK // (groups(length) * GROUP), 1)
-    salient = None if columns is None else unpack_bits(columns).view(1, -1, GROUP)
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        chosen = part if channels is None else channels[part]
-        values = _values(codes[chosen], unpack_params(params[chosen], numbers(rule, bits)), salient, rule, bits)
-        out[part] = values.view(values.shape[0], values.shape[1] * GROUP)[:, :length]
-    return out
-
-
-def _values(planes: Tensor, params: Tensor, salient: Tensor | None, rule: int, bits: int) -> Tensor:
-    """(n, nb, 128) fp32, from a row's bytes, its numbers (n, nb, p) fp32, and its salient columns (1, nb, 128) bool."""
-    n, nb, _ = params.shape
-    planes = planes.reshape(-1, bits, PLANE)
-    if rule == HQQ:
-        scale, zero = params.split(1, -1)
-        return _joined(planes, bits).float().view(n, nb, GROUP).sub_(zero).mul_(scale)
-    if rule == SIGNS:
-        signs = _spread(planes, _table(planes.device, True)).float().view(n, nb, bits, GROUP)
-        values = signs[:, :, 0] * params[..., :1]
-        for i in range(1, bits):
-            # A product with a sign is exact, so that the sum is rounded once, fused or not.
-            values.addcmul_(signs[:, :, i], params[..., i : i + 1])
-        return values
-    assert salient is not None
-    mu_inner, a_inner, mu_outer, a_outer, mu, first, second = params.split(1, -1)
-    plane = _spread(planes[:, 0], _table(planes.device, False)).view(torch.bool).view(n, nb, GROUP)
-    sign = _spread(planes[:, 1], _table(planes.device, True)).float().view(n, nb, GROUP)
-    middle = torch.where(salient, torch.where(plane, mu + first, mu - first), torch.where(plane, mu_outer, mu_inner))
-    return middle.addcmul_(sign, torch.where(salient, second, torch.where(plane, a_outer, a_inner)))
-
-
-def _level_rows_fake(
-    codes: Tensor,
-    params: Tensor,
-    columns: Tensor | None,
-    channels: Tensor | None,
-    dtype: torch.dtype,
-    length: int,
-    *_: Any,
-) -> Tensor:
-    return codes.new_empty((codes.shape[0] if channels is None else channels.shape[0], length), dtype=dtype)
-
-
-_run = register("level_rows", _level_rows, _level_rows_fake)

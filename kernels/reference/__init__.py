@@ -9,7 +9,7 @@ from .gated_product import gated_product
 from .grouped import grouped_linear, grouped_product
 from .indexed_linear import indexed_nn, indexed_nt
 from .label_loss import label_loss, label_scores
-from .levels import level_rows
+from .level_rows import level_rows
 from .lora_joined import lora_joined
 from .lora_linear import lora_linear
 from .masked_linear import masked_down, masked_linear, masked_up

@@ -88,17 +88,9 @@ def nearest(groups: Tensor, once: Tensor, twice: Tensor, salient: Tensor) -> tup
         once, twice: (n, L) fp32, what codes decode to in an ordinary and in a salient column.
         salient: bool, (n, k) or (1, k).
     """
-    codes = torch.zeros_like(groups, dtype=torch.uint8)
-    found = torch.zeros_like(groups)
-    least = torch.full_like(groups, float("inf"))
-    for code in range(once.shape[1]):
-        value = torch.where(salient, twice[:, code, None], once[:, code, None])
-        far = (groups - value).abs_()
-        closer = far < least
-        codes.masked_fill_(closer, code)
-        found = torch.where(closer, value, found)
-        least = torch.minimum(least, far)
-    return codes, found
+    values = once[:, None] if once is twice else torch.where(salient[..., None], twice[:, None], once[:, None])
+    codes = (groups[..., None] - values).abs_().argmin(-1, keepdim=True)
+    return codes[..., 0].to(torch.uint8), values.expand(*groups.shape, -1).gather(-1, codes)[..., 0]
 
 
 def _mean(values: Tensor, mask: Tensor, count: Tensor) -> Tensor:

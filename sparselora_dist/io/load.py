@@ -120,8 +120,6 @@ def load_base(
         checkpoint = TensorFiles.of_model(checkpoint_folder(section.name_or_path))
         if said is None:
             check_quantization_files(checkpoint.folder, codec)
-        if quantization.stored in READ_ONLY and not is_quantised(checkpoint):
-            raise PrequantizedError(_not_made(quantization.stored, section.name_or_path))
         model = model_without_weights(config, dtype, section.attn_implementation)
         model.requires_grad_(False)
         layers = decoder_layers(model)
@@ -130,6 +128,8 @@ def load_base(
         keyed = (shift or Shift()).by_key(checkpoint)
         stream = Stream(checkpoint, codec, dtype, placement, keyed)
         jobs = [*stream.matrices(layers), *stream.others(model, layers, whole)]
+        if quantization.stored in READ_ONLY and not is_quantised(checkpoint):
+            raise PrequantizedError(_not_made(quantization.stored, section.name_or_path))
         check_fits(sum(job.kept for job in jobs), placement.home, local_ranks, placement.rank)
     with placement.together(), tqdm(jobs, "loading", disable=not progress, leave=False, unit="tensor") as bar:
         for number, job in enumerate(bar):

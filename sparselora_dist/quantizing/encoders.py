@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..codecs import Codec, FloatsCodec, LevelsCodec
-from .groups import BillmEncoder, Encoder, Float8Encoder
+from ..codecs import Codec, FloatsCodec, LevelsCodec, bcq, hqq
+from .groups import BillmEncoder, Encoder, Float8Encoder, LevelsEncoder
 
 
 def encoder_of(codec: Codec, matrix: Tensor) -> Encoder:
@@ -16,4 +16,9 @@ def encoder_of(codec: Codec, matrix: Tensor) -> Encoder:
     assert isinstance(codec, LevelsCodec), f"{codec.name} is not made here"
     if codec.format == "billm":
         return BillmEncoder(*size)
-    raise NotImplementedError(codec.name)
+    if codec.format == "hqq":
+        return LevelsEncoder(*size, codec, lambda values, costs: hqq.quantize(values, codec.bits))
+    powers = codec.format == "shiftadd"
+    return LevelsEncoder(
+        *size, codec, lambda values, costs: bcq.quantize(values, codec.bits, powers=powers, weights=costs)
+    )

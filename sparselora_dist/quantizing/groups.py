@@ -13,11 +13,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sparselora_kernels import level_rows
 from sparselora_kernels.floats import LARGEST
-from sparselora_kernels.levels import pack_bits, pack_codes, pack_params
+from sparselora_kernels.levels import numbers, pack_bits, pack_codes, pack_params
 
 from ..codecs.billm import GROUP, fit_groups, nearest, salient_columns, tables_of
 from ..codecs.floats import FloatsCodec
+from ..codecs.levels import RULES, LevelsCodec
 
 
 class Encoder(ABC):
@@ -78,8 +80,16 @@ class GroupedEncoder(Encoder):
         """Which columns have a table of their own."""
 
     @abstractmethod
-    def fit(self, groups: Tensor, salient: Tensor, valid: Tensor, costs: Tensor | None) -> Tensor:
-        """The numbers (n, count) fp16 of groups (n, 128) fp32; the others are (n, 128) or (1, 128)."""
+    def fit(self, values: Tensor, first: int, costs: Tensor | None) -> Tensor:
+        """The numbers (n, groups, count) fp16.
+
+        Args:
+            values: (n, width) fp32, of groups from ``first`` on.
+            costs: (width,) of a squared error in each column; ``None`` where all are alike.
+
+        Raises:
+            ValueError: a number is not finite in fp16.
+        """
 
     @abstractmethod
     def tables(self, params: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,8 +97,8 @@ class GroupedEncoder(Encoder):
 
     def block(self, number: int, values: Tensor, costs: Tensor, own: Tensor | None) -> Tensor:
         width = values.shape[1]
-        salient, valid = self.salient[None, number], self.valid[None, number]
-        params = self.fit(_padded(values, GROUP), salient, valid, _padded(costs, GROUP)[None])
+        salient = self.salient[None, number]
+        params = self.fit(values, number, costs)[:, 0]
         tables = self.tables(params)
 
         def choose(columns: Tensor, which: slice) -> tuple[Tensor, Tensor]:
@@ -101,8 +111,8 @@ class GroupedEncoder(Encoder):
 
     def rows(self, first: int, values: Tensor, own: Tensor | None) -> Tensor:
         n = len(values)
-        params = self.fit(self._flat(values), self.salient.repeat(n, 1), self.valid.repeat(n, 1), None)
-        once, twice = (table.view(n, self.groups, -1) for table in self.tables(params))
+        params = self.fit(values, 0, None)
+        once, twice = (table.view(n, self.groups, -1) for table in self.tables(params.flatten(0, 1)))
 
         def choose(rows: Tensor, which: slice) -> tuple[Tensor, Tensor]:
             tables = once[which].flatten(0, 1), twice[which].flatten(0, 1)
@@ -112,7 +122,7 @@ class GroupedEncoder(Encoder):
         codes, decoded = in_turn(values, own, choose)
         here = slice(first, first + n)
         self.codes[here] = codes.view(n, self.groups, GROUP) * self.valid
-        self.params[here] = params.view(n, self.groups, -1)
+        self.params[here] = params
         return decoded
 
     def _flat(self, rows: Tensor) -> Tensor:
@@ -141,14 +151,60 @@ class BillmEncoder(GroupedEncoder):
         self.salient[number] = salient_columns(*padded, self.valid[number])
         return super().block(number, values, costs, own)
 
-    def fit(self, groups: Tensor, salient: Tensor, valid: Tensor, costs: Tensor | None) -> Tensor:
-        return fit_groups(groups, salient, valid)
+    def fit(self, values: Tensor, first: int, costs: Tensor | None) -> Tensor:
+        n, count = len(values), -(-values.shape[1] // GROUP)
+        masks = (mask[first : first + count].repeat(n, 1) for mask in (self.salient, self.valid))
+        return fit_groups(_padded(values, count * GROUP).view(-1, GROUP), *masks).view(n, count, -1)
 
     def tables(self, params: Tensor) -> tuple[Tensor, Tensor]:
         return tables_of(params)
 
     def parts(self) -> dict[str, Tensor]:
-        return super().parts() | {"columns": pack_bits(self.salient.view(1, -1, 8))}
+        return super().parts() | {"columns": pack_bits(self.salient.view(1, -1))}
+
+
+class LevelsEncoder(GroupedEncoder):
+    """hqq, bcq and shiftadd: numbers as they are found without data, but for weights of the errors.
+
+    Args:
+        quantize: from values (n, width) fp32 and the costs of their columns, or ``None``, to codes and numbers.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        length: int,
+        device: torch.device,
+        codec: LevelsCodec,
+        quantize: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]],
+    ) -> None:
+        self.rule = RULES[codec.format]
+        super().__init__(channels, length, device, codec.bits, numbers(self.rule, codec.bits))
+        self.quantize, self.format = quantize, codec.format
+        every = torch.arange(GROUP, device=device).remainder(2**codec.bits).to(torch.uint8)
+        self.every_code = pack_codes(every[None], codec.bits)
+
+    def fit(self, values: Tensor, first: int, costs: Tensor | None) -> Tensor:
+        params = self.quantize(values, costs)[1]
+        if not bool(params.isfinite().all()):
+            raise ValueError(
+                f"a weight is NaN, Inf or beyond what fp16 numbers can hold, which {self.format} cannot store"
+            )
+        return params
+
+    def tables(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        codes, length = self.every_code.expand(len(params), -1), 2**self.bits
+        table = level_rows(
+            codes,
+            pack_params(params[:, None]),
+            None,
+            None,
+            torch.float32,
+            length=length,
+            rule=self.rule,
+            bits=self.bits,
+        )
+        return table, table
 
 
 class Float8Encoder(Encoder):

@@ -8,15 +8,18 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
 
 from sparselora_dist.config import QuantizationSection, RunConfig
+from sparselora_dist.quantizing.quantize import quantize
 
 from .agreement_workers import follow
 from .engine_parts import close, run_config
 from .models import ALL_LINEAR, tiny_base
 from .nf4_workers import SHAPE, gathered, stream
+from .quantizing_workers import asked_of, model_folder
 from .sharding_workers import held
 from .small_floats import write_checkpoint
 
@@ -25,14 +28,23 @@ CASES: dict[str, dict[str, Any]] = {
     "hqq 3": {"format": "hqq", "bits": 3},
     "bcq 2": {"format": "bcq", "bits": 2},
     "shiftadd 3": {"format": "shiftadd"},
+    "billm": {"format": "billm"},
     "fp8 tensor": {"format": "fp8"},
     "nvfp4": {"format": "nvfp4"},
 }
-"""The last two are read from files that hold them, the others are made when the model is loaded."""
+"""The last three are read from files that hold them, the others are made when the model is loaded."""
 
 
 def _plain(folder: Path) -> None:
     tiny_base(**SHAPE).save_pretrained(folder)
+
+
+def _billm(folder: Path) -> None:
+    asked = asked_of("billm", model_folder(folder / "plain", **SHAPE, num_hidden_layers=3), folder / "billm")
+    with mock.patch.object(dist, "is_initialized", lambda: False):  # One rank makes it, alone.
+        quantize(asked)
+    for file in asked.output.iterdir():
+        file.rename(folder / file.name)
 
 
 def _small_floats(folder: Path, kind: str) -> None:
@@ -40,7 +52,8 @@ def _small_floats(folder: Path, kind: str) -> None:
 
 
 MAKERS: dict[str, Callable[[Path], None]] = {
-    kind: partial(_small_floats, kind=kind) for kind in ("fp8 tensor", "nvfp4")
+    "billm": _billm,
+    **{kind: partial(_small_floats, kind=kind) for kind in ("fp8 tensor", "nvfp4")},
 }
 """Of the checkpoints that hold a format already."""
 

@@ -1,4 +1,4 @@
-"""Reference of ``kernels/levels.py``: the three rules, a value at a time."""
+"""Reference of ``kernels/level_rows.py``: the three rules, a value at a time."""
 
 from __future__ import annotations
 

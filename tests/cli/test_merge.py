@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
 
 from sparselora_dist.cli import main
-from support.merging import make_adapter, save_base, tensors
+from sparselora_dist.config import ModelSection, QuantizationSection, RunConfig
+from sparselora_dist.io.load import load_base
+from sparselora_dist.layouts import decoder_layers
+from sparselora_dist.sharding.placement import Placement
+from sparselora_dist.train.closing import closing_words
+from support.compare import assert_close
+from support.merging import load, make_adapter, save_base, tensors
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +35,36 @@ def test_merges_and_says_what_it_wrote(folders: list[str], tmp_path: Path, capsy
     assert last.startswith(f"wrote {tmp_path / 'out'}: ") and last.endswith("in float32; merged 21 matrices")
     assert "merging" not in captured.err, "a progress bar where no terminal is"
     assert tensors(tmp_path / "out")
+
+
+def test_the_command_that_a_run_prints_merges_into_what_it_trained_on(
+    folders: list[str], tmp_path: Path, capsys: Any
+) -> None:
+    summary = dict.fromkeys(("train_loss_first", "train_loss_last", "executed_flops_share"), 1.0)
+    summary |= {"eval_loss": None, "tokens_per_second": None, "adapter": folders[3]}
+    results = []
+    for number, said in enumerate(
+        ({"format": "bcq", "bits": 2}, {"format": "bcq"}, {"format": "fp8"}, {"load_in_4bit": True})
+    ):
+        config: Any = {"model": {"name_or_path": folders[1], "dtype": "float32"}, "data": {"train": "rows.jsonl"}}
+        config |= {"train": {"output_dir": str(tmp_path / str(number))}, "quantization": said}
+        words = shlex.split(closing_words(RunConfig.from_dict(config), summary).rsplit("sparselora-dist", 1)[1])
+        assert main(words) == 0
+        assert capsys.readouterr().out.strip().endswith("merged 21 matrices, dequantised 21 matrices")
+        section = QuantizationSection(**said)
+        model = load_base(
+            ModelSection(name_or_path=folders[1], dtype="float32"), section, Placement(torch.device("cpu"))
+        ).model
+        merged = tensors(tmp_path / str(number) / "merged")
+        bare = dict(PeftModel.from_pretrained(load(Path(folders[1])), folders[3]).named_modules())
+        for layer in decoder_layers(model):
+            for name in layer.names:
+                path, linear = layer.path_of(name), layer.matrix(name)
+                stored, adapter = linear.matrix(linear.parts, torch.float32), bare[f"base_model.model.{path}"]
+                expected = stored + adapter.get_delta_weight("default")
+                assert_close(path, expected, merged[f"{path}.weight"], rtol=1e-5, atol=1e-6)
+        results.append(merged["model.layers.0.mlp.up_proj.weight"])
+    assert not any(one.equal(other) for i, one in enumerate(results) for other in results[:i])
 
 
 def test_4bit(folders: list[str], tmp_path: Path, capsys: Any) -> None:

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from sparselora_dist import SparseLoRAConfig, apply_sparselora
 from sparselora_dist.apply import find_state
-from sparselora_dist.codecs import NF4Codec
+from sparselora_dist.codecs import Codec, FloatsCodec, NF4Codec
 from sparselora_dist.codecs.linear import FrozenLinear
 from sparselora_dist.io.factors import write_factors
 from sparselora_dist.layouts import decoder_layers
@@ -36,6 +36,8 @@ from sparselora_dist.plan.shapes import ModelShape
 RANK = 8
 LORA: dict[str, Any] = {"r": 32, "lora_alpha": 64, "target_modules": list(ATTENTION), "task_type": "CAUSAL_LM"}
 """The paper's adapter."""
+CODECS: dict[str, Codec] = {"nf4": NF4Codec(), "fp8": FloatsCodec(), "fp8 decoded": FloatsCodec(compute=False)}
+"""Of storages; as everywhere, fp8 is decoded where the device does not multiply it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ def build(
     """A PEFT model of ``layers`` of the shape's layers, with its adapters away from zero, in training mode.
 
     Args:
-        storage: ``plain``; ``nf4``, our codec; or ``bitsandbytes``, its ``Linear4bit``.
+        storage: ``plain``; one of :data:`CODECS`; or ``bitsandbytes``, its ``Linear4bit``.
     """
     torch.manual_seed(0)
     config = hf_config(
@@ -99,8 +101,12 @@ def build(
         for layer in decoder_layers(model):
             for name in (*ATTENTION, *FFN):
                 parent = layer.module.self_attn if name in ATTENTION else layer.module.mlp
-                make = _nf4_linear if storage == "nf4" else _bitsandbytes_linear
-                setattr(parent, name, make(getattr(parent, name), name in TRANSPOSED, device, dtype))
+                linear: nn.Linear = getattr(parent, name)
+                if storage == "bitsandbytes":
+                    made = _bitsandbytes_linear(linear, device, dtype)
+                else:
+                    made = _encoded_linear(linear, CODECS[storage], name in TRANSPOSED, device, dtype)
+                setattr(parent, name, made)
     if storage == "bitsandbytes":
         model.is_loaded_in_4bit = True  # What PEFT looks at.
     for module in model.modules():
@@ -121,28 +127,30 @@ def build(
 
 
 @cache
-def _nf4_parts(channels: int, length: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+def _parts(codec: Codec, channels: int, length: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """One matrix, encoded: what all matrices of its shape are made of."""
     values = torch.empty(channels, length, device=device, dtype=dtype).normal_(std=0.02)
-    return NF4Codec().encode(values, 0)
+    return codec.encode(values, 0)
 
 
 def forget_parts() -> None:
-    """Free what NF4 models are made from."""
-    _nf4_parts.cache_clear()
+    """Free what encoded models are made from."""
+    _parts.cache_clear()
 
 
-def _nf4_linear(linear: nn.Linear, transposed: bool, device: torch.device, dtype: torch.dtype) -> FrozenLinear:
+def _encoded_linear(
+    linear: nn.Linear, codec: Codec, transposed: bool, device: torch.device, dtype: torch.dtype
+) -> FrozenLinear:
     """The same rows in an order of their own. Random codes instead would have a mean, because NF4's levels have one: a
     direction that every layer amplifies, and rounding with it."""
     channels, length = tuple(linear.weight.shape)[:: -1 if transposed else 1]
     order = torch.randperm(channels, device=device)
-    whole = _nf4_parts(channels, length, device, dtype)
+    whole = _parts(codec, channels, length, device, dtype)
     frozen = {name: nn.Parameter(part.index_select(0, order), requires_grad=False) for name, part in whole.items()}
-    return FrozenLinear(linear.in_features, linear.out_features, None, NF4Codec(), frozen, transposed=transposed)
+    return FrozenLinear(linear.in_features, linear.out_features, None, codec, frozen, transposed=transposed)
 
 
-def _bitsandbytes_linear(linear: nn.Linear, transposed: bool, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def _bitsandbytes_linear(linear: nn.Linear, device: torch.device, dtype: torch.dtype) -> nn.Module:
     import bitsandbytes
 
     options = {"compress_statistics": True, "quant_type": "nf4"}

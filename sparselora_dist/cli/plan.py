@@ -6,6 +6,8 @@ import argparse
 import json
 import sys
 import textwrap
+from dataclasses import replace
+from pathlib import Path
 
 from ..config import ConfigError, RunConfig
 from ..plan.hardware import GPUS, Cluster, find_gpu
@@ -51,7 +53,14 @@ def run(arguments: argparse.Namespace) -> int:
         from ..io.start_adapter import completed  # PEFT, which a plan needs for nothing else.
 
         config = completed(config)
-    shape = find_shape(arguments.model or config.model.name_or_path)
+    name = arguments.model or config.model.name_or_path
+    shape = find_shape(name)
+    stored = None
+    if (folder := Path(name)).exists():
+        from ..io.prequantized import planned
+
+        if found := planned(folder if folder.is_dir() else folder.parent, config.model, config.quantization):
+            config, stored = replace(config, quantization=found[0]), found[1]
     cluster = Cluster(
         gpu=find_gpu(arguments.gpu),
         gpus=arguments.gpus,
@@ -60,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         inter=arguments.inter_gbps * 1e9,
     )
     batch = _batch(arguments, config)
-    plan = make_plan(shape, config, cluster, batch)
+    plan = make_plan(shape, config, cluster, batch, stored)
     if arguments.json:
         print(json.dumps(_as_json(plan), indent=1))
     else:

@@ -86,7 +86,7 @@ class _Layer:
         linear = base_linear(module)
         rows, columns = linear.out_features, linear.in_features
         name = self.known.get(id(linear))
-        codec = self.builder.codec if name else PlainCodec(self.builder.dtype)
+        codec = self.builder.codec_of(at, name) if name else PlainCodec(self.builder.dtype)
         stored = self.builder.stored(at, codec, (columns, rows) if name in TRANSPOSED else (rows, columns))
         if linear.bias is not None:
             stored.append(Parameter(f"{at}.bias", (rows,), self.builder.dtype, "weights"))

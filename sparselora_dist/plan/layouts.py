@@ -20,7 +20,7 @@ import torch
 from ..codecs import Codec, NF4Codec, PlainCodec, codec_of
 from ..config import RunConfig
 from .hardware import Cluster
-from .modules import matrix_sizes
+from .modules import Stored, matrix_sizes
 from .shapes import ModelShape
 from .storage import Scheme, checkpointing, configured_scheme, engine_settings, resident, tree_of
 from .traffic import Traffic, traffic
@@ -116,8 +116,13 @@ class Plan:
         return f"{text}; the nearest layout that does is '{nearest.name}' with {_gb(nearest.total)}{_how(own, nearest)}"
 
 
-def make_plan(shape: ModelShape, config: RunConfig, cluster: Cluster, batch: Batch) -> Plan:
+def make_plan(
+    shape: ModelShape, config: RunConfig, cluster: Cluster, batch: Batch, stored: Stored | None = None
+) -> Plan:
     """Evaluate every layout for the run's model, adapter and sparsity.
+
+    Args:
+        stored: of a checkpoint that is quantised already: there is no other storage then.
 
     Raises:
         ConfigError: the run's engine sizes do not fit the number of GPUs; sparse layers that the model does not have.
@@ -127,10 +132,12 @@ def make_plan(shape: ModelShape, config: RunConfig, cluster: Cluster, batch: Bat
     label = config.quantization.label
     configured_name = f"{own[0]} {label or plain}" if own else None
     storages = dict.fromkeys([plain, "nf4", *([label] if label else [])])
+    if stored is not None and label:
+        storages = dict.fromkeys([label])
     layouts = []
     for sharding, scheme in _schemes(shape, config, cluster, own).items():
         for storage in storages:
-            layouts.append(evaluate(shape, config, cluster, batch, sharding, storage, scheme))
+            layouts.append(evaluate(shape, config, cluster, batch, sharding, storage, scheme, stored))
     configured = next((x for x in layouts if x.name == configured_name), None)
     choice = _choose(layouts, configured)
     return Plan(layouts, configured, choice, _reason(layouts, choice, cluster))
@@ -144,11 +151,12 @@ def evaluate(
     sharding: str,
     storage: str,
     scheme: Scheme,
+    stored_as: Stored | None = None,
 ) -> Layout:
     """One layout."""
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     codec = _codec(config, storage)
-    tree = tree_of(shape, config, scheme, codec)
+    tree = tree_of(shape, config, scheme, codec, stored_as)
     stored, values = matrix_sizes(tree, codec)
     moved = traffic(tree, scheme, checkpointing(config), config.train.gradient_accumulation_steps)
     done = work(shape, config, tree, batch)
@@ -261,8 +269,9 @@ def _reason(layouts: Sequence[Layout], choice: Layout | None, cluster: Cluster) 
     lacking = [x.name for x in layouts if not x.fits]
     if lacking:
         text += f". Too large: {', '.join(lacking)}"
-    if choice.storage not in _PLAIN.values():
-        faster = [x for x in layouts if x.storage in _PLAIN.values() and x.fits]
+    plain = [x for x in layouts if x.storage in _PLAIN.values()]
+    if plain and choice not in plain:
+        faster = [x for x in plain if x.fits]
         why = "none without quantisation is as fast" if faster else "nothing fits without quantisation"
         text += f". {choice.storage.upper()} because {why}; decoding is not in the bound (docs/planning.md)"
     return text

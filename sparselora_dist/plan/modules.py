@@ -7,11 +7,12 @@ estimator runs inside its first sparse projection.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from ..codecs import Codec
+from ..codecs import Codec, PlainCodec
 from ..config import ConfigError, RunConfig
 from ..method.channels import ATTENTION, FFN, SCORED, TRANSPOSED
 from .parts import Module, Parameter, Tree
@@ -21,17 +22,25 @@ VALUES = ("rows", "codes")
 """Parts of a stored matrix that have something for every weight."""
 
 
-def build_tree(shape: ModelShape, config: RunConfig, codec: Codec, adapter: torch.dtype) -> Tree:
+Stored = Callable[[str, bool], "Codec | None"]
+"""How a checkpoint that is quantised already stores the matrix of a module, ``model.layers.0.mlp.up_proj``, by whether it is
+stored transposed; ``None``: it stays as it is."""
+
+
+def build_tree(
+    shape: ModelShape, config: RunConfig, codec: Codec, adapter: torch.dtype, stored: Stored | None = None
+) -> Tree:
     """The modules of ``shape`` with the run's adapter and sparse layers.
 
     Args:
         codec: stores the matrices of every decoder layer; the rest is in ``model.dtype``.
         adapter: dtype of the LoRA parameters: the masters themselves (fp32), or ``model.dtype`` under ZeRO-3.
+        stored: says for each matrix what stores it, in the place of ``codec``.
 
     Raises:
         ConfigError: a LoRA option that adds parameters which are not modelled, or that matches no matrix.
     """
-    builder = Builder(shape, config, codec, adapter)
+    builder = Builder(shape, config, codec, adapter, stored)
     if shape.data is not None:
         from ..layouts import adapted, decoder_layers, rest_of
         from .any_layer import tree_of_model
@@ -60,8 +69,10 @@ def _finished(tree: Tree, config: RunConfig) -> Tree:
 class Builder:
     """Makes modules of a run's model."""
 
-    def __init__(self, shape: ModelShape, config: RunConfig, codec: Codec, adapter: torch.dtype) -> None:
-        self.shape, self.codec, self.adapter = shape, codec, adapter
+    def __init__(
+        self, shape: ModelShape, config: RunConfig, codec: Codec, adapter: torch.dtype, stored: Stored | None
+    ) -> None:
+        self.shape, self.codec, self.adapter, self.stored_as = shape, codec, adapter, stored
         self.dtype: torch.dtype = getattr(torch, config.model.dtype)
         self.ranks = _LoraRanks(config, any_name=shape.data is not None)
         sparse = config.sparse_lora
@@ -99,10 +110,16 @@ class Builder:
     def _linear(self, index: int, name: str) -> Module:
         rows, columns = self.shape.matrix(name)
         at = f"layers.{index}.{'self_attn' if name in ATTENTION else 'mlp'}.{name}"
-        stored = self.stored(at, self.codec, (columns, rows) if name in TRANSPOSED else (rows, columns))
+        stored = self.stored(at, self.codec_of(at, name), (columns, rows) if name in TRANSPOSED else (rows, columns))
         if self.shape.has_bias(name):
             stored.append(Parameter(f"{at}.bias", (rows,), self.dtype, "weights"))
         return self.with_adapter(at, stored, self.ranks.of(f"model.{at}"), (rows, columns))
+
+    def codec_of(self, at: str, name: str) -> Codec:
+        """What stores the matrix ``name`` at a place."""
+        if self.stored_as is None:
+            return self.codec
+        return self.stored_as(f"model.{at}", name in TRANSPOSED) or PlainCodec(self.dtype)
 
     def stored(self, at: str, codec: Codec, shape: tuple[int, int]) -> list[Parameter]:
         """The parameters of a frozen matrix (channels, row length)."""

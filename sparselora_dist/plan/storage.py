@@ -20,7 +20,7 @@ import torch
 
 from ..codecs import Codec, codec_of
 from ..config import ConfigError, RunConfig
-from .modules import build_tree
+from .modules import Stored, build_tree
 from .parts import Parameter, Tree
 from .shapes import ModelShape
 from .zero_replay import ZeroLimits
@@ -151,10 +151,13 @@ def checkpointing(config: RunConfig) -> Checkpointing:
     return "reentrant" if config.train.gradient_checkpointing_kwargs.get("use_reentrant") else "non-reentrant"
 
 
-def tree_of(shape: ModelShape, config: RunConfig, scheme: Scheme, codec: Codec | None = None) -> Tree:
+def tree_of(
+    shape: ModelShape, config: RunConfig, scheme: Scheme, codec: Codec | None = None, stored: Stored | None = None
+) -> Tree:
     """The model's modules, as the scheme's engine trains them."""
     model: torch.dtype = getattr(torch, config.model.dtype)
-    return build_tree(shape, config, codec or codec_of(config.model, config.quantization), scheme.adapter_dtype(model))
+    codec = codec or codec_of(config.model, config.quantization)
+    return build_tree(shape, config, codec, scheme.adapter_dtype(model), stored)
 
 
 def moment_bytes(elements: int, optim: str | None) -> int:

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sparselora_kernels import level_rows
 from sparselora_kernels.floats import LARGEST
-from sparselora_kernels.level_rows import level_rows
 from sparselora_kernels.levels import numbers, pack_bits, pack_codes, pack_params
 
 from ..codecs.billm import GROUP, fit_groups, nearest, salient_columns, tables_of
@@ -160,7 +160,7 @@ class BillmEncoder(GroupedEncoder):
         return tables_of(params)
 
     def parts(self) -> dict[str, Tensor]:
-        return super().parts() | {"columns": pack_bits(self.salient.view(1, -1, 8))}
+        return super().parts() | {"columns": pack_bits(self.salient.view(1, -1))}
 
 
 class LevelsEncoder(GroupedEncoder):

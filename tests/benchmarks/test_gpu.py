@@ -45,7 +45,7 @@ def test_all_parts_run(gpu: ModuleType, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-3000:]
     assert result.stdout.rstrip().endswith("0 wrong")
     kernels = {row["kernel"].split(" ")[0] for row in tables["kernels"]}
-    files = ("score", "select", "nf4", "columns", "indexed_linear", "gated_ffn", "gated_gradient")
+    files = ("score", "select", "nf4", "floats", "fp8", "columns", "indexed_linear", "gated_ffn", "gated_gradient")
     assert {name.split(".")[0] for name in kernels} == set(files)
     assert {row["op"].split(" ")[0] for row in tables["ops"]} >= {"gated_forward", "indexed_nt", "nf4_rows"}
     assert all(row["vendor us"] > 0 for row in tables["ops"] if row["op"].endswith("(grid)"))

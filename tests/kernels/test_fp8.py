@@ -5,19 +5,22 @@ On a CPU, by a stand-in for ``torch._scaled_mm`` that asserts what a GPU demands
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import sparselora_kernels as kernels
 from sparselora_dist.codecs import FloatsCodec
-from sparselora_kernels import EncodedWeight, float_layout, formats, rows_of
+from sparselora_kernels import EncodedWeight, float_layout, formats, lora_linear, rows_of
+from sparselora_kernels.backend import use_fp8
 from sparselora_kernels.indexed_linear import product_nn, product_nt
 from sparselora_kernels.stored import unpack, weight_of
-from support.fp8_product import fp8_products
+from support.fp8_product import fp8_products, scaled_mm
 from support.kernel_cases import implementations, results, running, some, split
 
 # A scale per channel, for all, and per channel of a matrix that is stored transposed.
@@ -119,6 +122,44 @@ def test_where_it_is_decoded() -> None:
             got = product_nt(x.to(dtype), weight)
         assert not inside.called
         assert torch.equal(got, x.to(dtype) @ weight.decode(None, dtype).t())
+
+
+def test_the_stand_in_multiplies_as_torch_does() -> None:
+    """Which has the product on a CPU too, and asks for less there."""
+    left, right = (torch.randn(n, 32).to(torch.float8_e4m3fn) for n in (5, 48))
+    arguments = left, right.t(), torch.rand(5, 1), torch.rand(1, 48)
+    for bias in (None, torch.randn(48).to(BF16)):
+        own = torch._scaled_mm(*arguments, bias=bias, out_dtype=BF16)
+        torch.testing.assert_close(scaled_mm(*arguments, bias=bias, out_dtype=BF16), own, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scales", SCALES, ids=str)
+def test_on_a_gpu_nothing_is_lost_either(scales: tuple[int, int]) -> None:
+    """The real product, and the compiled kernels: what the stand-in cannot know."""
+    device = torch.device("cuda")
+    if not use_fp8(torch.empty(0, device=device)):
+        pytest.skip("this GPU does not multiply fp8")
+    for size in ((256, 512), (37, 50)):
+        weight = exact(*size, *scales)
+        there = EncodedWeight([part.to(device) for part in weight.parts], weight.layout)
+        for channels in (None, some(size[0], size[0] // 2 + 1)):
+            moved = None if channels is None else channels.to(device)
+            for product, factor in zip((product_nt, product_nn), factors(weight, channels)):
+                for tokens in (300, 1):
+                    operand = small_integers(tokens, factor)
+                    got = product(operand.to(device, BF16), there, moved)
+                    assert torch.equal(got.cpu(), product(operand, weight, channels).to(BF16))
+
+
+def test_flops_are_those_of_the_decoded_product() -> None:
+    counts = []
+    for context in (nullcontext(), fp8_products()):
+        with context, FlopCounterMode(display=False) as counter:
+            lora_linear(torch.ones(32, 48, dtype=BF16, requires_grad=True), exact(64, 48, 0, 1), None).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] == 2 * 2 * 32 * 48 * 64
+    assert torch.ops.aten._scaled_mm in flop_registry
 
 
 # --- every operation with a stored matrix

@@ -22,8 +22,9 @@ from sparselora_dist.plan.shapes import find_shape
 from sparselora_dist.plan.storage import configured_scheme, tree_of
 from sparselora_dist.plan.work import Batch
 from sparselora_dist.sharding.placement import Placement
-from support.merging import save_base
+from support.merging import edit_json, save_base
 from support.plan_runs import run_data
+from support.small_floats import KINDS, write_checkpoint
 
 L70 = find_shape("llama-3-70b")
 # (format, bits): bits a weight, and GB of the layers of Llama 3 70B to one digit. BiLLM has a mask of columns besides,
@@ -112,3 +113,27 @@ def test_the_command_says_the_bits_and_the_way(tmp_path: Path, capsys: pytest.Ca
     path.write_text(json.dumps(data | {"quantization": {"format": "fp8"}}))
     assert main([*words, "--gpu", "rtx4090-24gb"]) == 1
     assert "the run's layout 'zero3 fp8' needs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["fp8 channel", "fp8 block", "mxfp8", "nvfp4", "modelopt fp8", "fine-grained powers"])
+def test_a_checkpoint_in_small_floats_is_counted_as_it_is(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture
+) -> None:
+    """To the byte, with what it leaves plain; there is no other storage of it, and no run that asks for one."""
+    left, own = "model.layers.1.self_attn.k_proj", KINDS[kind].settings
+    write_checkpoint(tmp_path, kind, left=(left,))
+    ignore = "modules_to_not_convert" if own["quant_method"] == "fp8" else "ignore"
+    edit_json(tmp_path / "config.json", quantization_config=own | {ignore: ["lm_head", left]})
+    path, config = tmp_path / "run.json", run_of(KINDS[kind].format, None, str(tmp_path))
+    data = run_data("single", dtype="float32", name=str(tmp_path))
+    path.write_text(json.dumps(data | {"quantization": {"format": KINDS[kind].format}}))
+    words = ["plan", "--config", str(path), "--gpus", "1", "--json"]
+    assert main(words) == 0
+    (layout,) = json.loads(capsys.readouterr().out)["layouts"]
+    loaded = load_base(config.model, config.quantization, Placement(torch.device("cpu")))
+    linears = [module for module in loaded.model.modules() if isinstance(module, FrozenLinear)]
+    assert layout["matrix_bytes"] == sum(part.nbytes for linear in linears for part in linear.parts)
+    assert layout["bytes_per_gpu"]["weights"] + layout["bytes_per_gpu"]["scales"] == loaded.report.kept_bytes
+    path.write_text(json.dumps(data))
+    assert main(words) == 2
+    assert f'set quantization.format "{KINDS[kind].format}"' in capsys.readouterr().err

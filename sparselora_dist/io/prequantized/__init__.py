@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from ...codecs import Codec, PlainCodec
+from ...codecs import Codec, PlainCodec, codec_of
+from ...config import ModelSection, QuantizationSection
 from ..shard_files import FLOATS, TensorFiles
 from . import bitsandbytes, compressed_tensors, fine_grained, modelopt, own
-from .family import quantization_settings
+from .family import Family, Planned, quantization_settings
 from .matrix import REMEDY, PrequantizedError, StoredMatrix
 
 READERS: tuple[Any, ...] = (bitsandbytes, own, compressed_tensors.READER, modelopt.READER, fine_grained.READER)
@@ -79,6 +81,27 @@ def check_quantization_files(folder: Path, codec: Codec) -> None:
         _check(settings, codec, f"the checkpoint {folder}")
 
 
+def planned(
+    folder: Path, model: ModelSection, asked: QuantizationSection
+) -> tuple[QuantizationSection, Planned] | None:
+    """What a run on the checkpoint in a folder stores, by its config alone; ``None`` where it is not quantised.
+
+    Raises:
+        PrequantizedError: see :func:`check_quantization_config`.
+    """
+    settings, at = quantization_settings(folder), f"the checkpoint {folder}"
+    if settings is None:
+        return None
+    asked = own.with_stored_bits(asked, SimpleNamespace(quantization_config=settings))
+    codec = codec_of(model, asked)
+    for family in (reader for reader in READERS if isinstance(reader, Family)):
+        if settings.get("quant_method") in family.methods:
+            found = family.planned(settings, codec, at)
+            return (asked, found) if found else None
+    _check(settings, codec, at)
+    return asked, lambda module, transposed: codec
+
+
 def _check(settings: dict[str, Any], codec: Codec, at: str) -> None:
     if not any(reader.check_config(settings, codec, at) for reader in READERS):
         raise PrequantizedError(
@@ -96,6 +119,7 @@ __all__ = [
     "check_quantization_config",
     "check_quantization_files",
     "is_quantised",
+    "planned",
     "stored_codec",
     "stored_matrix",
 ]

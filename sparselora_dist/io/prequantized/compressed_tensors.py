@@ -7,6 +7,7 @@ mxfp4    X.weight_packed e2m1 · 2^(X.weight_scale - 127)
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from ..shard_files import PACKED
@@ -43,7 +44,8 @@ def _scheme(settings: dict[str, Any], at: str) -> Scheme | None:
             f"{at} has config_groups in {' and '.join(sorted(found))}, but a run has one quantization.format for all. "
             f"{REMEDY}"
         )
-    return next((Scheme(form, tuple(grains)) for form, grains in found.items()), None)
+    powers = settings.get("format") == "mxfp8-quantized"
+    return next((Scheme(form, tuple(grains), powers) for form, grains in found.items()), None)
 
 
 def _format(settings: dict[str, Any], group: dict[str, Any], at: str, where: str) -> str:
@@ -84,6 +86,14 @@ def _grain(form: str, weights: dict[str, Any], at: str, where: str) -> Grain:
     return grains[strategy]
 
 
+def _left(settings: dict[str, Any], module: str) -> bool:
+    def named(patterns: list[str]) -> bool:
+        return any(re.match(p[3:], module) if p.startswith("re:") else p in (module, "Linear") for p in patterns)
+
+    groups = [group for group in settings["config_groups"].values() if group.get("weights")]
+    return named(settings.get("ignore") or []) or not any(named(group.get("targets") or []) for group in groups)
+
+
 READER = Family(
     methods=("compressed-tensors",),
     scheme=_scheme,
@@ -91,5 +101,6 @@ READER = Family(
     packed=PACKED,
     whole="_global_scale",
     over=True,
+    left=_left,
     unread=("weight_zero_point", "weight_g_idx", "weight_bitmask"),
 )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...codecs import Codec
+from sparselora_kernels.floats import E8M0
+
+from ...codecs import Codec, FloatsCodec
 from ..shard_files import TensorFiles, read_json
 from .matrix import REMEDY, PrequantizedError
 from .small_floats import Grain, SmallFloats
@@ -19,6 +21,10 @@ log = logging.getLogger(__name__)
 MODELOPT_FILE = "hf_quant_config.json"
 
 
+Planned = Callable[[str, bool], "Codec | None"]
+"""From a matrix' module, and whether it is stored transposed, to how it is stored; ``None``: it stays as it is."""
+
+
 class Scheme(NamedTuple):
     """How the quantised matrices of a checkpoint are stored."""
 
@@ -26,6 +32,8 @@ class Scheme(NamedTuple):
     """What ``quantization.format`` calls it."""
     grains: tuple[Grain, ...]
     """How far a scale may reach."""
+    powers: bool = False
+    """Whether fp8 has scales of one byte, powers of two; the tensors themselves say it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,6 +53,8 @@ class Family:
     """Behind the name of a weight: nvfp4's scale over all."""
     over: bool = False
     """It divides."""
+    left: Callable[[dict[str, Any], str], bool] = lambda settings, module: False
+    """Whether a ``quantization_config`` leaves a module as it is."""
     unread: tuple[str, ...] = ()
     """Tensors beside a weight that change what it means, and are not read."""
 
@@ -77,6 +87,19 @@ class Family:
             raise PrequantizedError(f'{at} is {scheme.format}: set quantization.format "{scheme.format}"')
         log.debug("%s: scales of activations and of the key-value cache are not used", at)
         return True
+
+    def planned(self, settings: dict[str, Any], codec: Codec, at: str) -> Planned | None:
+        """How its config alone says that matrices are stored, ``None`` where none is quantised; see :meth:`check_config`."""
+        self.check_config(settings, codec, at)
+        if (scheme := self.scheme(settings, at)) is None or not isinstance(codec, FloatsCodec):
+            return None
+        own, grain = replace(codec, scale=E8M0 if scheme.powers else codec.scale), scheme.grains[0]
+
+        def stored(module: str, transposed: bool) -> Codec | None:
+            every, block = grain[:: -1 if transposed else 1]
+            return None if self.left(settings, module) else replace(own, block=block, every=every)
+
+        return stored
 
     def _codes(self, checkpoint: TensorFiles, key: str) -> str | None:
         if self.packed and key + self.packed in checkpoint.tensors:

@@ -5,6 +5,7 @@ X.weight e4m3 · X.weight_scale_inv, of weight_block_size or of the tensor; Auto
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from .family import Family, Scheme, refused
@@ -22,7 +23,12 @@ def _scheme(settings: dict[str, Any], at: str) -> Scheme:
         return Scheme("fp8", (Grain(0, 0), Grain(1, 0)))
     if not isinstance(block, (list, tuple)) or len(block) != 2 or any(type(n) is not int or n < 1 for n in block):
         raise refused(at, "weight_block_size", block, "two numbers from 1 are read, such as [128, 128], or null")
-    return Scheme("fp8", (Grain(*block),))
+    return Scheme("fp8", (Grain(*block),), settings.get("scale_fmt") == "ue8m0")
 
 
-READER = Family(methods=("fp8", "fbgemm_fp8"), scheme=_scheme, scales=("_scale_inv", "_scale"))
+def _left(settings: dict[str, Any], module: str) -> bool:
+    patterns = settings.get("modules_to_not_convert") or settings.get("ignored_layers") or []
+    return any(re.match(pattern, module) or module.endswith(pattern) for pattern in patterns)
+
+
+READER = Family(methods=("fp8", "fbgemm_fp8"), scheme=_scheme, scales=("_scale_inv", "_scale"), left=_left)

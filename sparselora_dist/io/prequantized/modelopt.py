@@ -9,6 +9,7 @@ They say how they are stored in ``quantization_config``, older ones in ``hf_quan
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from typing import Any
 
 from .family import Family, Scheme, refused
@@ -48,7 +49,15 @@ def _scheme(settings: dict[str, Any], at: str) -> Scheme | None:
             f"{at} has quant_algo 'MIXED_PRECISION' with layers in {' and '.join(sorted(found)) or 'no format'}, but a "
             f"run has one quantization.format for all. {REMEDY}"
         )
-    return next(Scheme(form, tuple(sorted(grains))) for form, grains in found.items())
+    return next(Scheme(form, tuple(sorted(grains)), algorithm == "MXFP8") for form, grains in found.items())
+
+
+def _left(settings: dict[str, Any], module: str) -> bool:
+    patterns = settings.get("ignore") or settings.get("exclude_modules") or []
+    if any(fnmatch(module, pattern) or module.startswith(f"{pattern}.") for pattern in patterns):
+        return True
+    layers = settings.get("quantized_layers") or {}
+    return bool(layers) and module not in layers
 
 
 READER = Family(
@@ -56,5 +65,6 @@ READER = Family(
     scheme=_scheme,
     scales=("_scale",),
     whole="_scale_2",
+    left=_left,
     unread=("pre_quant_scale", "svdquant_lora_a", "weight_zero_point"),
 )

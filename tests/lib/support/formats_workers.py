@@ -37,7 +37,7 @@ def _plain(folder: Path) -> None:
 
 
 def _billm(folder: Path) -> None:
-    asked = asked_of("billm", model_folder(folder / "plain", **SHAPE), folder / "billm")
+    asked = asked_of("billm", model_folder(folder / "plain", **SHAPE, num_hidden_layers=3), folder / "billm")
     with mock.patch.object(dist, "is_initialized", lambda: False):  # One rank makes it, alone.
         quantize(asked)
     for file in asked.output.iterdir():

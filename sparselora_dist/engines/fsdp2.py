@@ -46,7 +46,7 @@ class FSDP2Engine(TorchStateEngine):
     def placement(self) -> Placement:
         if self.config.quantization.stored and TorchVersion(torch.__version__) < "2.12":
             raise ValueError(
-                f"engine.name 'fsdp2' with quantization.load_in_4bit needs torch 2.12 (this is {torch.__version__}, which "
+                f"engine.name 'fsdp2' with 'quantization' needs torch 2.12 (this is {torch.__version__}, which "
                 "cannot shard uint8 parameters): use engine.name 'zero3', or a newer torch"
             )
         shards = self._mesh["shard"]

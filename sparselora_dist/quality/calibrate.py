@@ -128,6 +128,7 @@ class _Run:
             "rank": sparse.rank,
             "lora_branch": sparse.lora_branch,
             "init_from_sha256": self.start.sha256 if self.start else None,
+            **({"loftq": config.lora.to_dict()} if config.lora.loftq_rounds else {}),
         }
 
     # --- measuring ----------------------------------------------------------------------------------------------------

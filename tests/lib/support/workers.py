@@ -19,7 +19,12 @@ _SHARING = ("engines", "quantized")
 LONG = (
     *("engines", "quantized", "integration/test_faults.py", "integration/test_guides.py", "integration/test_launch.py"),
     *("integration/test_objectives.py", "integration/test_trainer_pages.py", "integration/test_axolotl.py"),
-    *("integration/test_placement.py", "pruning/test_prune.py", "quality/test_calibrate.py"),
+    *(
+        "integration/test_placement.py",
+        "pruning/test_prune.py",
+        "quality/test_calibrate.py",
+        "quantizing/test_quantize.py",
+    ),
     *("kernels/test_aot.py", "kernels/test_jit_launches.py", "benchmarks/test_gpu.py", "benchmarks/test_gpu_train.py"),
     *("layers/test_operation_budget.py", "layers/test_compile.py", "quality/test_benchmark.py"),
 )

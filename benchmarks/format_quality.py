@@ -220,7 +220,7 @@ def run(options: argparse.Namespace) -> None:
     disable_progress_bar()
     done = {(Arm(row["task"], row["format"], row["way"]), row["seed"]) for row in read_rows(folder)}
     every = [arm for task in options.tasks for arm in arms(task) if arm.format in options.formats]
-    missing = [(arm, seed) for arm, seed in itertools.product(every, range(options.seeds)) if (arm, seed) not in done]
+    missing = [(arm, seed) for seed, arm in itertools.product(range(options.seeds), every) if (arm, seed) not in done]
     if not missing:
         return
     harness = Harness(options)

@@ -11,7 +11,8 @@ or one for all of it, multiplies in both directions without being decoded; block
 ``_scaled_mm`` reads both operands along the sum. For ``nt`` the matrix lies so; for ``nn`` the kept rows' bytes are
 turned, which writes half of what decoding them would. Both sides of the second operand must be multiples of 16, and rows
 begin at multiples of 16 bytes: what is not so is copied into zeros. Sums are fp32 (``use_fast_accum`` is off), results
-bf16. Computations in other dtypes, and other devices, decode.
+bf16. Computations in other dtypes, and other devices, decode; so do routed experts, adapters on a pruned base, and the
+order of a LoRA branch that adds it to the weight first.
 
 Not run on a GPU yet: tests on a CPU put a stand-in for ``_scaled_mm`` in its place that refuses what a GPU would.
 """

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from .backend import use_triton
-from .levels import GROUP, HQQ, PLANE, SIGNS, bit_table, groups, joined, numbers, spread, unpack_bits, unpack_params
+from .levels import GROUP, HQQ, SIGNS, groups, numbers, unpack_bits, unpack_codes, unpack_params
 from .operator import register
 
 # Values that the CPU decodes at once: their fp32 forms stay in the L2 cache.
-_CHUNK = 1 << 16
+_CHUNK = 1 << 17
 
 
 def level_rows(
@@ -60,37 +60,45 @@ def _level_rows(
         with torch.cuda.device_of(codes):
             return triton_rows.level_rows(codes, params, columns, channels, dtype, length=length, rule=rule, bits=bits)
     rows = codes.shape[0] if channels is None else channels.shape[0]
+    nb = groups(length)
     out = codes.new_empty((rows, length), dtype=dtype)
-    step = max(_CHUNK // (groups(length) * GROUP), 1)
-    salient = None if columns is None else unpack_bits(columns).view(1, -1, GROUP)
+    salient = None if columns is None else unpack_bits(columns).view(1, nb, GROUP).view(torch.uint8) << bits
+    step = max(_CHUNK // (nb * GROUP), 1)
     for start in range(0, rows, step):
         part = slice(start, start + step)
         chosen = part if channels is None else channels[part]
-        values = _values(codes[chosen], unpack_params(params[chosen], numbers(rule, bits)), salient, rule, bits)
-        out[part] = values.view(values.shape[0], values.shape[1] * GROUP)[:, :length]
+        own = unpack_codes(codes[chosen], bits).view(-1, nb, GROUP)
+        if salient is not None:
+            own |= salient
+        values = _values(own, unpack_params(params[chosen], numbers(rule, bits)), rule, dtype)
+        out[part] = values.view(own.shape[0], nb * GROUP)[:, :length]
     return out
 
 
-def _values(planes: Tensor, params: Tensor, salient: Tensor | None, rule: int, bits: int) -> Tensor:
-    """(n, nb, 128) fp32, from a row's bytes, its numbers (n, nb, p) fp32, and its salient columns (1, nb, 128) bool."""
-    n, nb, _ = params.shape
-    planes = planes.reshape(-1, bits, PLANE)
+def _values(codes: Tensor, params: Tensor, rule: int, dtype: torch.dtype) -> Tensor:
+    """From codes (n, nb, 128) uint8 and numbers (n, nb, p) fp32; a salient column's codes are 4 larger."""
     if rule == HQQ:
         scale, zero = params.split(1, -1)
-        return joined(planes, bits).float().view(n, nb, GROUP).sub_(zero).mul_(scale)
-    if rule == SIGNS:
-        signs = spread(planes, bit_table(planes.device, True)).float().view(n, nb, bits, GROUP)
-        values = signs[:, :, 0] * params[..., :1]
-        for i in range(1, bits):
-            # A product with a sign is exact, so that the sum is rounded once, fused or not.
-            values.addcmul_(signs[:, :, i], params[..., i : i + 1])
-        return values
-    assert salient is not None
-    mu_inner, a_inner, mu_outer, a_outer, mu, first, second = params.split(1, -1)
-    plane = spread(planes[:, 0], bit_table(planes.device, False)).view(torch.bool).view(n, nb, GROUP)
-    sign = spread(planes[:, 1], bit_table(planes.device, True)).float().view(n, nb, GROUP)
-    middle = torch.where(salient, torch.where(plane, mu + first, mu - first), torch.where(plane, mu_outer, mu_inner))
-    return middle.addcmul_(sign, torch.where(salient, second, torch.where(plane, a_outer, a_inner)))
+        return codes.float().sub_(zero).mul_(scale)
+    levels = torch.stack(_signed(params) if rule == SIGNS else _billm(params), -1).to(dtype)
+    return levels.flatten(0, 1).gather(1, codes.flatten(0, 1).long())
+
+
+def _signed(params: Tensor) -> list[Tensor]:
+    """The level of every code, (n, nb) each."""
+    first, *others = params.unbind(-1)
+    levels = [-first, first]
+    for number in others:
+        levels = [level - number for level in levels] + [level + number for level in levels]
+    return levels
+
+
+def _billm(params: Tensor) -> list[Tensor]:
+    """The levels of the codes of other columns, then of salient ones."""
+    mu_inner, a_inner, mu_outer, a_outer, mu, first, second = params.unbind(-1)
+    low, high = mu - first, mu + first
+    others = [mu_inner - a_inner, mu_outer - a_outer, mu_inner + a_inner, mu_outer + a_outer]
+    return [*others, low - second, high - second, low + second, high + second]
 
 
 def _level_rows_fake(

@@ -81,12 +81,17 @@ def pack_params(params: Tensor) -> Tensor:
 
 def unpack_codes(planes: Tensor, bits: int) -> Tensor:
     """Codes (n, nb·128) uint8 of :func:`pack_codes`' planes."""
-    return joined(planes.reshape(-1, bits, PLANE), bits).view(planes.shape[0], planes.shape[1] // bits * 8)
+    n, width = planes.shape
+    eight = _spread(planes.reshape(-1)).view(-1, bits, PLANE)
+    codes = eight[:, 0].clone()
+    for i in range(1, bits):
+        codes |= eight[:, i] << i  # Eight codes at once, a byte each.
+    return codes.view(torch.uint8).view(n, width // bits * 8)
 
 
 def unpack_bits(data: Tensor) -> Tensor:
     """Bits (n, 8·k), bool, of bytes (n, k)."""
-    return spread(data, bit_table(data.device, False)).view(data.shape[0], 8 * data.shape[1]).view(torch.bool)
+    return _spread(data.reshape(-1)).view(torch.bool).view(data.shape[0], 8 * data.shape[1])
 
 
 def unpack_params(params: Tensor, count: int) -> Tensor:
@@ -97,21 +102,12 @@ def unpack_params(params: Tensor, count: int) -> Tensor:
 
 
 @cache
-def bit_table(device: torch.device, signs: bool) -> Tensor:
-    """What the eight bits of a byte stand for, a byte each: 0 and 1, or -1 and 1 (int8). (256,) int64."""
+def _bits(device: torch.device) -> Tensor:
+    """The eight bits of a byte, a byte each: (256,) int64."""
     bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
-    return (2 * bits - 1 if signs else bits).to(torch.int8).view(torch.int64).view(-1).to(device)
+    return bits.to(torch.uint8).view(torch.int64).view(-1).to(device)
 
 
-def spread(data: Tensor, table: Tensor) -> Tensor:
-    """Eight bytes of ``table`` for each byte of ``data`` (...): (..., 8) int8."""
-    return table.index_select(0, data.reshape(-1).int()).view(torch.int8).view(*data.shape, 8)
-
-
-def joined(planes: Tensor, bits: int) -> Tensor:
-    """Codes (g, 128) uint8 of planes (g, bits, 16). Eight codes are shifted at once, a byte each."""
-    single = bit_table(planes.device, False).index_select(0, planes.reshape(-1).int()).view(-1, bits, PLANE)
-    codes = single[:, 0].clone()
-    for i in range(1, bits):
-        codes |= single[:, i] << i
-    return codes.view(torch.uint8)
+def _spread(data: Tensor) -> Tensor:
+    """The bits of bytes (n,), eight in each of (n,) int64."""
+    return _bits(data.device).index_select(0, data.int())

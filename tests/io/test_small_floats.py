@@ -3,59 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from sparselora_dist import SparseLoRAConfig, apply_sparselora
 from sparselora_dist.codecs import FloatsCodec, PlainCodec, codec_named
-from sparselora_dist.config import ModelSection, QuantizationSection
-from sparselora_dist.io.load import LoadedBase, load_base
-from sparselora_dist.io.manifest import CorruptFileError
-from sparselora_dist.io.prequantized import PrequantizedError, stored_matrix
+from sparselora_dist.io.prequantized import PrequantizedError, compressed_tensors, fine_grained, modelopt, stored_matrix
 from sparselora_dist.io.shard_files import TensorFiles
 from sparselora_dist.io.zeros import model_zeros
 from sparselora_dist.layouts import decoder_layers, matrix_name
-from sparselora_dist.sharding.placement import Placement, RowShards
-from support.every_type import tiny_model
+from sparselora_dist.sharding.placement import RowShards
+from sparselora_dist.train.fingerprint import model_digest
 from support.merging import save_base
 from support.models import ALL_LINEAR, batch
 from support.nf4_workers import adapted
-from support.small_floats import FILE, KINDS, SHAPE, write_checkpoint
+from support.small_floats import FILE, KINDS, SHAPE, copied, edit, stream, write_checkpoint, written
 
 SPARSE = {"layers": {group: {"0-1": 0.5} for group in ("ffn", "qk", "vo")}}
 TURNED = ("o_proj", "down_proj")
 Q, UP = "model.layers.1.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"
 
 
-def stream(folder: Path, format: Any = None) -> LoadedBase:
-    section = ModelSection(name_or_path=str(folder), dtype="float32")
-    return load_base(section, QuantizationSection(format=format), Placement(torch.device("cpu")))
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, dict[str, Tensor]]]:
-    made: dict[str, tuple[Path, dict[str, Tensor]]] = {}
-
-    def of(kind: str) -> tuple[Path, dict[str, Tensor]]:
-        if kind not in made:
-            folder = tmp_path_factory.mktemp("model")
-            made[kind] = folder, write_checkpoint(folder, kind)
-        return made[kind]
-
-    return of
-
-
 # --- what is loaded ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_values_are_the_checkpoints_own(written: Any, kind: str) -> None:
+def test_values_are_the_checkpoints_own(kind: str) -> None:
     folder, means = written(kind)
     form = KINDS[kind].format
     loaded = stream(folder, form)
@@ -78,7 +55,7 @@ def test_values_are_the_checkpoints_own(written: Any, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["fp8 tensor", "fp8 channel", "fp8 block", "nvfp4", "modelopt nvfp4", "mxfp4"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["as it is", "transposed"])
-def test_ranks_read_parts_of_the_whole(written: Any, kind: str, transposed: bool) -> None:
+def test_ranks_read_parts_of_the_whole(kind: str, transposed: bool) -> None:
     folder, means = written(kind)
     checkpoint = TensorFiles.of_model(folder)
     found = stored_matrix(checkpoint, UP)
@@ -114,7 +91,7 @@ def test_what_was_left_as_it_is_stays_plain(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fp8 channel", "nvfp4", "modelopt nvfp4"])
-def test_zeros_are_counted_by_codes(written: Any, kind: str) -> None:
+def test_zeros_are_counted_by_codes(kind: str) -> None:
     folder, means = written(kind)
     looked = {matrix.name: matrix for matrix in model_zeros(folder).matrices}
     assert looked.keys() == {key.removesuffix(".weight") for key in means} | {"lm_head", "model.embed_tokens"}
@@ -123,7 +100,7 @@ def test_zeros_are_counted_by_codes(written: Any, kind: str) -> None:
         assert (found.values, found.zeros) == (matrix.numel(), int((matrix == 0).sum()))
 
 
-def test_a_quantised_head_is_kept_in_values(written: Any, tmp_path: Path) -> None:
+def test_a_quantised_head_is_kept_in_values(tmp_path: Path) -> None:
     folder, _ = written("fp8 tensor")
     copied(folder, tmp_path)
     tensors = load_file(tmp_path / FILE)
@@ -137,7 +114,7 @@ def test_a_quantised_head_is_kept_in_values(written: Any, tmp_path: Path) -> Non
     assert torch.equal(model.lm_head.weight, held["lm_head.weight"].float() * scale)
 
 
-def test_modelopts_own_file_is_enough(written: Any, tmp_path: Path) -> None:
+def test_modelopts_own_file_is_enough(tmp_path: Path) -> None:
     folder, means = written("modelopt nvfp4")
     copied(folder, tmp_path)
     edit(tmp_path, lambda settings: None)
@@ -151,7 +128,7 @@ def test_modelopts_own_file_is_enough(written: Any, tmp_path: Path) -> None:
         stream(tmp_path, "nvfp4")
     path.unlink()
     with pytest.raises(PrequantizedError, match=r"q_proj.weight of .* stored as U8, and no quantization_config"):
-        stream(tmp_path, "nvfp4")
+        stream(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["fp8 block", "modelopt fp8", "nvfp4", "modelopt nvfp4", "mxfp4"])
@@ -176,157 +153,33 @@ def test_a_trained_step_is_that_of_the_values(tmp_path: Path, kind: str) -> None
         )
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
-
-
-def copied(folder: Path, to: Path) -> None:
-    for path in folder.iterdir():
-        (to / path.name).write_bytes(path.read_bytes())
-
-
-def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change a folder's ``quantization_config``; without a result it is dropped."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config["quantization_config"] = change(config.get("quantization_config", {}))
-    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
-
-
-@pytest.mark.parametrize("kind", ["fp8 channel", "nvfp4", "mxfp4", "modelopt nvfp4", "fine-grained"])
-@pytest.mark.parametrize("asked", [None, "nf4", "another"])
-def test_a_run_that_asks_for_something_else(written: Any, kind: str, asked: str | None) -> None:
-    folder, _ = written(kind)
-    form = KINDS[kind].format
-    asked = asked if asked != "another" else "fp8" if form != "fp8" else "nvfp4"
-    with pytest.raises(PrequantizedError, match=f'is {form}: set quantization.format "{form}"'):
-        stream(folder, asked)
-
-
-def weights_with(**values: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    def change(settings: dict[str, Any]) -> dict[str, Any]:
-        group = settings["config_groups"]["group_0"]
-        return settings | {"config_groups": {"group_0": group | {"weights": group["weights"] | values}}}
-
-    return change
-
-
-def top_with(**values: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda settings: settings | values
-
-
-def two_groups(settings: dict[str, Any]) -> dict[str, Any]:
-    first = settings["config_groups"]["group_0"] | {"format": "float-quantized"}
-    second = KINDS["nvfp4"].settings["config_groups"]["group_0"] | {"format": "nvfp4-pack-quantized"}
-    return settings | {"format": "mixed-precision", "config_groups": {"group_0": first, "group_1": second}}
-
-
-MIXED = {
-    "quant_algo": "MIXED_PRECISION",
-    "quantized_layers": {"a": {"quant_algo": "FP8"}, "b": {"quant_algo": "NVFP4"}},
-}
-
-
-@pytest.mark.parametrize(
-    ("kind", "change", "says"),
-    [
-        ("fp8 tensor", top_with(format="pack-quantized"), "format 'pack-quantized'"),
-        ("fp8 tensor", top_with(format="int-quantized"), "format 'int-quantized'"),
-        (
-            "fp8 tensor",
-            top_with(sparsity_config={"format": "sparse-24-bitmask"}),
-            "sparsity_config.format 'sparse-24-bitm",
-        ),
-        ("fp8 tensor", weights_with(type="int"), "config_groups.group_0.weights.type 'int'"),
-        ("fp8 tensor", weights_with(num_bits=4), "config_groups.group_0.weights.num_bits 4"),
-        ("fp8 tensor", weights_with(symmetric=False), "weights.symmetric False"),
-        ("fp8 tensor", weights_with(actorder="group"), "weights.actorder 'group'"),
-        ("fp8 tensor", weights_with(strategy="attn_head"), "weights.strategy 'attn_head'"),
-        ("fp8 tensor", two_groups, "config_groups in fp8 and nvfp4"),
-        ("fp8 tensor", top_with(config_groups={"FP8": ["Linear"]}), r"config_groups.FP8 \['Linear'\]"),
-        ("nvfp4", weights_with(group_size=32), "weights.group_size 32"),
-        ("mxfp4", weights_with(group_size=16), "weights.group_size 16"),
-        ("modelopt nvfp4", top_with(quant_algo="NVFP4_AWQ"), "quant_algo 'NVFP4_AWQ'"),
-        ("modelopt nvfp4", top_with(group_size=32), "group_size 32"),
-        ("modelopt nvfp4", top_with(**MIXED), "layers in fp8 and nvfp4"),
-        ("fine-grained", top_with(fmt="e5m2"), "fmt 'e5m2'"),
-        ("fine-grained", top_with(weight_block_size=[0, 128]), r"weight_block_size \[0, 128\]"),
-        ("fine-grained", top_with(quant_method="quark"), "quantised by 'quark'"),
-    ],
-)
-def test_settings_that_are_not_read(written: Any, tmp_path: Path, kind: str, change: Any, says: str) -> None:
-    folder, _ = written(kind)
-    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-    edit(tmp_path, change)  # There are no weights: it is seen before anything is looked for.
-    with pytest.raises(PrequantizedError, match=says) as caught:
-        stream(tmp_path, KINDS[kind].format)
-    assert "bf16 checkpoint" in str(caught.value) and str(tmp_path) in str(caught.value)
-
-
-def without(name: str) -> Callable[[dict[str, Tensor]], None]:
-    return lambda tensors: tensors.__delitem__(name)
-
-
-def replaced(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], None]:
-    return lambda tensors: tensors.__setitem__(name, change(tensors[name]).clone())
-
-
-def with_nan(codes: Tensor) -> Tensor:
-    """The last value of a tensor becomes NaN: all bits set, in every kind of number here."""
-    data = codes.clone()
-    data.view(torch.uint8).view(-1)[-data.itemsize :] = 255
-    return data
-
-
-@pytest.mark.parametrize(
-    ("kind", "change", "error", "says"),
-    [
-        ("fp8 channel", without(f"{UP}_scale"), CorruptFileError, f"no '{UP}_scale'"),
-        ("nvfp4", without(f"{UP}_global_scale"), CorruptFileError, f"no '{UP}_global_scale'"),
-        ("modelopt nvfp4", without(f"{UP}_scale_2"), CorruptFileError, f"no '{UP}_scale_2'"),
-        ("fine-grained", without(f"{UP}_scale_inv"), CorruptFileError, f"no '{UP}_scale_inv'"),
-        ("fp8 channel", replaced(f"{UP}_scale", lambda t: t[:-1]), CorruptFileError, rf"{UP}_scale .* \(95, 1\)"),
-        ("nvfp4", replaced(f"{UP}_scale", lambda t: t[:, :-1]), CorruptFileError, rf"{UP}_scale .* \(96, 3\)"),
-        ("nvfp4", replaced(f"{UP}_packed", lambda t: t[:, :-8]), CorruptFileError, UP),
-        ("nvfp4", replaced(f"{UP}_scale", lambda t: t.float()), PrequantizedError, f"{UP}_scale .* is F32"),
-        ("nvfp4", replaced(f"{UP}_global_scale", torch.zeros_like), CorruptFileError, f"{UP}_global_scale .* not zero"),
-        ("nvfp4", replaced(f"{UP}_scale", with_nan), CorruptFileError, f"'{UP}_scale' holds NaN"),
-        ("mxfp4", replaced(f"{UP}_scale", with_nan), CorruptFileError, f"'{UP}_scale' holds NaN"),
-        ("fp8 channel", replaced(f"{UP}_scale", with_nan), CorruptFileError, f"'{UP}_scale' holds NaN"),
-        ("fp8 channel", replaced(UP, with_nan), CorruptFileError, f"'{UP}' holds NaN"),
-        (
-            "fp8 channel",
-            replaced(UP, lambda t: t.float().to(torch.float8_e5m2)),
-            PrequantizedError,
-            f"{UP} of .* is F8_E5M2",
-        ),
-        (
-            "fp8 channel",
-            lambda tensors: tensors.update({f"{UP}_zero_point": torch.zeros(96, 1)}),
-            PrequantizedError,
-            f"{UP}_zero_point",
-        ),
-    ],
-)
-def test_files_that_are_not_whole(
-    written: Any, tmp_path: Path, kind: str, change: Any, error: type[Exception], says: str
-) -> None:
-    folder, _ = written(kind)
+def test_a_scale_tells_one_model_from_another(tmp_path: Path) -> None:
+    """To the estimator's factors and to the checkpoints of a run: also where the codes are the same."""
+    folder, _ = written("modelopt nvfp4")
     copied(folder, tmp_path)
     tensors = load_file(tmp_path / FILE)
-    change(tensors)
-    save_file(tensors, tmp_path / FILE, {"format": "pt"})
-    with pytest.raises(error, match=says) as caught:
-        stream(tmp_path, KINDS[kind].format)
-    assert str(tmp_path) in str(caught.value)
+    save_file(tensors | {f"{UP}_scale_2": tensors[f"{UP}_scale_2"] * 2}, tmp_path / FILE, {"format": "pt"})
+    mine, other = (stored_matrix(TensorFiles.of_model(path), UP) for path in (folder, tmp_path))
+    assert mine is not None and other is not None and mine.mark() != other.mark()
+    assert model_digest(folder) != model_digest(tmp_path)
 
 
-def test_routed_experts_are_refused(tmp_path: Path) -> None:
-    """Not read in silence as values without their scales."""
-    tiny_model("qwen3_moe").save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / FILE)
-    key = "model.layers.2.mlp.experts.3.up_proj.weight"
-    tensors |= {key: tensors[key].to(torch.float8_e4m3fn), f"{key}_scale_inv": torch.tensor(1.0)}
-    save_file(tensors, tmp_path / FILE, {"format": "pt"})
-    edit(tmp_path, lambda settings: {"quant_method": "fp8", "weight_block_size": None})
-    with pytest.raises(ValueError, match=rf"quantised, as '{key}': routed experts"):
-        stream(tmp_path, "fp8")
+@pytest.mark.parametrize(
+    ("reader", "settings", "left"),
+    [
+        (compressed_tensors, {"ignore": ["re:.*self_attn.*", "lm_head"]}, True),
+        (compressed_tensors, {"ignore": ["model.layers.1.mlp.up_proj"]}, False),
+        (compressed_tensors, {"targets": ["re:.*mlp.*"]}, True),
+        (modelopt, {"exclude_modules": ["model.layers.1*", "lm_head"]}, True),
+        (modelopt, {"ignore": ["model.layers.1.self_attn"]}, True),
+        (modelopt, {"quantized_layers": {"model.layers.0.self_attn.q_proj": {}}}, True),
+        (modelopt, {"ignore": ["model.layers.0.*"]}, False),
+        (fine_grained, {"modules_to_not_convert": ["lm_head", "q_proj"]}, True),
+        (fine_grained, {"ignored_layers": ["model.layers.10"]}, False),
+    ],
+)
+def test_what_a_config_says_is_left(reader: Any, settings: dict[str, Any], left: bool) -> None:
+    """For plans, which see no tensors."""
+    targets = settings.pop("targets", ["Linear"])
+    groups = {"config_groups": {"group_0": {"targets": targets, "weights": {"num_bits": 8}}}}
+    assert reader.READER.left(groups | settings, "model.layers.1.self_attn.q_proj") is left

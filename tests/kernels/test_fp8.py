@@ -125,11 +125,14 @@ def test_where_it_is_decoded() -> None:
 
 
 def test_the_stand_in_multiplies_as_torch_does() -> None:
-    """Which has the product on a CPU too, and asks for less there."""
+    """Which has the product on some CPUs too, and asks for less there."""
     left, right = (torch.randn(n, 32).to(torch.float8_e4m3fn) for n in (5, 48))
     arguments = left, right.t(), torch.rand(5, 1), torch.rand(1, 48)
     for bias in (None, torch.randn(48).to(BF16)):
-        own = torch._scaled_mm(*arguments, bias=bias, out_dtype=BF16)
+        try:
+            own = torch._scaled_mm(*arguments, bias=bias, out_dtype=BF16)
+        except (NotImplementedError, RuntimeError) as error:
+            pytest.skip(f"torch {torch.__version__} has no such product on this CPU: {error}")
         torch.testing.assert_close(scaled_mm(*arguments, bias=bias, out_dtype=BF16), own, rtol=0.02, atol=0.02)
 
 

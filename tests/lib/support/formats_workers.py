@@ -21,6 +21,7 @@ from .models import ALL_LINEAR, tiny_base
 from .nf4_workers import SHAPE, gathered, stream
 from .quantizing_workers import asked_of, model_folder
 from .sharding_workers import held
+from .small_floats import write_checkpoint
 
 CASES: dict[str, dict[str, Any]] = {
     "fp8": {"format": "fp8"},
@@ -28,8 +29,10 @@ CASES: dict[str, dict[str, Any]] = {
     "bcq 2": {"format": "bcq", "bits": 2},
     "shiftadd 3": {"format": "shiftadd"},
     "billm": {"format": "billm"},
+    "nvfp4": {"format": "nvfp4"},
+    "fp8 in blocks": {"format": "fp8"},
 }
-"""All but the last are made when the model is loaded."""
+"""All but the last three are made when the model is loaded."""
 
 
 def _plain(folder: Path) -> None:
@@ -44,7 +47,18 @@ def _billm(folder: Path) -> None:
         file.rename(folder / file.name)
 
 
-MAKERS: dict[str, Callable[[Path], None]] = {"billm": _billm}
+def _files(kind: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        write_checkpoint(folder, kind, **SHAPE, num_hidden_layers=3)
+
+    return write
+
+
+MAKERS: dict[str, Callable[[Path], None]] = {
+    "billm": _billm,
+    "nvfp4": _files("modelopt nvfp4"),
+    "fp8 in blocks": _files("fine-grained"),
+}
 """Of the checkpoints that hold a format already."""
 
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from sparselora_dist.config import ModelSection, QuantizationSection
+from sparselora_dist.io.load import LoadedBase, load_base
+from sparselora_dist.sharding.placement import Placement
 
 from .merging import save_base
 from .models import ALL_LINEAR
@@ -141,13 +148,13 @@ def write_checkpoint(folder: Path, kind: str, left: tuple[str, ...] = (), **shap
 
     Args:
         left: modules that stay as they are, by what their names hold.
-        shape: of the model, over :data:`SHAPE`.
+        shape: of the model, for :data:`SHAPE`.
 
     Returns:
         What the matrices mean, fp32, by key; also those that stay.
     """
     own = KINDS[kind]
-    save_base(folder, **SHAPE | shape)
+    save_base(folder, **shape or SHAPE)
     tensors, means = load_file(folder / FILE), {}
     for key in [key for key in tensors if key.split(".")[-2] in ALL_LINEAR]:
         means[key] = tensors[key]
@@ -227,3 +234,29 @@ def e4m3(code: int) -> float:
     if exponent == 15 and mantissa == 7:
         return float("nan")
     return sign * ((1 + mantissa / 8) * 2.0 ** (exponent - 7) if exponent else mantissa / 8 * 2.0**-6)
+
+
+@cache
+def written(kind: str) -> tuple[Path, dict[str, Tensor]]:
+    """A folder with such a checkpoint, which nobody changes, and what its matrices mean."""
+    folder = Path(tempfile.mkdtemp())
+    return folder, write_checkpoint(folder, kind)
+
+
+def copied(folder: Path, to: Path) -> None:
+    """A checkpoint that may be damaged."""
+    for path in folder.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change a folder's ``quantization_config``; without a result it is dropped."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] = change(config.get("quantization_config", {}))
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def stream(folder: Path, format: Any = None) -> LoadedBase:
+    section = ModelSection(name_or_path=str(folder), dtype="float32")
+    return load_base(section, QuantizationSection(format=format), Placement(torch.device("cpu")))

@@ -66,7 +66,8 @@ class LoftQStart:
         config = model.peft_config[_NAME]
         config.__class__ = LoftQLoraConfig
         setattr(config, KEY, self.mark.to_dict())
-        setattr(model, SHIFT, self.shift)
+        if not dist.is_initialized() or dist.get_rank() == 0:  # Who saves adapters.
+            setattr(model, SHIFT, self.shift)
         parameters = dict(model.named_parameters())
         with torch.no_grad():
             for name, value in self.parameters().items():

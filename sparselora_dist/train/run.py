@@ -100,6 +100,7 @@ def _run(config: RunConfig, engine: Engine, stop: StopSignals) -> dict[str, Any]
             start_from(start, engine)
         if loftq and not path:
             start_at(loftq.parameters(), engine)
+        loftq = None  # It is as large as the adapter.
 
         loop = TrainingLoop(
             config=config,

@@ -54,7 +54,7 @@ def test_rows_are_encoded_alone(codec: LevelsCodec, monkeypatch: pytest.MonkeyPa
     """The same bytes for every number of ranks, from any row on, with more threads, and a row at once."""
     matrix = torch.randn(23, 300) * torch.logspace(-3, 1, 23)[:, None]
     whole = codec.encode(matrix, 0)
-    for size in (2, 3, 7, 23):
+    for size in (2, 3, 7):
         first = 0
         for rows in matrix.tensor_split(size):
             for name, part in codec.encode(rows, first).items():
@@ -63,13 +63,13 @@ def test_rows_are_encoded_alone(codec: LevelsCodec, monkeypatch: pytest.MonkeyPa
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        parallel = codec.encode(matrix.repeat(60, 1), 0)
+        parallel = codec.encode(matrix.repeat(30, 1), 0)
     finally:
         torch.set_num_threads(threads)
     monkeypatch.setattr(grouped, "_CPU_CHUNK", 1)
     single = codec.encode(matrix, 0)
     for name, part in whole.items():
-        assert torch.equal(parallel[name], part.repeat(60, 1)) and torch.equal(single[name], part)
+        assert torch.equal(parallel[name], part.repeat(30, 1)) and torch.equal(single[name], part)
 
 
 @codecs

@@ -9,7 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from ..process import messages
+from ..process import importing, messages
 
 DESCRIPTION = """\
 Measure, on your own data, how much loss each layer and channel group costs at each sparsity, and choose the sparsities
@@ -61,8 +61,9 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError: see :func:`sparselora_dist.quality.calibrate.calibrate`, and bad arguments.
     """
-    from ..config import ConfigError, RunConfig
-    from ..quality.calibrate import Calibration, calibrate
+    with importing():
+        from ..config import ConfigError, RunConfig
+        from ..quality.calibrate import Calibration, calibrate
 
     messages()
     if bool(arguments.config) == bool(arguments.model or arguments.data):

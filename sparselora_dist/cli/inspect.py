@@ -9,6 +9,7 @@ from typing import Any
 
 from ..config.errors import ConfigError
 from ..io.manifest import write_text
+from ..process import importing
 
 FIDELITY_FILE = "fidelity.json"
 REPORT_FILE = "report.html"
@@ -49,8 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("'--against' compares the zeros of two models: give --sparsity too, or leave it out")
     from transformers.utils.logging import disable_progress_bar
 
-    from ..quality.report import write_report
-    from ..quality.subject import find_subject, measure, to_json
+    with importing():
+        from ..quality.report import write_report
+        from ..quality.subject import find_subject, measure, to_json
 
     disable_progress_bar()
     ranks = _ranks(arguments.ranks)

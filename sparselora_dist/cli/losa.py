@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..process import messages
+from ..process import importing, messages
 
 DESCRIPTION = """\
 Prune a little, tune, and again: five rounds, in which every layer is given its sparsity and its rank anew (LoSA, arXiv
@@ -52,11 +52,12 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError: see :func:`sparselora_dist.pruning.losa.losa`.
     """
-    from ..config.run import RunConfig
-    from ..io.shard_files import read_json
-    from ..pruning.losa import LoSA, losa
-    from ..train import closing_words
-    from ..train import run as train
+    with importing():
+        from ..config.run import RunConfig
+        from ..io.shard_files import read_json
+        from ..pruning.losa import LoSA, losa
+        from ..train import closing_words
+        from ..train import run as train
 
     messages()
     config = RunConfig.from_file(arguments.config)

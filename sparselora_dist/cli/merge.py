@@ -8,6 +8,8 @@ from typing import get_args
 
 from ..config.quantization import Format
 
+from ..process import importing
+
 DESCRIPTION = """\
 Merge a LoRA adapter into its base model, shard by shard: at most one shard of the result is in memory. Everything is
 checked before anything is written, and the output folder appears whole or not at all.
@@ -51,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Merge and say what was written; 0."""
-    from ..io.merge import merge_adapter
+    with importing():
+        from ..io.merge import merge_adapter
 
     nf4 = arguments.load_in_4bit or arguments.format == "nf4" or arguments.save_in_4bit
     if arguments.no_double_quant and not nf4:

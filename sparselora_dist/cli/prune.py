@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from ..process import messages
+from ..process import importing, messages
 
 DESCRIPTION = """\
 Prune a model, half of its weights or N of every M kept, layer by layer, into a folder that every user of Transformers
@@ -46,11 +46,12 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError: see :func:`sparselora_dist.pruning.prune.prune`.
     """
-    import torch.distributed as dist
+    with importing():
+        import torch.distributed as dist
 
-    from ..engines.ranks import discover_ranks, local_device, start_distributed
-    from ..pruning.pattern import Pattern
-    from ..pruning.prune import Pruning, prune, read_shares
+        from ..engines.ranks import discover_ranks, local_device, start_distributed
+        from ..pruning.pattern import Pattern
+        from ..pruning.prune import Pruning, prune, read_shares
 
     messages()
     shares = None

@@ -13,7 +13,7 @@ import argparse
 import os
 import sys
 
-from sparselora_dist.process import complain, keep_to_cpu, messages, quiet_bitsandbytes, run_and_leave
+from sparselora_dist.process import complain, importing, keep_to_cpu, messages, quiet_bitsandbytes, run_and_leave
 
 
 def main() -> int:
@@ -27,16 +27,18 @@ def main() -> int:
     messages()
     quiet_bitsandbytes()
 
-    from sparselora_dist.config.run import RunConfig
-
     try:
-        config = RunConfig.from_file(arguments.config, overrides)
+        with importing():  # Checking the file imports most of it.
+            from sparselora_dist.config.run import RunConfig
+
+            config = RunConfig.from_file(arguments.config, overrides)
     except (ValueError, OSError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # All ranks of a host read the same file.
             print(f"error: {error}", file=sys.stderr)
         return 2
 
-    from sparselora_dist.train import closing_words, run
+    with importing():
+        from sparselora_dist.train import closing_words, run
 
     try:
         summary = run(config)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import logging
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 
@@ -36,6 +39,27 @@ def keep_to_cpu() -> None:
 def quiet_bitsandbytes() -> None:
     """PEFT imports bitsandbytes, which complains of an optional CPU kernel that nothing here uses."""
     logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Import much at once: meanwhile no garbage is looked for, and later none in what was imported, which stays.
+
+    Torch, Transformers and PEFT are a million objects, which Python would look through again and again as they come, and
+    DeepSpeed whenever it collects garbage itself. Where all was imported before, nothing changes.
+    """
+    was_on, known = gc.isenabled(), len(sys.modules)
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            if len(sys.modules) > known:
+                gc.freeze()
+                # Or compiled modules would say at the end that they leak.
+                atexit.unregister(gc.unfreeze)
+                atexit.register(gc.unfreeze)
+            gc.enable()
 
 
 def complain(text: str, hint: str = "") -> None:

@@ -1,8 +1,14 @@
 """Shared by all tests."""
 
+# ruff: noqa: E402
 from __future__ import annotations
 
+import atexit
+import gc
 import os
+
+# It would look through all modules again and again while they are imported; back when the tests are collected.
+gc.disable()
 
 # Before anything imports Triton, which reads it once: its kernels run in the interpreter here. And no GPU, here and in
 # every process that the tests start, also on a machine that has one: only `make test-gpu` runs on it.
@@ -27,7 +33,7 @@ from sparselora_dist.process import quiet_bitsandbytes
 
 quiet_bitsandbytes()  # PEFT imports it.
 
-from support import models  # noqa: E402, F401  (sets the factor cache to a folder of this session)
+from support import models  # noqa: F401  (sets the factor cache to a folder of this session)
 
 GPU = os.environ.get("SPARSELORA_TEST_GPU") == "1"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -36,6 +42,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Models here are tiny: with more threads the tests spend their time waiting for each other.
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """From here on garbage is collected again, but never looked for in what was imported, which lives as long as this."""
+    gc.freeze()
+    gc.enable()
+    atexit.register(gc.unfreeze)  # Or compiled modules would say at the end that they leak.
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from sparselora_dist.process import importing
 
 PROGRAM = """
 from sparselora_dist.process import SaidElsewhere, complain, run_and_leave
@@ -36,3 +40,15 @@ def test_torchrun_repeats_the_rank_that_failed(cause: str, tmp_path: Path) -> No
     assert error.get_first_failure()[0] == 2
     assert "out of memory" in str(error).rpartition("Root Cause")[2]
     assert "because of another rank" in str(error)
+
+
+def test_no_garbage_is_looked_for_in_what_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = gc.get_freeze_count()
+    with importing():
+        assert not gc.isenabled()
+    # All was there already: what the caller has made is not kept from being collected.
+    assert gc.isenabled() and gc.get_freeze_count() == before
+    with pytest.raises(RuntimeError, match="broken"), importing():
+        monkeypatch.setitem(sys.modules, "imported_first", ModuleType("imported_first"))
+        raise RuntimeError("broken")
+    assert gc.isenabled() and gc.get_freeze_count() > before

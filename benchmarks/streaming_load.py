@@ -2,8 +2,8 @@
 
     python benchmarks/streaming_load.py [--gigabytes 1.2] [--ways "zero3 nf4" ...] [--json]
 
-Makes a Llama of random weights (bf16, several safetensors files), loads it on 2 ranks under each engine, plain and as
-NF4, and watches every rank's resident memory from outside, file pages included. The limit beside it: the rank's part
+Makes a Llama of random weights (bf16, several safetensors files), loads it on 2 ranks under each engine, plain and in
+formats, and watches every rank's resident memory from outside, file pages included. The limit beside it: the rank's part
 after encoding, 15 % of the checkpoint, and what the process held before the load. Two loads that are not ours give the
 times to compare with: ``from_pretrained`` of the whole model with its values in memory (as sharding needs them; without
 that it only maps the files), and ``from_pretrained`` with bitsandbytes' NF4. All loads are of 2 processes at once, one
@@ -29,7 +29,15 @@ from sparselora_dist.engines.ranks import free_port
 sys.path.append(str(Path(__file__).resolve().parent))
 
 RANKS = 2
-WAYS = ("zero3 bf16", "zero3 nf4", "fsdp2 bf16", "fsdp2 nf4")
+STORAGES: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "nf4": {"load_in_4bit": True},
+    "fp8": {"format": "fp8"},
+    "hqq4": {"format": "hqq", "bits": 4},
+    "bcq3": {"format": "bcq", "bits": 3},
+}
+"""By name, the ``quantization`` section."""
+WAYS = tuple(f"{engine} {storage}" for engine in ("zero3", "fsdp2") for storage in STORAGES)
 OTHERS = ("from_pretrained", "from_pretrained nf4")
 
 
@@ -82,7 +90,7 @@ def worker(way: str, folder: Path, out: Path) -> None:
         config = RunConfig.from_dict(
             {
                 "model": {"name_or_path": str(folder), "dtype": "bfloat16"},
-                "quantization": {"load_in_4bit": storage == "nf4"},
+                "quantization": STORAGES[storage],
                 "data": {"train": "none"},
                 "train": {"output_dir": str(out)},
                 "engine": {"name": name},

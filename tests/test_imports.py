@@ -13,7 +13,7 @@ from support.imports import FOLDERS, ROOT, importers, imports, sources, within
 
 # What operations take or share, and the tool that compiles them.
 NO_OPERATION = ("__init__", "activations", "aot", "backend", "choice", "flop_counts", "operands", "operator")
-NO_OPERATION += ("formats", "masked_gradient", "masters", "rates", "stored")
+NO_OPERATION += ("formats", "fp8", "levels", "masked_gradient", "masters", "rates", "stored")
 OPERATIONS = sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if path.stem not in NO_OPERATION)
 MAX_LINES = 320
 

@@ -26,7 +26,7 @@ def low_rank_factors(
     """Factors ``(A, B)`` of ``weight``, on its device and in its dtype.
 
     Args:
-        weight: (out, in), any floating dtype; decomposed in fp32.
+        weight: (out, in), any floating dtype; decomposed in fp32, and fp64 in fp64.
         rank: at least 1; cut to ``min(out, in)``.
         seed: of the randomised SVD; the caller's random state is left alone.
         exact: full SVD or randomised; by default decided by the matrix's smaller side.
@@ -39,7 +39,7 @@ def low_rank_factors(
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
     rank = min(rank, *weight.shape)
-    w = plain = weight.detach().float()
+    w = plain = weight.detach() if weight.dtype is torch.float64 else weight.detach().float()
     if second_moment is not None:
         if second_moment.shape != (w.shape[1], w.shape[1]):
             raise ValueError(f"second_moment of a {tuple(w.shape)} matrix is {tuple(second_moment.shape)}")

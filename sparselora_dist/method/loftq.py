@@ -44,8 +44,9 @@ def alternate(
     """The shift, and the adapter's start.
 
     Args:
-        weight: (out, in), any floating dtype; decomposed in fp32 (see :func:`low_rank_factors`: a full SVD up to a smaller
-            side of 1024, a randomised one above).
+        weight: (out, in), any floating dtype. What storing leaves is decomposed in fp64 (see :func:`low_rank_factors`: a full
+            SVD up to a smaller side of 1024, a randomised one above): the last bits of an SVD depend on where its operands
+            lie in memory, and in fp32 they would decide what is stored.
         stored: what a matrix of that shape becomes by being stored; any floating dtype.
         rank: of the adapter. Directions that the matrix does not have are zero.
         scaling: what the adapter's ``B·A`` is multiplied by.
@@ -58,7 +59,8 @@ def alternate(
     for _ in range(rounds):
         shift = pair
         target = less(weight, *shift) if shift else weight
-        a, b = low_rank_factors(weight - stored(target).float(), rank, seed=seed)
+        left = weight - stored(target).float()
+        a, b = (factor.float() for factor in low_rank_factors(left.double(), rank, seed=seed))
         missing = rank - a.shape[0]
         pair = torch.nn.functional.pad(a, (0, 0, 0, missing)), torch.nn.functional.pad(b, (0, missing))
     assert pair is not None

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import sparselora_kernels.stored as stored
+import sparselora_kernels.formats as formats
 from sparselora_dist import SparseLoRAConfig, apply_sparselora
 from sparselora_dist.config import ModelSection, QuantizationSection
 from sparselora_dist.io.load import load_base
@@ -26,13 +26,13 @@ SPARSE = {"layers": {group: {"0-2": 0.5} for group in ("ffn", "qk", "vo")}}
 def decoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     """Everything that is decoded."""
     seen: list[Tensor] = []
-    original = stored.nf4_rows
+    original = formats.nf4_rows
 
     def nf4_rows(*args: Any, **options: Any) -> Tensor:
         seen.append(original(*args, **options))
         return seen[-1]
 
-    monkeypatch.setattr(stored, "nf4_rows", nf4_rows)
+    monkeypatch.setattr(formats, "nf4_rows", nf4_rows)
     yield seen
 
 

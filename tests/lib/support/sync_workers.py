@@ -200,7 +200,7 @@ def _order() -> list[str]:
     with ExitStack() as stack:
         for owner, name, event in (
             (dist, "all_reduce", "started"),
-            (gated_ffn, "linear", "dense"),
+            (gated_ffn, "product_nt", "dense"),
             (masks_room.Reduction, "wait", "waited"),
             (neurons_room, "select_checked", "selected"),
             (gated_ffn, "vendor_nt", "context"),

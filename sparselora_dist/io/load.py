@@ -55,7 +55,7 @@ def frozen_codec(section: ModelSection, quantization: QuantizationSection) -> Co
     """
     if quantization.stored == "nf4" and find_spec("bitsandbytes") is None:
         raise ValueError(
-            "quantization.format \"nf4\" (load_in_4bit) needs bitsandbytes, which is not installed: pip install "
+            'quantization.format "nf4" (load_in_4bit) needs bitsandbytes, which is not installed: pip install '
             "'sparselora-dist[quantization]'"
         )
     return codec_of(section, quantization)

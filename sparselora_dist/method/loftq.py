@@ -44,9 +44,9 @@ def alternate(
     """The shift, and the adapter's start.
 
     Args:
-        weight: (out, in), any floating dtype. What storing leaves is decomposed in fp64 (see :func:`low_rank_factors`: a full
-            SVD up to a smaller side of 1024, a randomised one above): the last bits of an SVD depend on where its operands
-            lie in memory, and in fp32 they would decide what is stored.
+        weight: (out, in), any floating dtype. What storing takes is decomposed in fp64 (see :func:`low_rank_factors`: a
+            full SVD up to a smaller side of 1024, a randomised one above): the last bits of an SVD depend on where its
+            operands lie in memory, and in fp32 they would decide what is stored.
         stored: what a matrix of that shape becomes by being stored; any floating dtype.
         rank: of the adapter. Directions that the matrix does not have are zero.
         scaling: what the adapter's ``B·A`` is multiplied by.

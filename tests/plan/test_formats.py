@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from sparselora_dist.cli import main
-from sparselora_dist.codecs import codec_of
+from sparselora_dist.codecs import LevelsCodec, codec_of
 from sparselora_dist.codecs.linear import FrozenLinear
-from sparselora_dist.config import RunConfig
+from sparselora_dist.config import QuantizationSection, RunConfig
 from sparselora_dist.config.quantization import READ_ONLY
+from sparselora_dist.config.run import ModelSection
 from sparselora_dist.io.load import load_base
+from sparselora_dist.io.prequantized import planned
 from sparselora_dist.plan.hardware import GPUS, Cluster
 from sparselora_dist.plan.layouts import make_plan
 from sparselora_dist.plan.modules import matrix_sizes
@@ -137,3 +139,12 @@ def test_a_checkpoint_in_small_floats_is_counted_as_it_is(
     path.write_text(json.dumps(data))
     assert main(words) == 2
     assert f'set quantization.format "{KINDS[kind].format}"' in capsys.readouterr().err
+
+
+def test_bits_that_a_run_leaves_out_are_the_files(tmp_path: Path) -> None:
+    """Of a folder that ``sparselora-dist quantize`` made, as loading takes them."""
+    settings = {"quant_method": "sparselora", "format": "bcq", "bits": 2, "version": 1}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    found = planned(tmp_path, ModelSection(name_or_path=str(tmp_path)), QuantizationSection(format="bcq"))
+    assert found is not None and found[0].width == 2
+    assert found[1]("model.layers.0.mlp.up_proj", False) == LevelsCodec("bcq", 2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -92,7 +91,7 @@ def planned(
     settings, at = quantization_settings(folder), f"the checkpoint {folder}"
     if settings is None:
         return None
-    asked = own.with_stored_bits(asked, SimpleNamespace(quantization_config=settings))
+    asked = own.with_stored_bits(asked, settings)
     codec = codec_of(model, asked)
     for family in (reader for reader in READERS if isinstance(reader, Family)):
         if settings.get("quant_method") in family.methods:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -50,12 +51,19 @@ class StoredMatrix(ABC):
         zero, if the format has one."""
         return self.rows(start, stop) != 0
 
-    def columns(self, start: int, stop: int, block: int = _BLOCK) -> Tensor:
-        """Columns ``start`` ... ``stop - 1`` of all rows, (stop - start, out) fp32; a few rows at a time are decoded."""
-        result = torch.empty(stop - start, self.shape[0])
-        if start == stop:
-            return result
-        for row in range(0, self.shape[0], block):
-            last = min(row + block, self.shape[0])
-            result[:, row:last] = self.rows(row, last)[:, start:stop].t()
-        return result
+    def columns(self, start: int, stop: int) -> Tensor:
+        """Columns ``start`` ... ``stop - 1`` of all rows, decoded: (stop - start, out) fp32."""
+        return columns_of(self.rows, self.shape[0], start, stop)
+
+
+def columns_of(rows: Callable[[int, int], Tensor], count: int, start: int, stop: int) -> Tensor:
+    """Columns ``start`` ... ``stop - 1`` of ``count`` rows, (stop - start, count) fp32; a few rows at a time are decoded.
+
+    Args:
+        rows: gives rows ``first`` ... ``last - 1``, fp32.
+    """
+    result = torch.empty(stop - start, count)
+    for first in range(0, count if stop > start else 0, _BLOCK):
+        last = min(first + _BLOCK, count)
+        result[:, first:last] = rows(first, last)[:, start:stop].t()
+    return result

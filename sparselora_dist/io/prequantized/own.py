@@ -19,7 +19,7 @@ from ...codecs import Codec, FloatsCodec, LevelsCodec, codec_named
 from ...config.quantization import BITS, Format, QuantizationSection
 from ..manifest import CorruptFileError
 from ..shard_files import TensorFiles, digest
-from .matrix import PrequantizedError, StoredMatrix
+from .matrix import PrequantizedError, StoredMatrix, columns_of
 
 METHOD = "sparselora"
 """``quant_method`` in config.json."""
@@ -136,19 +136,11 @@ class OwnMatrix(StoredMatrix):
         """See :meth:`StoredMatrix.rows`."""
         if not self.transposed:
             return self._stored_rows(start, stop)
-        return self._across(start, stop, self._channels)
+        return columns_of(self._stored_rows, self._channels, start, stop)
 
-    def columns(self, start: int, stop: int, block: int = 1024) -> Tensor:
+    def columns(self, start: int, stop: int) -> Tensor:
         """See :meth:`StoredMatrix.columns`."""
-        return self._stored_rows(start, stop) if self.transposed else super().columns(start, stop, block)
-
-    def _across(self, start: int, stop: int, channels: int, block: int = 1024) -> Tensor:
-        """Values ``start`` ... ``stop - 1`` of every stored row, transposed; a few rows at a time are decoded."""
-        result = torch.empty(stop - start, channels)
-        for row in range(0, channels if stop > start else 0, block):
-            last = min(row + block, channels)
-            result[:, row:last] = self._stored_rows(row, last)[:, start:stop].t()
-        return result
+        return self._stored_rows(start, stop) if self.transposed else super().columns(start, stop)
 
     def mark(self) -> str:
         """See :meth:`StoredMatrix.mark`."""

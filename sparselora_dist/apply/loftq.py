@@ -20,10 +20,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..codecs import Codec
-from ..config import ConfigError
+from ..config import ConfigError, LoraSection, ModelSection
 from ..config.run import RunConfig
 from ..io.adapter_config import PREFIX
-from ..io.load import check_model, frozen_codec, model_without_weights
+from ..io.load import check_made, check_model, frozen_codec, model_without_weights
 from ..io.loftq import KEY, SHIFT, Mark, Shift
 from ..io.prequantized import PrequantizedError, stored_matrix
 from ..io.shard_files import TensorFiles, weight_key
@@ -75,7 +75,7 @@ class LoftQStart:
 
 
 @dataclass(frozen=True, slots=True)
-class _Adapted:
+class AdaptedMatrix:
     """A matrix that an adapter is on."""
 
     module: str
@@ -83,6 +83,11 @@ class _Adapted:
     transposed: bool
     rank: int
     scaling: float
+
+    @property
+    def seed(self) -> int:
+        """Of a randomised SVD."""
+        return int.from_bytes(sha256(self.module.encode()).digest()[:4], "big")
 
 
 def loftq_start(config: RunConfig, placement: Placement, adapter: Path | None) -> LoftQStart | None:
@@ -108,27 +113,37 @@ def loftq_start(config: RunConfig, placement: Placement, adapter: Path | None) -
         if adapter:
             return LoftQStart(mark, Shift.read(adapter, mark))
         files = TensorFiles.of_model(checkpoint_folder(config.model.name_or_path))
-        matrices = _adapted(config, files)
+        matrices = adapted_matrices(config.model, config.lora, files)
+        if found := [matrix.key for matrix in matrices if stored_matrix(files, matrix.key)]:
+            raise PrequantizedError(
+                f"'lora.init_lora_weights' is \"loftq\", but {found[0]} of {files.folder} is quantised already: LoftQ needs "
+                "the values. Name the checkpoint that is not, or one that 'sparselora-dist quantize --loftq' made, or start "
+                "otherwise"
+            )
+        check_made(config.quantization, config.model.name_or_path)
         codec = frozen_codec(config.model, config.quantization)
     me, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    found: dict[str, tuple[Pair | None, Pair]] = {}
+    pairs: dict[str, tuple[Pair | None, Pair]] = {}
     with agreed.together():
         for matrix in matrices[me::ranks]:
-            found[matrix.module] = _decomposed(matrix, files, codec, config, placement.device)
+            pairs[matrix.module] = _decomposed(matrix, files, codec, config, placement.device)
     for number, matrix in enumerate(matrices):
         if ranks > 1:
-            box = [found.get(matrix.module)]
+            box = [pairs.get(matrix.module)]
             dist.broadcast_object_list(box, src=number % ranks)
             assert box[0] is not None
-            found[matrix.module] = box[0]
+            pairs[matrix.module] = box[0]
     order = [matrix.module for matrix in matrices]
-    shifts = {module: shift for module in order if (shift := found[module][0])}
-    return LoftQStart(mark, Shift(shifts), {module: found[module][1] for module in order})
+    shifts = {module: shift for module in order if (shift := pairs[module][0])}
+    return LoftQStart(mark, Shift(shifts), {module: pairs[module][1] for module in order})
 
 
-def _adapted(config: RunConfig, files: TensorFiles) -> list[_Adapted]:
-    """By PEFT's own matching, on a model without weights."""
-    section = config.model
+def adapted_matrices(section: ModelSection, lora: LoraSection, files: TensorFiles) -> list[AdaptedMatrix]:
+    """What an adapter is on, by PEFT's own matching on a model without weights.
+
+    Raises:
+        ConfigError: something else than a linear of a decoder layer.
+    """
     base = check_model(section)
     base.__dict__.pop("quantization_config", None)
     plain: Any = model_without_weights(base, getattr(torch, section.dtype), section.attn_implementation)
@@ -136,7 +151,7 @@ def _adapted(config: RunConfig, files: TensorFiles) -> list[_Adapted]:
     kinds = {layer.path_of(name): name for layer in decoder_layers(plain) for name in layer.names}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # What PEFT has to say is said when the run's own model is made.
-        model: Any = get_peft_model(plain, config.lora.build(), low_cpu_mem_usage=True)
+        model: Any = get_peft_model(plain, lora.build(), low_cpu_mem_usage=True)
     found = []
     for path, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
@@ -148,17 +163,12 @@ def _adapted(config: RunConfig, files: TensorFiles) -> list[_Adapted]:
                 "a decoder layer: it is not quantised. Leave it out, or start otherwise"
             )
         key = weight_key(files, f"{module}.weight")
-        if stored_matrix(files, key):
-            raise PrequantizedError(
-                f"'lora.init_lora_weights' is \"loftq\", but {key} of {files.folder} is quantised already: LoftQ needs the "
-                "values. Name the checkpoint that is not, or remove it"
-            )
-        found.append(_Adapted(module, key, kinds[module] in TRANSPOSED, layer.r[_NAME], layer.scaling[_NAME]))
+        found.append(AdaptedMatrix(module, key, kinds[module] in TRANSPOSED, layer.r[_NAME], layer.scaling[_NAME]))
     return found
 
 
 def _decomposed(
-    matrix: _Adapted, files: TensorFiles, codec: Codec, config: RunConfig, device: torch.device
+    matrix: AdaptedMatrix, files: TensorFiles, codec: Codec, config: RunConfig, device: torch.device
 ) -> tuple[Pair | None, Pair]:
     dtype = getattr(torch, config.model.dtype)
 
@@ -168,9 +178,8 @@ def _decomposed(
 
     weight = files.read(matrix.key).to(device)
     files.check_finite(matrix.key, weight)
-    seed = int.from_bytes(sha256(matrix.module.encode()).digest()[:4], "big")
     rounds = config.lora.loftq_rounds
-    shift, pair = alternate(weight, stored, matrix.rank, matrix.scaling, rounds, seed=seed)
+    *_, (shift, pair) = alternate(weight, stored, matrix.rank, matrix.scaling, rounds, seed=matrix.seed)
     return shift and _on_cpu(shift), _on_cpu(pair)
 
 

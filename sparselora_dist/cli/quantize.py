@@ -18,6 +18,8 @@ Store a model's weights in few bits, layer by layer, once: into a folder that ru
 With --data the error of each block of inputs is made up for by those that follow, on what the model makes of the data.
 Without, hqq, bcq, shiftadd and fp8 store what a run with the same quantization.format makes at each start.
 One layer is in memory at a time, and the calibration tokens' hidden states. The bytes are the same at any number of ranks.
+--loftq takes the file of a run with "lora": {"init_lora_weights": "loftq", ...}: what storing takes away, as far as that
+adapter can hold it, is where a run over the folder then starts.
 Started again it goes on after the last layer that was written. quantization.json in the folder says how it was made.
 """
 
@@ -35,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--length", type=int, metavar="N", help="their tokens (default: 2048, or the model's positions)"
     )
+    parser.add_argument(
+        "--loftq",
+        type=Path,
+        metavar="RUN.json",
+        help="write the start of this run's adapter too, into OUTPUT/loftq_init",
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="to be made; must not exist")
 
 
@@ -48,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ..engines.ranks import discover_ranks, local_device, start_distributed
     from ..quantizing.quantize import Quantizing, quantize
+    from ..quantizing.start import lora_of
 
     messages()
     asked = Quantizing(
@@ -59,6 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         data=arguments.data,
         sequences=arguments.sequences,
         length=arguments.length,
+        loftq=lora_of(arguments.loftq) if arguments.loftq else None,
     )
     ranks = discover_ranks()
     device = local_device(ranks)
@@ -75,5 +85,6 @@ def run(arguments: argparse.Namespace) -> int:
             f"weight, {len(errors)} matrices in {len(record['layers'])} layers; compensation {made['compensate']}, relative "
             f"error {record['error']} {min(errors):.2%} to {max(errors):.2%}, mean {sum(errors) / len(errors):.2%}"
         )
-        print(f'a run loads it with "quantization": {{"format": "{made["format"]}"}}')
+        start = ' and, as its adapter starts, "lora": {"init_lora_weights": "loftq", ...}' if arguments.loftq else ""
+        print(f'a run loads it with "quantization": {{"format": "{made["format"]}"}}{start}')
     return 0

@@ -57,6 +57,7 @@ class LoftQValues(TypedDict, total=False):
     """PEFT's ``LoftQConfig``."""
 
     loftq_iter: Annotated[Positive, ALLOWED]
+    """Rounds; one where nothing is said."""
     loftq_bits: Annotated[Positive, ALLOWED]
 
 
@@ -109,7 +110,6 @@ class LoraSection(Section):
                 f"{show(self.init_from)}: both say what the adapter starts from; remove one"
             )
         if initial == LOFTQ:
-            self.values["loftq_config"] = {"loftq_iter": 1} | self.values.get("loftq_config", {})
             if self.values.get("target_parameters"):
                 raise ConfigError(
                     f"'{self.PATH}.target_parameters' is {show(self.values['target_parameters'])} with "
@@ -124,7 +124,12 @@ class LoraSection(Section):
     @property
     def loftq_rounds(self) -> int:
         """Of LoftQ's alternation; 0 of an adapter that starts otherwise."""
-        return self.values["loftq_config"]["loftq_iter"] if self.values.get("init_lora_weights") == LOFTQ else 0
+        return self.loftq_config.get("loftq_iter", 1) if self.values.get("init_lora_weights") == LOFTQ else 0
+
+    @property
+    def loftq_config(self) -> LoftQValues:
+        """What is said of LoftQ."""
+        return self.values.get("loftq_config", {})
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LoraSection:
@@ -138,6 +143,11 @@ class LoraSection(Section):
     def completed(self, adapter: dict[str, Any]) -> LoraSection:
         """With what the run does not say itself taken from ``adapter``, PEFT's names again, and then from the defaults."""
         return LoraSection(values={**_DEFAULTS, **adapter, **self.values}, init_from=self.init_from)
+
+    def started_at(self, folder: str) -> LoraSection:
+        """The same adapter, begun at one in a folder instead of as LoftQ begins."""
+        values = {key: value for key, value in self.values.items() if key not in ("init_lora_weights", "loftq_config")}
+        return LoraSection(values=values, init_from=folder)
 
     @classmethod
     def __get_pydantic_json_schema__(cls, *_: Any) -> dict[str, Any]:
@@ -169,7 +179,7 @@ class LoraSection(Section):
             self.loftq_rounds
         ):  # Ours: PEFT would decompose a matrix that it takes for whole, and quantise it its own way.
             values["init_lora_weights"] = True
-            del values["loftq_config"]
+            values.pop("loftq_config", None)
         try:
             return peft.LoraConfig(**values)
         except (TypeError, ValueError) as error:

@@ -21,7 +21,9 @@ BITS: Mapping[str, tuple[int, ...]] = {
     "mxfp4": (4,),
 }
 """What a code of each format may take; the last one is the default where several are allowed, but for 3 of ``shiftadd``."""
-READ_ONLY = ("billm", "nvfp4", "mxfp4")
+FOREIGN = ("nvfp4", "mxfp4")
+"""Those that other libraries make."""
+READ_ONLY = ("billm", *FOREIGN)
 """Those that are never made when a model is loaded: a checkpoint holds them."""
 WITHOUT_ZERO = ("hqq", "bcq", "shiftadd", "billm")
 """Those whose codes cannot say that a value is zero."""

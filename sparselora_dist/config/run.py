@@ -18,7 +18,7 @@ from .limits import Path, Positive, Says
 from .lora import LoraSection
 from .model import Section, parse, section
 from .overrides import apply_overrides
-from .quantization import READ_ONLY, WITHOUT_ZERO, QuantizationSection
+from .quantization import FOREIGN, WITHOUT_ZERO, QuantizationSection
 from .sparse import SparseLoRAConfig
 from .sparse_base import SparseBaseConfig
 from .train import TrainSection
@@ -192,17 +192,17 @@ class RunConfig(Section):
                 f"{said}, but the base is not quantised, so that there is nothing to make up for: set "
                 "'quantization.format', or remove it"
             )
-        if stored.stored in READ_ONLY:
+        if stored.stored in FOREIGN:
             raise ConfigError(
                 f"{said} with 'quantization.format' \"{stored.stored}\", whose matrices are read as a checkpoint holds "
-                "them: LoftQ stores others. Use a format that is made when a model is loaded, or remove it"
+                "them: LoftQ stores others. Use a format that is made here (docs/formats.md), or remove it"
             )
         if self.sparse_base.enabled:
             raise ConfigError(
                 f"{said} with 'sparse_base.enabled': the adapter would start outside the zeros that it has to keep. "
                 "Use one"
             )
-        bits = self.lora.values["loftq_config"].get("loftq_bits", stored.width)
+        bits = self.lora.loftq_config.get("loftq_bits", stored.width)
         if bits != stored.width:
             raise ConfigError(
                 f"'lora.loftq_config.loftq_bits' is {bits}, but 'quantization' stores {stored.stored} in {stored.width} "

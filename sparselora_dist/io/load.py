@@ -128,8 +128,8 @@ def load_base(
         keyed = (shift or Shift()).by_key(checkpoint)
         stream = Stream(checkpoint, codec, dtype, placement, keyed)
         jobs = [*stream.matrices(layers), *stream.others(model, layers, whole)]
-        if quantization.stored in READ_ONLY and not is_quantised(checkpoint):
-            raise PrequantizedError(_not_made(quantization.stored, section.name_or_path))
+        if not is_quantised(checkpoint):
+            check_made(quantization, section.name_or_path)
         check_fits(sum(job.kept for job in jobs), placement.home, local_ranks, placement.rank)
     with placement.together(), tqdm(jobs, "loading", disable=not progress, leave=False, unit="tensor") as bar:
         for number, job in enumerate(bar):
@@ -149,12 +149,15 @@ def load_base(
     return LoadedBase(model, CheckpointWeights(checkpoint, codec, dtype, layers, keyed), report)
 
 
-def _not_made(stored: str, name: str) -> str:
-    """Of a format that must be in the files and is not."""
-    how = "'sparselora-dist quantize' makes such a checkpoint" if stored == "billm" else "name a checkpoint that is"
-    return (
-        f"'quantization.format' is \"{stored}\", which is read from a checkpoint that holds it, never made when a model is "
-        f"loaded, and {name} is not quantised: {how}, or use a format that is made on load (docs/formats.md)"
+def check_made(quantization: QuantizationSection, name: str) -> None:
+    """Raises PrequantizedError for a format that must be in the files, of a checkpoint that holds plain weights."""
+    if quantization.stored not in READ_ONLY:
+        return
+    made_here = quantization.stored == "billm"
+    how = "'sparselora-dist quantize' makes such a checkpoint" if made_here else "name a checkpoint that is"
+    raise PrequantizedError(
+        f"'quantization.format' is \"{quantization.stored}\", which is read from a checkpoint that holds it, never made "
+        f"when a model is loaded, and {name} is not quantised: {how}, or use a format that is made on load (docs/formats.md)"
     )
 
 

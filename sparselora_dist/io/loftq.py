@@ -7,6 +7,9 @@ checkpoint's values but of these less ``B·A``, the *shift* (:mod:`sparselora_di
 ``loftq.safetensors`` beside the adapter has it, ``<module>.a`` (r, in) and ``<module>.b`` (out, r) in fp32, so that resuming
 and merging store the same matrices without decomposing any. PEFT knows neither: it warns of the key by name, and leaves it
 out.
+
+A folder that ``sparselora-dist quantize --loftq`` made needs none of this: its base is on the disk as it is computed with,
+and the adapter to start from lies beside it, in ``loftq_init``. That one's config says ``loftq_rounds``.
 """
 
 from __future__ import annotations
@@ -27,6 +30,10 @@ from .shard_files import TensorFiles, digest, weight_key
 
 KEY = "loftq"
 FILE = "loftq.safetensors"
+START = "loftq_init"
+"""In the folder of a quantised model: the adapter that starts over it."""
+ROUNDS = "loftq_rounds"
+"""In its ``adapter_config.json``: after how many rounds."""
 SHIFT = "loftq_shift"
 """Attribute of a PEFT model: its :class:`Shift`, for whoever saves the adapter."""
 

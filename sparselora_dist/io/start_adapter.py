@@ -25,7 +25,7 @@ from ..config.run import RunConfig
 from .adapter import ADAPTER_FILE, saved_names
 from .adapter_config import CONFIG_FILE, PREFIX, read_adapter_config, stored_shape
 from .load import check_model, model_without_weights
-from .loftq import Mark
+from .loftq import ROUNDS, START, Mark
 from .manifest import CorruptFileError, tensors_sha256
 from .marker import KEY, marked_modules
 from .shard_files import TensorFiles, read_json
@@ -40,7 +40,7 @@ _SHAPE = (
 # A setting of training: the run may have its own.
 _FREE = ("lora_dropout",)
 # Keys that a merge does not take, and a run does.
-_ALSO = {"fan_in_fan_out", "target_parameters", KEY}
+_ALSO = {"fan_in_fan_out", "target_parameters", KEY, ROUNDS}
 # Without a config there is nobody else to ask.
 _BARE = ("r", "lora_alpha", "target_modules")
 _ADAPTER_NAME = re.compile(r"(\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.(?!weight$|bias$)[^.]+")
@@ -61,12 +61,17 @@ class StartAdapter:
 def completed(config: RunConfig) -> RunConfig:
     """The run with a ``lora`` section that says all that its adapter's config does; without ``init_from`` as it is.
 
+    A run that starts by LoftQ over a model that was quantised so begins at the adapter beside it.
+
     Raises:
         ConfigError: no such file; run and adapter contradict each other (key and both values); something that only the
             run could say is missing; an adapter of a pruned model's zeros in a run without ``sparse_base``.
         FileNotFoundError, CorruptFileError, ValueError: see :func:`read_adapter_config`.
     """
     lora = config.lora
+    beside = _beside(config) if lora.loftq_rounds else None
+    if beside:
+        lora = lora.started_at(str(beside))
     if lora.init_from is None:
         return config
     file, described = _find(lora.init_from)
@@ -77,6 +82,7 @@ def completed(config: RunConfig) -> RunConfig:
             f"{described} says 'loftq': the adapter belongs to another base, the one that its run has stored, and over this "
             "run's it computes something else. Merge it and train on the result, or start from another adapter"
         )
+    _check_base(described, config)
     adapter = read_adapter_config(described, "started from", _ALSO)
     _check_zeros(described, config)
     plain = LoraConfig()
@@ -97,9 +103,10 @@ def completed(config: RunConfig) -> RunConfig:
             continue
         if key in ("target_modules", "exclude_modules") and (isinstance(own, str) or isinstance(theirs, str)):
             continue  # An expression may name the same modules: the tensors show it.
+        other = "" if beside else f"leave 'lora.{key}' out, or "
         raise ConfigError(
-            f"'lora.{key}' is {show(lora.values[key])}, but {described}, which '{_KEY}' names, says "
-            f"{show(_json(getattr(adapter, key, None)))}: leave 'lora.{key}' out, or make them equal"
+            f"'lora.{key}' is {show(lora.values[key])}, but {described}, where the adapter starts, says "
+            f"{show(_json(getattr(adapter, key, None)))}: {other}make them equal"
         )
     return replace(config, lora=whole)
 
@@ -168,6 +175,42 @@ def _check_zeros(described: Path, config: RunConfig) -> None:
         raise ConfigError(
             f"{described} says 'sparse_base': the adapter was trained under the zeros of a pruned model, and computes "
             "something else without them. Set 'sparse_base.enabled' to true, or start from another adapter"
+        )
+
+
+def _beside(config: RunConfig) -> Path | None:
+    """The adapter that lies in the folder of the run's base because it starts over that.
+
+    Raises:
+        ConfigError: it was made in another number of rounds than the run says.
+    """
+    folder = _start_folder(config)
+    if not (folder / CONFIG_FILE).is_file():
+        return None
+    rounds, said = read_json(folder / CONFIG_FILE).get(ROUNDS), config.lora.loftq_config.get("loftq_iter")
+    if said not in (None, rounds):
+        raise ConfigError(
+            f"'lora.loftq_config.loftq_iter' is {said}, but {folder} was made in {show(rounds)} rounds: leave it out, or "
+            "quantise the model anew"
+        )
+    return folder
+
+
+def _start_folder(config: RunConfig) -> Path:
+    name = config.model.name_or_path
+    if Path(name).is_dir():
+        return Path(name) / START
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, allow_patterns=[f"{START}/*"])) / START
+
+
+def _check_base(described: Path, config: RunConfig) -> None:
+    """An adapter that lies beside its base starts over no other."""
+    if read_json(described).get(ROUNDS) and described.parent.resolve() != _start_folder(config).resolve():
+        raise ConfigError(
+            f"{described} says '{ROUNDS}': the adapter makes up for what storing the model in the folder around it took "
+            f"away, and 'model.name_or_path' is {show(config.model.name_or_path)}. Name {described.parent.parent} there"
         )
 
 

@@ -21,7 +21,13 @@ _POWER_ITERATIONS = 4
 
 
 def low_rank_factors(
-    weight: Tensor, rank: int, *, seed: int = 0, exact: bool | None = None, second_moment: Tensor | None = None
+    weight: Tensor,
+    rank: int,
+    *,
+    seed: int = 0,
+    exact: bool | None = None,
+    second_moment: Tensor | None = None,
+    seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Factors ``(A, B)`` of ``weight``, on its device and in its dtype.
 
@@ -32,6 +38,7 @@ def low_rank_factors(
         exact: full SVD or randomised; by default decided by the matrix's smaller side.
         second_moment: (in, in), ``E[x xᵀ]`` of the inputs up to a factor; it need not be invertible. ``None`` weighs all
             directions alike.
+        seen: (out, in), ``weight·R`` of a root R of that moment, ``M = R Rᵀ``, where it is at hand.
 
     Returns:
         ``A`` (r, in) and ``B`` (out, r), contiguous.
@@ -45,7 +52,8 @@ def low_rank_factors(
             raise ValueError(f"second_moment of a {tuple(w.shape)} matrix is {tuple(second_moment.shape)}")
         # Any root R of the moment, M = R Rᵀ, gives the same U; in fp64, because its eigenvalues span many decades.
         values, vectors = torch.linalg.eigh(second_moment.to(w.device).double())
-        w = w @ (vectors * values.clamp_min(0).sqrt()).float()
+        seen = w @ (vectors * values.clamp_min(0).sqrt()).to(w.dtype)
+    w = w if seen is None else seen
     if exact is None:
         exact = min(w.shape) <= EXACT_SVD_SIDE or rank + _OVERSAMPLING > min(w.shape)
     if exact:
@@ -56,7 +64,7 @@ def low_rank_factors(
             torch.manual_seed(seed)
             u, s, v = torch.svd_lowrank(w, q=rank + _OVERSAMPLING, niter=_POWER_ITERATIONS)
         vt = v.t()
-    if second_moment is not None:
+    if seen is not None:
         basis = u[:, :rank]
         return (basis.t() @ plain).to(weight.dtype).contiguous(), basis.to(weight.dtype).contiguous()
     root = s[:rank].sqrt()

@@ -5,12 +5,16 @@
 After the last round training has ``Q_T`` under ``A = A'_T / √s``, ``B = B'_T / √s``: the factors carry the adapter's scaling
 ``s`` already. What was subtracted before ``Q_T`` was stored, the factors of the round before, is the *shift*; after a single
 round there is none, and ``Q_1`` is the matrix as it would be stored anyway.
+
+Where the inputs are known, "best" is of the outputs: in the norm of their second moments ``H``. What storing with
+compensation takes away cancels over the inputs, so that its largest directions are not those that are seen. With one round
+that is the start of CLoQ (arXiv 2501.18475).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -39,9 +43,16 @@ def less(values: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def alternate(
-    weight: Tensor, stored: Callable[[Tensor], Tensor], rank: int, scaling: float, rounds: int, *, seed: int = 0
-) -> tuple[Pair | None, Pair]:
-    """The shift, and the adapter's start.
+    weight: Tensor,
+    stored: Callable[[Tensor], Tensor],
+    rank: int,
+    scaling: float,
+    rounds: int,
+    *,
+    seed: int = 0,
+    upper: Tensor | None = None,
+) -> Iterator[tuple[Pair | None, Pair]]:
+    """After each round, the shift and the adapter's start.
 
     Args:
         weight: (out, in), any floating dtype. What storing takes is decomposed in fp64 (see :func:`low_rank_factors`: a
@@ -52,17 +63,26 @@ def alternate(
         scaling: what the adapter's ``B·A`` is multiplied by.
         rounds: at least 1.
         seed: of the randomised SVD.
+        upper: U (in, in), upper triangular, with ``UᵀU = H⁻¹`` of the inputs; ``None`` where nothing is known of them.
     """
     weight = weight.detach().float()
     shift: Pair | None = None
-    pair: Pair | None = None
+    root = math.sqrt(scaling)
     for _ in range(rounds):
-        shift = pair
-        target = less(weight, *shift) if shift else weight
-        left = weight - stored(target).float()
-        a, b = (factor.float() for factor in low_rank_factors(left.double(), rank, seed=seed))
+        left = (weight - stored(less(weight, *shift) if shift else weight).float()).double()
+        a, b = (factor.float() for factor in _best(left, rank, seed, upper))
         missing = rank - a.shape[0]
         pair = torch.nn.functional.pad(a, (0, 0, 0, missing)), torch.nn.functional.pad(b, (0, missing))
-    assert pair is not None
-    root = math.sqrt(scaling)
-    return shift, (pair[0] / root, pair[1] / root)
+        yield shift, (pair[0] / root, pair[1] / root)
+        shift = pair
+
+
+def _best(left: Tensor, rank: int, seed: int, upper: Tensor | None) -> Pair:
+    """Of ``left`` (out, in) fp64; ``A`` and ``B`` of one size, fp64."""
+    if upper is None:
+        return low_rank_factors(left, rank, seed=seed)
+    seen = torch.linalg.solve_triangular(upper.double(), left, upper=True, left=False)
+    a, b = low_rank_factors(left, rank, seed=seed, seen=seen)  # b is orthonormal, a all the rest.
+    u, s, vt = torch.linalg.svd(a, full_matrices=False)
+    root = s.sqrt()
+    return root[:, None] * vt, b @ (u * root)

@@ -1,6 +1,9 @@
-"""One matrix of a model, quantised as it will be stored."""
+"""One matrix of a model, quantised as it will be stored, and where an adapter on it starts."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -9,38 +12,119 @@ from sparselora_kernels.stored import unpack
 
 from ..codecs import Codec, LevelsCodec
 from ..layerwise.second_moments import upper_of_inverse
+from ..method.loftq import Pair, alternate
 from .compensation import Compensate, output_error, quantize
 from .encoders import encoder_of
 
 
+class Adapted(Protocol):
+    """The adapter that a matrix is under."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def scaling(self) -> float: ...
+
+    @property
+    def seed(self) -> int:
+        """Of a randomised SVD."""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What a matrix has become."""
+
+    parts: dict[str, Tensor]
+    """By the codec's names."""
+    error: float = 0.0
+    """By :func:`output_error`, with the adapter's start where there is one."""
+    pair: Pair | None = None
+    """``A`` and ``B`` that an adapter starts at, fp32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """How a matrix is quantised: what is known of its inputs.
+
+    Args:
+        products: XᵀX (in, in) fp32 of the calibration tokens; ``None`` without any.
+        tokens: how many these are.
+        how: errors are made up for.
+    """
+
+    products: Tensor | None
+    tokens: int
+    how: Compensate
+
+    def upper(self) -> Tensor | None:
+        """U of the inverse of H; see :func:`upper_of_inverse`."""
+        return None if self.products is None else upper_of_inverse(self.products * (2.0 / self.tokens))
+
+
 @torch.no_grad()
 def quantized(
-    weight: Tensor, codec: Codec, transposed: bool, products: Tensor | None, tokens: int, how: Compensate
-) -> tuple[dict[str, Tensor], float]:
-    """The parts of a matrix, as ``codec`` names them, and its error by :func:`output_error`.
+    weight: Tensor,
+    codec: Codec,
+    transposed: bool,
+    calibrated: Calibrated,
+    adapted: Adapted | None = None,
+    rounds: int = 1,
+) -> Made:
+    """Quantise a matrix; under an adapter the best for the inputs of LoftQ's rounds (:mod:`sparselora_dist.method.loftq`).
 
     Args:
         weight: (out, in), in the model's dtype.
         codec: what it is stored as.
         transposed: whether a stored row is an input.
-        products: XᵀX (in, in) fp32 of the calibration tokens; ``None`` without any.
-        tokens: how many these are.
-        how: errors are made up for.
+        calibrated: how.
+        adapted: the adapter whose start is asked for.
+        rounds: of the alternation.
 
     Raises:
         ValueError: a value cannot be stored, or the second moments have no Cholesky factor.
     """
-    rows = weight.t().contiguous() if transposed else weight
-    if how == "none" and not needs_data(codec):
-        parts = codec.encode(rows, 0)
-    else:
-        assert products is not None, "calibration is asked for without tokens"
-        upper = upper_of_inverse(products * (2.0 / tokens))
+    plain = calibrated.how == "none" and not needs_data(codec)
+    upper = None if plain and adapted is None else calibrated.upper()
+
+    def encode(matrix: Tensor) -> dict[str, Tensor]:
+        rows = matrix.t().contiguous() if transposed else matrix
+        if plain:
+            return codec.encode(rows, 0)
+        assert upper is not None, "calibration is asked for without tokens"
         encoder = encoder_of(codec, rows)
-        quantize(encoder, rows.float(), upper, how, transposed)
-        parts = encoder.parts()
-    found = decoded(codec, parts, rows.shape[1], torch.float32)
-    return parts, output_error(weight.float(), found.t() if transposed else found, products)
+        quantize(encoder, rows.float(), upper, calibrated.how, transposed)
+        return encoder.parts()
+
+    def values(parts: dict[str, Tensor]) -> Tensor:
+        found = decoded(codec, parts, weight.shape[0 if transposed else 1], torch.float32)
+        return found.t() if transposed else found
+
+    if adapted is None:
+        parts = encode(weight)
+        return Made(parts, output_error(weight.float(), values(parts), calibrated.products))
+    parts = {}
+
+    def stored(target: Tensor) -> Tensor:
+        nonlocal parts
+        parts = encode(target.to(weight.dtype))
+        return values(parts)
+
+    best: Made | None = None
+    for _, pair in alternate(weight, stored, adapted.rank, adapted.scaling, rounds, seed=adapted.seed, upper=upper):
+        found = with_adapter(values(parts), pair, adapted.scaling)
+        made = Made(parts, output_error(weight.float(), found, calibrated.products), pair)
+        # Without data it is what a run makes, the last; codes that inputs make up for need not come nearer every round.
+        if best is None or calibrated.products is None or made.error < best.error:
+            best = made
+    assert best is not None
+    return best
+
+
+def with_adapter(matrix: Tensor, pair: Pair, scaling: float) -> Tensor:
+    """What a matrix (out, in) and an adapter's ``A`` and ``B`` compute together, in the matrix' dtype."""
+    a, b = pair
+    return torch.addmm(matrix.float(), b, a, alpha=scaling).to(matrix.dtype)
 
 
 def needs_data(codec: Codec) -> bool:

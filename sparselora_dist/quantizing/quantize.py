@@ -6,6 +6,7 @@ on their number: see :mod:`sparselora_dist.layerwise.statistics`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -15,8 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..apply.loftq import AdaptedMatrix, adapted_matrices
 from ..codecs import Codec, codec_named
-from ..config import ConfigError, QuantizationSection
+from ..config import ConfigError, LoraSection, ModelSection, QuantizationSection
 from ..io.model_folder import QUANTIZATION_FILE
 from ..io.prequantized.own import FORMATS, config_section, part_keys, tensors_of
 from ..io.shard_files import read_json
@@ -26,9 +28,11 @@ from ..layerwise.model_files import ModelFiles
 from ..layerwise.statistics import Inputs, deal, gather, parts_of, sharers
 from ..layouts import DecoderLayer
 from ..method.channels import TRANSPOSED
+from ..method.loftq import Pair
 from ..sync.everyone import everyone
 from .compensation import Compensate
-from .matrix import decoded, needs_data, quantized
+from .matrix import Calibrated, Made, decoded, needs_data, quantized, with_adapter
+from .start import GrowingAdapter
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +53,8 @@ class Quantizing:
     data: str | None = None
     sequences: int = 128
     length: int | None = None
+    loftq: LoraSection | None = None
+    """The adapter that is to start over the model, by LoftQ."""
 
 
 @torch.no_grad()
@@ -70,7 +76,12 @@ def quantize(asked: Quantizing, device: torch.device | None = None) -> dict[str,
             raise ConfigError(f"{layer.path} of {asked.model} has no matrices that a run would store in few bits")
     record: dict[str, Any] = {"model": asked.model, "format": asked.format, "bits": bits, "compensate": how}
     record["dtype"] = source.dtype
-    work = _Layers(source, codec, asked, how, rank, ranks)
+    adapted: dict[str, AdaptedMatrix] = {}
+    if asked.loftq:
+        record["loftq"] = asked.loftq.to_dict()
+        section = ModelSection(name_or_path=asked.model, dtype=source.dtype)  # type: ignore[arg-type]
+        adapted = {matrix.module: matrix for matrix in adapted_matrices(section, asked.loftq, source.files)}
+    work = _Layers(source, codec, asked, how, adapted, rank, ranks)
     if asked.data is not None:
         calibration = source.sequences(asked.data, asked.sequences, asked.length)
         count, length = calibration.sequences.shape
@@ -82,11 +93,17 @@ def quantize(asked: Quantizing, device: torch.device | None = None) -> dict[str,
             asked.output.absolute(), source.files, record, len(stream.layers), record_file=QUANTIZATION_FILE
         )
     done = everyone(growing.done if growing else 0)[0] if ranks > 1 else growing.done if growing else 0
-    with tqdm(stream.layers, "quantizing", unit="layer", disable=None if rank == 0 else True) as bar:
+    left = stream.layers if done < len(stream.layers) else []
+    with tqdm(left, "quantizing", unit="layer", disable=None if rank == 0 else True) as bar:
         for layer in bar:
             work.layer(layer, growing, written=layer.index < done)
     if growing:
-        growing.note(error="of the outputs" if asked.data else "of the weights", bits_per_weight=work.bits_per_weight())
+        if asked.loftq:
+            GrowingAdapter(growing.folder).finish(asked.loftq, growing.output)
+        error = "of the outputs" if asked.data else "of the weights"
+        growing.note(
+            error=f"{error}, under the adapter" if asked.loftq else error, bits_per_weight=work.bits_per_weight()
+        )
         growing.finish(read_json(source.folder / "config.json"), config_section(asked.format, bits))
     if ranks > 1:
         dist.barrier()
@@ -117,9 +134,17 @@ def _check(asked: Quantizing) -> tuple[Codec, int, Compensate]:
 
 class _Layers:
     def __init__(
-        self, source: ModelFiles, codec: Codec, asked: Quantizing, how: Compensate, rank: int, ranks: int
+        self,
+        source: ModelFiles,
+        codec: Codec,
+        asked: Quantizing,
+        how: Compensate,
+        adapted: Mapping[str, AdaptedMatrix],
+        rank: int,
+        ranks: int,
     ) -> None:
         self.source, self.stream, self.codec, self.how = source, source.stream, codec, how
+        self.adapted, self.rounds = adapted, asked.loftq.loftq_rounds if asked.loftq else 0
         self.rank, self.ranks = rank, ranks
         self.data = asked.data is not None
         # Ranks that have no sequences know no sums.
@@ -152,14 +177,20 @@ class _Layers:
                 made, owners = self._quantize(layer, linears)
             tensors: dict[str, Tensor] = {}
             errors: dict[str, float] = {}
+            pairs: dict[str, Pair] = {}
             for name, linear in linears.items():
-                shape, transposed = tuple(linear.weight.shape), name in TRANSPOSED
-                channels, length = shape[::-1] if transposed else shape
-                parts, errors[keys[name]] = self._share(made.pop(name, None), channels, length, owners[name])
-                tensors |= tensors_of(keys[name], self.codec, parts, shape, transposed) if growing else {}
-                rows = decoded(self.codec, parts, length, linear.weight.dtype)
+                shape, transposed, adapted = tuple(linear.weight.shape), name in TRANSPOSED, self._adapted(layer, name)
+                one = self._share(made.pop(name, None), shape, transposed, adapted, owners[name])
+                errors[keys[name]] = one.error
+                tensors |= tensors_of(keys[name], self.codec, one.parts, shape, transposed) if growing else {}
+                rows = decoded(self.codec, one.parts, shape[0 if transposed else 1], linear.weight.dtype)
                 linear.weight.data = rows.t().contiguous() if transposed else rows
+                if adapted and one.pair:
+                    pairs[adapted.module] = one.pair
+                    linear.weight.data = with_adapter(linear.weight.data, one.pair, adapted.scaling)
             if growing and not written:
+                if pairs:
+                    GrowingAdapter(growing.folder).add(layer.index, pairs)
                 others = {names[own]: p.detach() for own, p in layer.module.named_parameters()}
                 tensors = {key: value for key, value in others.items() if key not in keys.values()} | tensors
                 tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
@@ -170,10 +201,11 @@ class _Layers:
     def _key(self, layer: DecoderLayer, name: str) -> str:
         return self.stream.key(layer, layer.path_of(name).removeprefix(f"{layer.path}.") + ".weight")
 
-    def _quantize(
-        self, layer: DecoderLayer, linears: dict[str, nn.Linear]
-    ) -> tuple[dict[str, tuple[dict[str, Tensor], float]], dict[str, int]]:
-        """This rank's matrices and their errors; and which rank has which."""
+    def _adapted(self, layer: DecoderLayer, name: str) -> AdaptedMatrix | None:
+        return self.adapted.get(layer.path_of(name))
+
+    def _quantize(self, layer: DecoderLayer, linears: dict[str, nn.Linear]) -> tuple[dict[str, Made], dict[str, int]]:
+        """This rank's matrices; and which rank has which."""
         inputs = self._inputs(layer, linears)
         owners = deal({name: linear.weight.shape for name, linear in linears.items()}, self.workers)
         made = {}
@@ -182,7 +214,12 @@ class _Layers:
             if self.rank == owners[name]:
                 try:
                     made[name] = quantized(
-                        linear.weight, self.codec, name in TRANSPOSED, products, self.tokens, self.how
+                        linear.weight,
+                        self.codec,
+                        name in TRANSPOSED,
+                        Calibrated(products, self.tokens, self.how),
+                        self._adapted(layer, name),
+                        self.rounds,
                     )
                 except ValueError as error:
                     raise ValueError(f"{layer.path_of(name)}: {error}") from error
@@ -201,33 +238,46 @@ class _Layers:
 
     def _read(
         self, layer: DecoderLayer, growing: GrowingModel | None, linears: dict[str, nn.Linear], keys: dict[str, str]
-    ) -> dict[str, tuple[dict[str, Tensor], float]]:
+    ) -> dict[str, Made]:
         """On the rank that writes, the parts of a layer that was written."""
         if growing is None:
             return {}
         held, made = growing.layer(layer.index), {}
+        pairs = GrowingAdapter(growing.folder).layer(layer.index) if self.adapted else {}
         for name, linear in linears.items():
             length = linear.weight.shape[0 if name in TRANSPOSED else 1]
             found = part_keys(keys[name], self.codec, length)
-            made[name] = {part: held[key].to(self.stream.device) for part, key in found.items()}, 0.0
+            parts = {part: held[key].to(self.stream.device) for part, key in found.items()}
+            pair = pairs.get(layer.path_of(name))
+            made[name] = Made(parts, pair=pair and (pair[0].to(self.stream.device), pair[1].to(self.stream.device)))
         return made
 
     def _share(
-        self, made: tuple[dict[str, Tensor], float] | None, channels: int, length: int, owner: int
-    ) -> tuple[dict[str, Tensor], float]:
-        """Parts and error of a matrix, on every rank. A collective."""
+        self,
+        made: Made | None,
+        shape: tuple[int, ...],
+        transposed: bool,
+        adapted: AdaptedMatrix | None,
+        owner: int,
+    ) -> Made:
+        """A matrix (out, in) that rank ``owner`` has made, on every rank. A collective."""
         device = self.stream.device
         if made is None:
+            channels, length = shape[::-1] if transposed else shape
             sizes = {name: (part.rows(channels), part.width) for name, part in self.codec.parts(length).items()}
-            made = {name: torch.empty(size, dtype=torch.uint8, device=device) for name, size in sizes.items()}, 0.0
-        parts, error = made
+            parts = {name: torch.empty(size, dtype=torch.uint8, device=device) for name, size in sizes.items()}
+            sides = ((adapted.rank, shape[1]), (shape[0], adapted.rank)) if adapted else None
+            made = Made(
+                parts, pair=sides and (torch.empty(sides[0], device=device), torch.empty(sides[1], device=device))
+            )
         if self.ranks == 1:
-            return parts, error
-        parts = {name: part.contiguous() for name, part in parts.items()}
-        told = torch.tensor([error], dtype=torch.float64, device=device)
-        for tensor in (*parts.values(), told):
+            return made
+        parts = {name: part.contiguous() for name, part in made.parts.items()}
+        pair = made.pair and (made.pair[0].contiguous(), made.pair[1].contiguous())
+        told = torch.tensor([made.error], dtype=torch.float64, device=device)
+        for tensor in (*parts.values(), *(pair or ()), told):
             dist.broadcast(tensor, owner)
-        return parts, told.item()
+        return Made(parts, told.item(), pair)
 
     def bits_per_weight(self) -> float:
         """Of all matrices, everything that is stored of them."""

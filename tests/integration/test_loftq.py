@@ -14,10 +14,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from sparselora_dist.apply.loftq import LoftQStart, loftq_start
+from sparselora_dist.config import LoraSection
 from sparselora_dist.config.run import RunConfig
 from sparselora_dist.io.load import load_base
 from sparselora_dist.io.merge import merge_adapter
 from sparselora_dist.layouts import decoder_layers
+from sparselora_dist.quantizing.quantize import Quantizing, quantize
 from sparselora_dist.sharding.placement import Placement
 from support.harness import run_ranks
 from support.merging import edit_json, load
@@ -47,7 +49,8 @@ CPU = torch.device("cpu")
 
 def starting(tiny: Tiny, engine: str, out: Path, **sections: dict[str, Any]) -> dict[str, Any]:
     train = {"max_steps": 3, "save_steps": 2, **sections.pop("train", {})}
-    config = tiny.config(engine, out, train=train, data={"eval": None}, quantization=STORED, **sections)
+    stored = STORED | sections.pop("quantization", {})
+    config = tiny.config(engine, out, train=train, data={"eval": None}, quantization=stored, **sections)
     return config | {"lora": LORA}
 
 
@@ -57,8 +60,25 @@ def start_of(config: dict[str, Any]) -> LoftQStart:
     return found
 
 
+def beside(tiny: Tiny, engine: str, model: Path, out: Path) -> dict[str, Any]:
+    """A run over a folder that has its start in it."""
+    stored = {"model": {"name_or_path": str(model)}, "quantization": {"bits": None, "format": "billm"}}
+    return starting(tiny, engine, out, **stored)
+
+
 @pytest.fixture(scope="module")
-def runs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
+def made(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Quantised with data, and where the adapter of these runs starts over it."""
+    output = tmp_path_factory.mktemp("made") / "billm"
+    lora = LoraSection.from_dict(LORA)
+    quantize(
+        Quantizing(model=tiny.model, format="billm", output=output, data=tiny.train, sequences=8, length=48, loftq=lora)
+    )
+    return output
+
+
+@pytest.fixture(scope="module")
+def runs(tiny: Tiny, made: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
     """Where they are, and what was seen of each; one resumes at another number of ranks, under another engine."""
     folder = tmp_path_factory.mktemp("loftq")
     still = {"max_steps": 1, "save_steps": None, "learning_rate": 1e-30}
@@ -67,9 +87,10 @@ def runs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
     jobs: dict[str, tuple[dict[str, Any], Any]] = {
         "zero3": (starting(tiny, "zero3", folder / "zero3"), None),
         "bf16": (starting(tiny, "zero3", folder / "bf16", model={"dtype": "bfloat16"}, train=still), None),
+        "beside": (beside(tiny, "zero3", made, folder / "beside"), None),
         "resumed": (starting(tiny, other, folder / "resumed", train={"resume": True}), (folder / "single", 2)),
     }
-    seen = {"single": observe(single, IDS)}
+    seen = {"single": observe(single, IDS), "alone": observe(beside(tiny, "single", made, folder / "alone"), IDS)}
     results = run_ranks("support.trainer_workers:many_runs", 2, list(jobs.values()), IDS)[0]
     return folder, seen | dict(zip(jobs, results, strict=True))
 
@@ -84,6 +105,23 @@ def test_engines_store_one_base_and_train_one_adapter(runs: Any) -> None:
         assert torch.allclose(seen[name]["logits"], single["logits"], atol=1e-4), name
     first, other = (seen[name]["summary"]["train_loss_first"] for name in ("single", "zero3"))
     assert other == pytest.approx(first, rel=1e-5)
+
+
+def test_over_a_folder_with_its_start_engines_train_one_adapter(runs: Any, made: Path, tmp_path: Path) -> None:
+    """Which is one of that folder like any other: nothing marks it, and a merge takes the folder as it is."""
+    folder, seen = runs
+    alone, sharded = (seen[name] for name in ("alone", "beside"))
+    assert sharded["summary"]["train_loss_first"] == pytest.approx(alone["summary"]["train_loss_first"], rel=1e-5)
+    assert torch.allclose(sharded["logits"], alone["logits"], atol=1e-4)
+    start, trained = (load_file(path / FILE) for path in (made / "loftq_init", folder / "alone" / "adapter"))
+    assert start.keys() == trained.keys() and len(start) == 42
+    # Three steps of 5e-3 do not go far.
+    assert all((start[name] - trained[name]).abs().max() < 0.02 for name in start)
+    said = json.loads((folder / "alone" / "adapter" / "adapter_config.json").read_text())
+    assert not {"loftq", "loftq_rounds"} & said.keys() and not (folder / "alone" / "adapter" / SHIFT).exists()
+    merge_adapter(made, folder / "alone" / "adapter", tmp_path / "merged", dtype="float32")
+    with torch.no_grad():
+        assert torch.allclose(load(tmp_path / "merged")(input_ids=IDS).logits, alone["logits"], atol=1e-4)
 
 
 def test_a_resumed_run_decomposes_nothing(runs: Any, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

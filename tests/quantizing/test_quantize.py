@@ -27,7 +27,7 @@ from sparselora_kernels.reference import level_rows
 from support.harness import run_ranks
 from support.merging import make_adapter
 from support.models import ALL_LINEAR, tiny_base
-from support.quantizing_workers import CASES, DATA, STOPPED, asked_of, model_folder
+from support.quantizing_workers import CASES, DATA, STARTED, STOPPED, asked_of, model_folder
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def one(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+    return {name: value for file in sorted(folder.rglob("*.safetensors")) for name, value in load_file(file).items()}
 
 
 def record(folder: Path) -> dict[str, Any]:
@@ -115,10 +115,10 @@ def test_any_number_of_ranks_gives_the_same_bytes(ranks: int, one: Path, model: 
         assert list(record(begun)["layers"]) == ["0"]
     run_ranks("support.quantizing_workers:quantized_files", ranks, str(model), str(tmp_path), cases, False)
     for case in cases:
-        expected, found = tensors(one / ("billm" if case == STOPPED else case)), tensors(tmp_path / case)
+        expected, found = tensors(one / (STARTED if case == STOPPED else case)), tensors(tmp_path / case)
         assert expected.keys() == found.keys()
         assert all(torch.equal(value, found[name]) for name, value in expected.items()), case
-        assert record(tmp_path / case)["layers"] == record(one / ("billm" if case == STOPPED else case))["layers"]
+        assert record(tmp_path / case)["layers"] == record(one / (STARTED if case == STOPPED else case))["layers"]
     assert not begun.exists()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from sparselora_dist.config import LoraSection
 from sparselora_dist.layerwise.growing import GrowingModel
 from sparselora_dist.quantizing.quantize import Quantizing, quantize
 
@@ -29,8 +30,18 @@ CASES: dict[str, dict[str, Any]] = {
     "shiftadd": {"format": "shiftadd"},
     "fp8": {"format": "fp8", "data": str(DATA)},
 }
-STOPPED = "billm stopped"
-"""Begun as ``billm``."""
+LOFTQ: dict[str, Any] = {
+    "r": 4,
+    "lora_alpha": 12,
+    "target_modules": ["q_proj", "o_proj", "gate_proj", "down_proj"],
+    "rank_pattern": {"layers.1.self_attn.q_proj": 3},
+    "init_lora_weights": "loftq",
+    "loftq_config": {"loftq_iter": 2},
+}
+"""The adapter that starts over some of them."""
+STARTED, STOPPED = "billm loftq", "billm stopped"
+"""The latter is begun as the former."""
+CASES[STARTED] = CASES["billm"] | {"loftq": LoraSection.from_dict(LOFTQ)}
 
 
 def model_folder(folder: Path, **shape: Any) -> Path:
@@ -68,6 +79,6 @@ def begin(asked: Quantizing) -> None:
 def quantized_files(model: str, folder: str, cases: list[str], stop: bool) -> None:
     """Each case in a folder of its name; ``stop``: begin what is gone on with elsewhere."""
     for case in cases:
-        quantize(asked_of("billm" if case == STOPPED else case, Path(model), Path(folder) / case))
+        quantize(asked_of(STARTED if case == STOPPED else case, Path(model), Path(folder) / case))
     if stop:
-        begin(asked_of("billm", Path(model), Path(folder) / STOPPED))
+        begin(asked_of(STARTED, Path(model), Path(folder) / STOPPED))

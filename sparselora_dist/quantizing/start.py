@@ -1,0 +1,90 @@
+"""The adapter that LoftQ's alternation leaves beside the codes: ``loftq_init`` in the folder of a quantised model.
+
+A run over that folder starts there when its ``lora.init_lora_weights`` is "loftq" (:mod:`sparselora_dist.io.start_adapter`).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..config import ConfigError, LoraSection
+from ..config.errors import show
+from ..config.files import load_file
+from ..io.adapter import ADAPTER_FILE
+from ..io.adapter_config import CONFIG_FILE, PREFIX
+from ..io.loftq import ROUNDS, START
+from ..io.manifest import publish, read_safetensors
+from ..io.model_folder import save_tensors, write_json
+from ..io.shard_files import read_json
+from ..method.loftq import Pair
+
+
+def lora_of(path: str | os.PathLike[str]) -> LoraSection:
+    """The ``lora`` section of a run's file.
+
+    Raises:
+        ConfigError: the file cannot be read, or its adapter does not start by LoftQ.
+    """
+    data: Any = load_file(path)
+    section = data.get("lora") if isinstance(data, dict) else None
+    lora = LoraSection.from_dict({} if section is None else section)
+    if not lora.loftq_rounds:
+        raise ConfigError(
+            f"'lora.init_lora_weights' of {path} is {show(lora.values.get('init_lora_weights', True))}: --loftq takes the "
+            'file of a run whose adapter starts by LoftQ; set it to "loftq"'
+        )
+    return lora
+
+
+class GrowingAdapter:
+    """A decoder layer a file, until :meth:`finish` makes them one.
+
+    Args:
+        model: the folder that it grows in.
+    """
+
+    def __init__(self, model: Path) -> None:
+        self.folder = model / START
+
+    def _file(self, layer: int) -> Path:
+        return self.folder / f"layer-{layer:05d}.safetensors"
+
+    def add(self, layer: int, pairs: dict[str, Pair]) -> None:
+        """Write a layer's pairs, by the module in the causal LM."""
+        self.folder.mkdir(exist_ok=True)
+        named = {
+            f"{PREFIX}{module}.lora_{side}.weight": value for module, p in pairs.items() for side, value in zip("AB", p)
+        }
+        self._save({name: value.cpu().contiguous() for name, value in named.items()}, self._file(layer))
+
+    def layer(self, layer: int) -> dict[str, Pair]:
+        """What was written of a layer."""
+        tensors = read_safetensors(self._file(layer))[0]
+        modules = dict.fromkeys(name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors)
+        named = {module: f"{PREFIX}{module}.lora_" for module in modules}
+        return {module: (tensors[f"{at}A.weight"], tensors[f"{at}B.weight"]) for module, at in named.items()}
+
+    def finish(self, lora: LoraSection, base: Path) -> None:
+        """Write the adapter that PEFT reads, of the model that will be at ``base``."""
+        files = sorted(self.folder.glob("layer-*.safetensors"))
+        if not (self.folder / ADAPTER_FILE).exists():  # It is whole if it is there, and files may be gone then.
+            tensors: dict[str, Tensor] = {}
+            for file in files:
+                tensors |= read_safetensors(file)[0]
+            self._save(tensors, self.folder / ADAPTER_FILE)
+        config = lora.build()
+        config.base_model_name_or_path, config.inference_mode = str(base), True
+        config.save_pretrained(str(self.folder))
+        write_json(read_json(self.folder / CONFIG_FILE) | {ROUNDS: lora.loftq_rounds}, self.folder / CONFIG_FILE)
+        for file in files:
+            file.unlink()
+
+    @staticmethod
+    def _save(tensors: dict[str, Tensor], path: Path) -> None:
+        temporary = path.with_name(f".{path.name}.tmp")
+        save_tensors(tensors, temporary)
+        publish(temporary, path)

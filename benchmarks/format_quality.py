@@ -5,8 +5,8 @@
 
 DATA holds ``math/`` (train.jsonl, eval.jsonl) and ``commonsense/``. ``run`` appends a row to DIR/rows.jsonl for every
 finished arm and seed and skips the finished ones, so that it can be stopped and continued; calibrated formats are made once
-by ``sparselora-dist quantize``, in DIR/bases. Arms of one seed share the adapter's start, but for LoftQ's, and the order of
-the rows.
+by ``sparselora-dist quantize``, in DIR/bases, and once more with LoftQ's start. Arms of one seed share the adapter's start,
+but for LoftQ's, and the order of the rows.
 
 Checked before a row is written, and an error otherwise: the frozen weights are bit-identical after training, and a
 format's start is one loss on every seed.
@@ -38,6 +38,7 @@ from sparselora_dist.config.run import RunConfig
 from sparselora_dist.data import GlobalBatchSampler, TokenDataset, load_dataset_tokens, padding_id
 from sparselora_dist.engines import make_engine
 from sparselora_dist.io.load import load_tokenizer
+from sparselora_dist.io.start_adapter import completed, read_start
 from sparselora_dist.train.loop import TrainingLoop
 from sparselora_dist.train.metrics import flop_model
 
@@ -62,18 +63,16 @@ FORMATS: dict[str, dict[str, Any]] = {
 """By name, the ``quantization`` section."""
 CALIBRATED = ("shiftadd 3, calibrated", "billm")
 """Made by ``sparselora-dist quantize`` with the training texts."""
-FEW_BITS = ("hqq 3", "bcq 3", "shiftadd 3", "bcq 2")
-"""Those that also begin as LoftQ does: 3 bits and less, made when the model is loaded."""
+FEW_BITS = ("hqq 3", "bcq 3", "shiftadd 3", "shiftadd 3, calibrated", "billm", "bcq 2")
+"""Those that also begin as LoftQ does: 3 bits and less."""
 # Context tokens of all layers but the first two and the last.
 SPARSE = {"enabled": True, "layers": {"ffn": {"2-6": 0.9}}, "rank": 8, "start_step": 0.05}
+LOFTQ = {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 5}}
 WAYS: dict[str, dict[str, Any]] = {
     "LoRA": {},
     "SparseLoRA": {"sparse_lora": SPARSE},
-    "LoRA, LoftQ start": {"lora": {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 5}}},
-    "SparseLoRA, LoftQ start": {
-        "lora": {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 5}},
-        "sparse_lora": SPARSE,
-    },
+    "LoRA, LoftQ start": {"lora": LOFTQ},
+    "SparseLoRA, LoftQ start": {"lora": LOFTQ, "sparse_lora": SPARSE},
 }
 """Way of tuning -> sections of the run that it sets."""
 TASKS = ("general", "math")
@@ -116,26 +115,32 @@ class Harness:
             )
         self.starts: dict[tuple[str, str], float] = {}
 
-    def base(self, name: str) -> str:
+    def base(self, name: str, lora: dict[str, Any]) -> str:
         """The folder of a format's base; quantised now if it is calibrated and not there."""
         if name not in CALIBRATED:
             return str(self.options.model)
-        output, section = self.folder / "bases" / name.replace(", ", "-").replace(" ", ""), FORMATS[name]
+        started = "init_lora_weights" in lora
+        output = self.folder / "bases" / (name.replace(", ", "-").replace(" ", "") + "-loftq" * started)
+        section = FORMATS[name]
         if not output.is_dir():
             command = [sys.executable, "-m", "sparselora_dist.cli", "quantize", "--model", self.options.model]
             command += ["--format", section["format"], "--data", str(self.paths["general"][0])]
             command += ["--bits", str(section["bits"])] if "bits" in section else []
             command += ["--sequences", str(self.options.sequences), "--length", str(self.options.max_length)]
+            if started:
+                (self.folder / "lora.json").write_text(json.dumps({"lora": lora}), encoding="utf-8")
+                command += ["--loftq", str(self.folder / "lora.json")]
             subprocess.run([*command, "--output", str(output)], check=True)
         return str(output)
 
     def config(self, arm: Arm, seed: int) -> RunConfig:
         options, rank, way = self.options, self.options.lora_rank, WAYS[arm.way]
+        lora = {"r": rank, "lora_alpha": 2 * rank, "target_modules": LINEARS, **way.get("lora", {})}
         return RunConfig.from_dict(
             {
-                "model": {"name_or_path": self.base(arm.format), "dtype": "float32"},
+                "model": {"name_or_path": self.base(arm.format, lora), "dtype": "float32"},
                 "quantization": FORMATS[arm.format],
-                "lora": {"r": rank, "lora_alpha": 2 * rank, "target_modules": LINEARS, **way.get("lora", {})},
+                "lora": lora,
                 "sparse_lora": way.get("sparse_lora", {"enabled": False}),
                 "data": {"train": str(self.paths[arm.task][0]), "max_length": options.max_length},
                 "train": {
@@ -152,12 +157,12 @@ class Harness:
 
     def run(self, arm: Arm, seed: int) -> dict[str, Any]:
         """Train and evaluate; a row of the table."""
-        started, config = time.perf_counter(), self.config(arm, seed)
+        started, config = time.perf_counter(), completed(self.config(arm, seed))
         train, held_out = self.texts[arm.task]
         engine = make_engine(config)
         engine.total_steps = steps = self.options.steps
         set_seed(seed)
-        model, _ = build_model(config, engine.placement())
+        model, _ = build_model(config, engine.placement(), start=read_start(config))
         state = find_state(model)
         assert state is not None
         engine.prepare(model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from ..process import messages
@@ -46,9 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError: see :func:`sparselora_dist.pruning.prune.prune`.
     """
-    import torch.distributed as dist
-
-    from ..engines.ranks import discover_ranks, local_device, start_distributed
+    from ..engines.ranks import met
     from ..pruning.pattern import Pattern
     from ..pruning.prune import Pruning, prune, read_shares
 
@@ -70,14 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
         layer_sparsity=shares,
         adapter=arguments.adapter,
     )
-    ranks = discover_ranks()
-    device = local_device(ranks)
-    if ranks.world_size > 1:
-        start_distributed(ranks, timeout=1800)
-    record = prune(asked, device)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if int(os.environ.get("RANK", 0)) == 0:
+    with met() as (device, speaks):
+        record = prune(asked, device)
+    if speaks:
         zeros = [share for layer in record["layers"].values() for share in layer.values()]
         print(
             f"{arguments.output}: {arguments.method} {pattern}, {len(zeros)} matrices in {len(record['layers'])} layers, "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from ..process import messages
@@ -52,9 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError: see :func:`sparselora_dist.quantizing.quantize.quantize`.
     """
-    import torch.distributed as dist
-
-    from ..engines.ranks import discover_ranks, local_device, start_distributed
+    from ..engines.ranks import met
     from ..quantizing.quantize import Quantizing, quantize
     from ..quantizing.start import lora_of
 
@@ -70,14 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
         length=arguments.length,
         loftq=lora_of(arguments.loftq) if arguments.loftq else None,
     )
-    ranks = discover_ranks()
-    device = local_device(ranks)
-    if ranks.world_size > 1:
-        start_distributed(ranks, timeout=1800)
-    record = quantize(asked, device)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if int(os.environ.get("RANK", 0)) == 0:
+    with met() as (device, speaks):
+        record = quantize(asked, device)
+    if speaks:
         errors = [error for layer in record["layers"].values() for error in layer.values()]
         made = record["asked"]
         print(

@@ -6,6 +6,8 @@ import datetime
 import logging
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -101,6 +103,22 @@ def _ask_mpi(start: Start) -> Start:
         master_addr="127.0.0.1" if local.size == world.size else host,
         master_port=port,
     )
+
+
+@contextmanager
+def met(timeout: float = 1800.0) -> Iterator[tuple[torch.device, bool]]:
+    """The ranks of a command that is no run, together until it is done: this one's device, and whether it speaks.
+
+    Raises:
+        LaunchError, TimeoutError, ValueError: see the functions below.
+    """
+    ranks = discover_ranks()
+    device = local_device(ranks)
+    if ranks.world_size > 1:
+        ranks, _ = start_distributed(ranks, timeout)
+    yield device, ranks.rank == 0
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def local_device(ranks: Ranks) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ from unittest import mock
 import torch.distributed as dist
 
 from sparselora_dist.config import QuantizationSection, RunConfig
+from sparselora_dist.io.manifest import tensors_sha256
 from sparselora_dist.quantizing.quantize import quantize
 
 from .agreement_workers import follow
@@ -88,5 +90,18 @@ def formats(name: str) -> dict[str, Any]:
         start, here = gathered(model), held(model)
         run = follow(engine, model)
         seen[case] = {"start": start, "held": here, "run": run, "after": gathered(model)}
+        close(engine)
+    return seen
+
+
+def loaded(names: list[str]) -> dict[tuple[str, str], tuple[str, int]]:
+    """By engine and case, of what nobody trains: the hash of its whole parts, and the bytes that are here."""
+    seen = {}
+    for name, case in itertools.product(names, CASES):
+        engine, model = stream(config_of(name, case), sparse=False)
+        whole = gathered(model)
+        parts = {part.rpartition(".")[2] for part in whole}
+        here = sum(one["local"] for part, one in held(model).items() if part.rpartition(".")[2] in parts)
+        seen[name, case] = tensors_sha256(whole), here
         close(engine)
     return seen

@@ -121,6 +121,7 @@ def loftq_start(config: RunConfig, placement: Placement, adapter: Path | None) -
                 "otherwise"
             )
         check_made(config.quantization, config.model.name_or_path)
+        config.lora.check_bits(f"'quantization' stores {mark.format}", mark.bits)
         codec = frozen_codec(config.model, config.quantization)
     me, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     pairs: dict[str, tuple[Pair | None, Pair]] = {}

@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         ConfigError: an argument, the run file or the model's config cannot be used.
     """
     config = RunConfig.from_file(arguments.config)
-    if config.lora.init_from:
+    if config.lora.init_from or (config.lora.loftq_rounds and Path(config.model.name_or_path).is_dir()):
         from ..io.start_adapter import completed  # PEFT, which a plan needs for nothing else.
 
         config = completed(config)

@@ -77,6 +77,6 @@ def run(arguments: argparse.Namespace) -> int:
             f"weight, {len(errors)} matrices in {len(record['layers'])} layers; compensation {made['compensate']}, relative "
             f"error {record['error']} {min(errors):.2%} to {max(errors):.2%}, mean {sum(errors) / len(errors):.2%}"
         )
-        start = ' and, as its adapter starts, "lora": {"init_lora_weights": "loftq", ...}' if arguments.loftq else ""
+        start = f", and starts there with the 'lora' section of {arguments.loftq}" if arguments.loftq else ""
         print(f'a run loads it with "quantization": {{"format": "{made["format"]}"}}{start}')
     return 0

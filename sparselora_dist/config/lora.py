@@ -57,7 +57,7 @@ class LoftQValues(TypedDict, total=False):
     """PEFT's ``LoftQConfig``."""
 
     loftq_iter: Annotated[Positive, ALLOWED]
-    """Rounds; one where nothing is said."""
+    """Rounds."""
     loftq_bits: Annotated[Positive, ALLOWED]
 
 
@@ -110,6 +110,7 @@ class LoraSection(Section):
                 f"{show(self.init_from)}: both say what the adapter starts from; remove one"
             )
         if initial == LOFTQ:
+            self.values["loftq_config"] = {"loftq_iter": 1} | self.values.get("loftq_config", {})
             if self.values.get("target_parameters"):
                 raise ConfigError(
                     f"'{self.PATH}.target_parameters' is {show(self.values['target_parameters'])} with "
@@ -124,12 +125,15 @@ class LoraSection(Section):
     @property
     def loftq_rounds(self) -> int:
         """Of LoftQ's alternation; 0 of an adapter that starts otherwise."""
-        return self.loftq_config.get("loftq_iter", 1) if self.values.get("init_lora_weights") == LOFTQ else 0
+        return self.values["loftq_config"]["loftq_iter"] if self.values.get("init_lora_weights") == LOFTQ else 0
 
-    @property
-    def loftq_config(self) -> LoftQValues:
-        """What is said of LoftQ."""
-        return self.values.get("loftq_config", {})
+    def check_bits(self, what: str, bits: int) -> None:
+        """Raises ConfigError where LoftQ's section says other bits than those of the codes."""
+        said = self.values.get("loftq_config", {}).get("loftq_bits", bits)
+        if said != bits:
+            raise ConfigError(
+                f"'{self.PATH}.loftq_config.loftq_bits' is {said}, but {what} in {bits} bits: leave the first out"
+            )
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LoraSection:
@@ -143,6 +147,10 @@ class LoraSection(Section):
     def completed(self, adapter: dict[str, Any]) -> LoraSection:
         """With what the run does not say itself taken from ``adapter``, PEFT's names again, and then from the defaults."""
         return LoraSection(values={**_DEFAULTS, **adapter, **self.values}, init_from=self.init_from)
+
+    def is_default(self, key: str) -> bool:
+        """Whether an option is what it is where nothing is said."""
+        return key in _DEFAULTS and self.values[key] == _DEFAULTS[key]
 
     def started_at(self, folder: str) -> LoraSection:
         """The same adapter, begun at one in a folder instead of as LoftQ begins."""

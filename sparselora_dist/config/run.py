@@ -202,12 +202,8 @@ class RunConfig(Section):
                 f"{said} with 'sparse_base.enabled': the adapter would start outside the zeros that it has to keep. "
                 "Use one"
             )
-        bits = self.lora.loftq_config.get("loftq_bits", stored.width)
-        if bits != stored.width:
-            raise ConfigError(
-                f"'lora.loftq_config.loftq_bits' is {bits}, but 'quantization' stores {stored.stored} in {stored.width} "
-                "bits: leave the first out"
-            )
+        if stored.bits is not None:  # Otherwise a folder may have others than the default.
+            self.lora.check_bits(f"'quantization' stores {stored.stored}", stored.width)
 
     @property
     def packing(self) -> bool:

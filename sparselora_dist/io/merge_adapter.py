@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .adapter import ADAPTER_FILE
 from .adapter_config import CONFIG_FILE, PREFIX, read_adapter_config, stored_shape
+from .loftq import CODE_BITS, ROUNDS, Mark, Shift
 from .loftq import KEY as LOFTQ
-from .loftq import ROUNDS, Mark, Shift
 from .manifest import CorruptFileError
 from .marker import KEY, marked_modules
 from .shard_files import TensorFiles, read_json
@@ -47,7 +47,7 @@ class Adapter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path = folder / ADAPTER_FILE
-        self.config = read_adapter_config(folder / CONFIG_FILE, "merged", (KEY, LOFTQ, ROUNDS))
+        self.config = read_adapter_config(folder / CONFIG_FILE, "merged", (KEY, LOFTQ, ROUNDS, CODE_BITS))
         said = read_json(folder / CONFIG_FILE)
         marked = marked_modules(said, folder / CONFIG_FILE)
         self.stored = Mark.read(said, folder / CONFIG_FILE)

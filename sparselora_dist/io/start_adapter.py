@@ -25,7 +25,7 @@ from ..config.run import RunConfig
 from .adapter import ADAPTER_FILE, saved_names
 from .adapter_config import CONFIG_FILE, PREFIX, read_adapter_config, stored_shape
 from .load import check_model, model_without_weights
-from .loftq import ROUNDS, START, Mark
+from .loftq import CODE_BITS, ROUNDS, START, Mark
 from .manifest import CorruptFileError, tensors_sha256
 from .marker import KEY, marked_modules
 from .shard_files import TensorFiles, read_json
@@ -40,7 +40,7 @@ _SHAPE = (
 # A setting of training: the run may have its own.
 _FREE = ("lora_dropout",)
 # Keys that a merge does not take, and a run does.
-_ALSO = {"fan_in_fan_out", "target_parameters", KEY, ROUNDS}
+_ALSO = {"fan_in_fan_out", "target_parameters", KEY, ROUNDS, CODE_BITS}
 # Without a config there is nobody else to ask.
 _BARE = ("r", "lora_alpha", "target_modules")
 _ADAPTER_NAME = re.compile(r"(\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.(?!weight$|bias$)[^.]+")
@@ -104,8 +104,9 @@ def completed(config: RunConfig) -> RunConfig:
         if key in ("target_modules", "exclude_modules") and (isinstance(own, str) or isinstance(theirs, str)):
             continue  # An expression may name the same modules: the tensors show it.
         other = "" if beside else f"leave 'lora.{key}' out, or "
+        default = " (the default)" if beside and config.lora.is_default(key) else ""
         raise ConfigError(
-            f"'lora.{key}' is {show(lora.values[key])}, but {described}, where the adapter starts, says "
+            f"'lora.{key}' is {show(lora.values[key])}{default}, but {described}, where the adapter starts, says "
             f"{show(_json(getattr(adapter, key, None)))}: {other}make them equal"
         )
     return replace(config, lora=whole)
@@ -182,17 +183,19 @@ def _beside(config: RunConfig) -> Path | None:
     """The adapter that lies in the folder of the run's base because it starts over that.
 
     Raises:
-        ConfigError: it was made in another number of rounds than the run says.
+        ConfigError: the run says other rounds or other bits than it was made with.
     """
     folder = _start_folder(config)
-    if not (folder / CONFIG_FILE).is_file():
+    made = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    if ROUNDS not in made:
         return None
-    rounds, said = read_json(folder / CONFIG_FILE).get(ROUNDS), config.lora.loftq_config.get("loftq_iter")
-    if said not in (None, rounds):
+    rounds, said = made[ROUNDS], config.lora.loftq_rounds
+    if said not in (1, rounds):  # One is also what a run says that says nothing.
         raise ConfigError(
             f"'lora.loftq_config.loftq_iter' is {said}, but {folder} was made in {show(rounds)} rounds: leave it out, or "
             "quantise the model anew"
         )
+    config.lora.check_bits(f"{folder.parent} holds codes", made.get(CODE_BITS, 0))
     return folder
 
 
@@ -210,7 +213,8 @@ def _check_base(described: Path, config: RunConfig) -> None:
     if read_json(described).get(ROUNDS) and described.parent.resolve() != _start_folder(config).resolve():
         raise ConfigError(
             f"{described} says '{ROUNDS}': the adapter makes up for what storing the model in the folder around it took "
-            f"away, and 'model.name_or_path' is {show(config.model.name_or_path)}. Name {described.parent.parent} there"
+            f"away, and 'model.name_or_path' is {show(config.model.name_or_path)}: name {described.parent.parent}, or start "
+            "from what lies in the model's own folder"
         )
 
 

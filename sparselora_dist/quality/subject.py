@@ -61,9 +61,11 @@ def find_subject(target: str, config: str | None) -> Subject:
             "which says what is sparse and on which data"
         )
     # What a run has written down says all; the adapter that it started from may be gone.
-    settings = completed(RunConfig.from_file(config)) if config else RunConfig.from_file(folder / "run.json")
+    settings = RunConfig.from_file(config or folder / "run.json")
     if run is None:
         settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, name_or_path=target))
+    settings = completed(settings) if config else settings
+    if run is None:
         return Subject(config=settings, run=None, adapter=None)
     adapter = run / "adapter"
     return Subject(config=settings, run=run, adapter=adapter if (adapter / ADAPTER_FILE).is_file() else None)

@@ -97,7 +97,8 @@ def quantized(
         return encoder.parts()
 
     def values(parts: dict[str, Tensor]) -> Tensor:
-        found = decoded(codec, parts, weight.shape[0 if transposed else 1], torch.float32)
+        """As they are computed with."""
+        found = decoded(codec, parts, weight.shape[0 if transposed else 1], weight.dtype).float()
         return found.t() if transposed else found
 
     if adapted is None:

@@ -99,7 +99,7 @@ def quantize(asked: Quantizing, device: torch.device | None = None) -> dict[str,
             work.layer(layer, growing, written=layer.index < done)
     if growing:
         if asked.loftq:
-            GrowingAdapter(growing.folder).finish(asked.loftq, growing.output)
+            GrowingAdapter(growing.folder).finish(asked.loftq, bits, growing.output)
         error = "of the outputs" if asked.data else "of the weights"
         growing.note(
             error=f"{error}, under the adapter" if asked.loftq else error, bits_per_weight=work.bits_per_weight()
@@ -125,6 +125,8 @@ def _check(asked: Quantizing) -> tuple[Codec, int, Compensate]:
         raise ConfigError(f"--format {asked.format} looks at activations: give --data")
     if asked.data is None and how != "none":
         raise ConfigError(f"--compensate {how} looks at activations: give --data")
+    if asked.loftq:
+        asked.loftq.check_bits(f"--format {asked.format} stores", section.width)
     if asked.sequences < 1 or (asked.length is not None and asked.length < 2):
         raise ConfigError(
             f"--sequences {asked.sequences} and --length {asked.length}: allowed: integers from 1 and from 2"
@@ -243,7 +245,8 @@ class _Layers:
         if growing is None:
             return {}
         held, made = growing.layer(layer.index), {}
-        pairs = GrowingAdapter(growing.folder).layer(layer.index) if self.adapted else {}
+        modules = [adapted.module for name in linears if (adapted := self._adapted(layer, name))]
+        pairs = GrowingAdapter(growing.folder).layer(layer.index, modules)
         for name, linear in linears.items():
             length = linear.weight.shape[0 if name in TRANSPOSED else 1]
             found = part_keys(keys[name], self.codec, length)

@@ -16,8 +16,8 @@ from ..config.errors import show
 from ..config.files import load_file
 from ..io.adapter import ADAPTER_FILE
 from ..io.adapter_config import CONFIG_FILE, PREFIX
-from ..io.loftq import ROUNDS, START
-from ..io.manifest import publish, read_safetensors
+from ..io.loftq import CODE_BITS, ROUNDS, START
+from ..io.manifest import CorruptFileError, publish, read_safetensors
 from ..io.model_folder import save_tensors, write_json
 from ..io.shard_files import read_json
 from ..method.loftq import Pair
@@ -37,6 +37,12 @@ def lora_of(path: str | os.PathLike[str]) -> LoraSection:
             f"'lora.init_lora_weights' of {path} is {show(lora.values.get('init_lora_weights', True))}: --loftq takes the "
             'file of a run whose adapter starts by LoftQ; set it to "loftq"'
         )
+    for key in ("modules_to_save", "lora_bias"):
+        if lora.values.get(key):
+            raise ConfigError(
+                f"'lora.{key}' of {path} is {show(lora.values[key])}: a start beside the codes is of matrices alone. Train "
+                "without, or over a format that is made on load"
+            )
     return lora
 
 
@@ -61,15 +67,24 @@ class GrowingAdapter:
         }
         self._save({name: value.cpu().contiguous() for name, value in named.items()}, self._file(layer))
 
-    def layer(self, layer: int) -> dict[str, Pair]:
-        """What was written of a layer."""
-        tensors = read_safetensors(self._file(layer))[0]
-        modules = dict.fromkeys(name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors)
-        named = {module: f"{PREFIX}{module}.lora_" for module in modules}
-        return {module: (tensors[f"{at}A.weight"], tensors[f"{at}B.weight"]) for module, at in named.items()}
+    def layer(self, layer: int, modules: list[str]) -> dict[str, Pair]:
+        """What was written of a layer's adapted modules.
 
-    def finish(self, lora: LoraSection, base: Path) -> None:
-        """Write the adapter that PEFT reads, of the model that will be at ``base``."""
+        Raises:
+            CorruptFileError: something of them is missing.
+        """
+        if not modules:
+            return {}
+        tensors = read_safetensors(self._file(layer))[0]
+        names = {module: [f"{PREFIX}{module}.lora_{side}.weight" for side in "AB"] for module in modules}
+        if missing := [name for both in names.values() for name in both if name not in tensors]:
+            raise CorruptFileError(
+                f"{self._file(layer)} lacks {missing[0]}: remove {self.folder.parent} and begin anew"
+            )
+        return {module: (tensors[a], tensors[b]) for module, (a, b) in names.items()}
+
+    def finish(self, lora: LoraSection, bits: int, base: Path) -> None:
+        """Write the adapter that PEFT reads, of the model in codes of ``bits`` bits that will be at ``base``."""
         files = sorted(self.folder.glob("layer-*.safetensors"))
         if not (self.folder / ADAPTER_FILE).exists():  # It is whole if it is there, and files may be gone then.
             tensors: dict[str, Tensor] = {}
@@ -79,7 +94,8 @@ class GrowingAdapter:
         config = lora.build()
         config.base_model_name_or_path, config.inference_mode = str(base), True
         config.save_pretrained(str(self.folder))
-        write_json(read_json(self.folder / CONFIG_FILE) | {ROUNDS: lora.loftq_rounds}, self.folder / CONFIG_FILE)
+        made = {ROUNDS: lora.loftq_rounds, CODE_BITS: bits}
+        write_json(read_json(self.folder / CONFIG_FILE) | made, self.folder / CONFIG_FILE)
         for file in files:
             file.unlink()
 

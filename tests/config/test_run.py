@@ -304,7 +304,7 @@ def test_refusals(sections: dict[str, Any], words: str) -> None:
 
 def test_loftq_is_ours_and_not_pefts() -> None:
     lora = run(lora=LOFTQ, quantization=BCQ3).lora
-    assert (lora.loftq_rounds, lora.loftq_config) == (1, {})
+    assert (lora.loftq_rounds, lora.values["loftq_config"]) == (1, {"loftq_iter": 1})
     assert (lora.build().init_lora_weights, lora.build().loftq_config) == (True, {})
     rounds = {"loftq_config": {"loftq_iter": 3, "loftq_bits": 3}}
     config = run(lora=LOFTQ | rounds, quantization=BCQ3)

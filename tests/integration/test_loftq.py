@@ -60,10 +60,10 @@ def start_of(config: dict[str, Any]) -> LoftQStart:
     return found
 
 
-def beside(tiny: Tiny, engine: str, model: Path, out: Path) -> dict[str, Any]:
+def beside(tiny: Tiny, engine: str, model: Path, out: Path, **sections: dict[str, Any]) -> dict[str, Any]:
     """A run over a folder that has its start in it."""
     stored = {"model": {"name_or_path": str(model)}, "quantization": {"bits": None, "format": "billm"}}
-    return starting(tiny, engine, out, **stored)
+    return starting(tiny, engine, out, **stored, **sections)
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +88,10 @@ def runs(tiny: Tiny, made: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
         "zero3": (starting(tiny, "zero3", folder / "zero3"), None),
         "bf16": (starting(tiny, "zero3", folder / "bf16", model={"dtype": "bfloat16"}, train=still), None),
         "beside": (beside(tiny, "zero3", made, folder / "beside"), None),
+        "beside resumed": (
+            beside(tiny, other, made, folder / "beside resumed", train={"resume": True}),
+            (folder / "alone", 2),
+        ),
         "resumed": (starting(tiny, other, folder / "resumed", train={"resume": True}), (folder / "single", 2)),
     }
     seen = {"single": observe(single, IDS), "alone": observe(beside(tiny, "single", made, folder / "alone"), IDS)}
@@ -112,7 +116,8 @@ def test_over_a_folder_with_its_start_engines_train_one_adapter(runs: Any, made:
     folder, seen = runs
     alone, sharded = (seen[name] for name in ("alone", "beside"))
     assert sharded["summary"]["train_loss_first"] == pytest.approx(alone["summary"]["train_loss_first"], rel=1e-5)
-    assert torch.allclose(sharded["logits"], alone["logits"], atol=1e-4)
+    for one in (sharded, seen["beside resumed"]):
+        assert torch.allclose(one["logits"], alone["logits"], atol=1e-4)
     start, trained = (load_file(path / FILE) for path in (made / "loftq_init", folder / "alone" / "adapter"))
     assert start.keys() == trained.keys() and len(start) == 42
     # Three steps of 5e-3 do not go far.

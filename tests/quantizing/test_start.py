@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from sparselora_dist.apply.build import build_model
 from sparselora_dist.apply.loftq import loftq_start
@@ -27,7 +28,7 @@ from sparselora_dist.quantizing.quantize import Quantizing, quantize
 from sparselora_dist.quantizing.start import GrowingAdapter
 from sparselora_dist.sharding.placement import Placement
 from support.merging import edit_json, load
-from support.quantizing_workers import DATA, LOFTQ, STARTED, asked_of, model_folder
+from support.quantizing_workers import DATA, LOFTQ, STARTED, asked_of, begin, model_folder
 
 CPU, IDS = torch.device("cpu"), torch.arange(3, 35).reshape(2, 16)
 
@@ -44,10 +45,10 @@ def billm(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def run_over(folder: Path, stored: dict[str, Any], **lora: Any) -> RunConfig:
+def run_over(folder: Path, stored: dict[str, Any], model: dict[str, Any] | None = None, **lora: Any) -> RunConfig:
     return RunConfig.from_dict(
         {
-            "model": {"name_or_path": str(folder), "dtype": "float32"},
+            "model": {"name_or_path": str(folder), "dtype": "float32"} | (model or {}),
             "quantization": stored,
             "lora": LOFTQ | lora,
             "sparse_lora": {"enabled": False},
@@ -93,10 +94,14 @@ def test_it_is_an_adapter_that_peft_reads_and_a_merge_adds(billm: Path, tmp_path
     )
 
 
-def test_without_data_it_is_what_a_run_makes_itself(model: Path, tmp_path: Path) -> None:
-    """Codes and factors, to the bit."""
-    stored = {"format": "hqq", "bits": 3}
-    start = loftq_start(run_over(model, stored), Placement(CPU), None)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_without_data_it_is_what_a_run_makes_itself(dtype: str, model: Path, tmp_path: Path) -> None:
+    """Codes and factors, to the bit: also of what is computed with in bf16."""
+    stored, section = {"format": "hqq", "bits": 3}, {"dtype": dtype}
+    if dtype == "bfloat16":
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16")
+        model = tmp_path / "bf16"
+    start = loftq_start(run_over(model, stored, section), Placement(CPU), None)
     assert start and start.shift
     asked = Quantizing(model=str(model), output=tmp_path / "hqq", loftq=LoraSection.from_dict(LOFTQ), **stored)  # type: ignore[misc]
     quantize(asked)
@@ -104,9 +109,9 @@ def test_without_data_it_is_what_a_run_makes_itself(model: Path, tmp_path: Path)
     assert len(adapter) == 2 * len(start.pairs) == 2 * 2 * 4
     for module, pair in start.pairs.items():
         assert all(torch.equal(adapter[f"base_model.model.{module}.lora_{s}.weight"], v) for s, v in zip("AB", pair))
-    config = completed(run_over(tmp_path / "hqq", stored))
+    config = completed(run_over(tmp_path / "hqq", stored, section))
     found = load_base(config.model, config.quantization, Placement(CPU))
-    made = load_base(run_over(model, stored).model, config.quantization, Placement(CPU), shift=start.shift)
+    made = load_base(run_over(model, stored, section).model, config.quantization, Placement(CPU), shift=start.shift)
     for own, other in zip(decoder_layers(found.model), decoder_layers(made.model)):
         for name in own.names:
             parts = (one.matrix(name).parts for one in (own, other))  # type: ignore[union-attr]
@@ -133,13 +138,25 @@ def test_stopped_while_the_adapter_is_put_together(
     assert all((billm / file).read_bytes() == (tmp_path / "out" / file).read_bytes() for file in files)
 
 
+def test_stopped_with_an_adapter_on_some_layers(model: Path, tmp_path: Path) -> None:
+    """The first layer, which is written, has no part of it."""
+    lora = {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [1], "init_lora_weights": "loftq"}
+    asked = replace(asked_of(STARTED, model, tmp_path / "out"), loftq=LoraSection.from_dict(lora))
+    begin(asked)
+    quantize(asked)
+    adapter = load_file(tmp_path / "out" / "loftq_init" / "adapter_model.safetensors")
+    assert {name.split(".lora_")[0] for name in adapter} == {"base_model.model.model.layers.1.self_attn.q_proj"}
+    config = completed(RunConfig.from_dict(run_over(tmp_path / "out", {"format": "billm"}).to_dict() | {"lora": lora}))
+    assert read_start(config)
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
 def test_it_starts_over_no_other_base(billm: Path, model: Path) -> None:
     over = run_over(model, {"format": "hqq"})
     lora = {"init_from": str(billm / "loftq_init")}
-    with pytest.raises(ConfigError, match=r"says 'loftq_rounds': .* Name .*billm there"):
+    with pytest.raises(ConfigError, match=r"says 'loftq_rounds': .*: name .*billm, or start"):
         completed(replace(over, lora=LoraSection.from_dict(lora)))
     own = replace(run_over(billm, {"format": "billm"}), lora=LoraSection.from_dict(lora))
     assert completed(own).lora.values["r"] == 4
@@ -151,6 +168,8 @@ def test_it_starts_over_no_other_base(billm: Path, model: Path) -> None:
         ({"r": 8}, r"'lora.r' is 8, but .*loftq_init.*, where the adapter starts, says 4: make them equal"),
         ({"loftq_config": {"loftq_iter": 3}}, r"'lora.loftq_config.loftq_iter' is 3, but .* was made in 2 rounds"),
         ({"target_modules": ["q_proj"]}, r"'lora.target_modules' is \["),
+        ({"r": 16}, r"'lora.r' is 16 \(the default\), but"),
+        ({"loftq_config": {"loftq_bits": 3}}, r"'lora.loftq_config.loftq_bits' is 3, but .* holds codes in 2 bits"),
     ],
 )
 def test_a_run_that_says_another_adapter(lora: dict[str, Any], told: str, billm: Path) -> None:
@@ -176,6 +195,15 @@ def test_a_folder_without_a_start(model: Path, tmp_path: Path) -> None:
         ({}, r"'lora.init_lora_weights' of .*run.json is true: --loftq takes the file of a run"),
         (LOFTQ | {"target_modules": ["lm_head"]}, "'lm_head', which is no matrix of a decoder layer"),
         (LOFTQ | {"r": 0}, "'lora.r' is 0"),
+        (
+            LOFTQ | {"modules_to_save": ["lm_head"]},
+            "'lora.modules_to_save' of .*: a start beside the codes is of matrices",
+        ),
+        (LOFTQ | {"lora_bias": True}, "'lora.lora_bias' of .*run.json is true"),
+        (
+            LOFTQ | {"loftq_config": {"loftq_bits": 2}},
+            "'lora.loftq_config.loftq_bits' is 2, but --format hqq stores in 4",
+        ),
     ],
 )
 def test_bad_input_is_named(
@@ -193,7 +221,7 @@ def test_the_command(billm: Path, model: Path, tmp_path: Path, capsys: pytest.Ca
     words = ["--format", "billm", "--data", str(DATA), "--sequences", "6", "--length", "48"]
     words += ["--loftq", str(tmp_path / "run.json"), "--output", str(tmp_path / "out")]
     assert main(["quantize", "--model", str(model), *words]) == 0
-    assert '"lora": {"init_lora_weights": "loftq", ...}' in capsys.readouterr().out
+    assert f"starts there with the 'lora' section of {tmp_path / 'run.json'}" in capsys.readouterr().out
     name = "loftq_init/adapter_model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (billm / name).read_bytes()
     edit_json(tmp_path / "out" / "loftq_init" / "adapter_config.json", peft_type="IA3")

@@ -21,6 +21,9 @@ os.environ.update(
         "DS_ACCELERATOR": "cpu",
     }
 )
+# Models here are tiny: with more threads the tests spend their time waiting for each other. An engine gives its process all
+# cores where this is not set, for all tests that come after.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import warnings
 from pathlib import Path
@@ -39,7 +42,6 @@ GPU = os.environ.get("SPARSELORA_TEST_GPU") == "1"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Models here are tiny: with more threads the tests spend their time waiting for each other.
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 

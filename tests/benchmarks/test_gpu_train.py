@@ -25,7 +25,6 @@ def test_every_engine_learns_what_the_cpu_learns(monkeypatch: pytest.MonkeyPatch
     from gpu_report import Budget
 
     monkeypatch.setattr(gpu_train, "STEPS", 4)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     # DeepSpeed builds with the ninja beside the interpreter.
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")
     found = report()

@@ -45,6 +45,23 @@ def test_each_rank_takes_its_gpu(
     assert os.environ["LOCAL_RANK"] == os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] == str(index)
 
 
+@pytest.mark.parametrize(("local_ranks", "said", "expected"), [(1, None, 6), (2, None, 3), (8, None, 1), (2, "4", 1)])
+def test_cores_are_shared_out(
+    local_ranks: int, said: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing says how many threads a process has; the last is told by OMP_NUM_THREADS, which OpenMP reads itself."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if said:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    assert torch.get_num_threads() == 1
+    try:
+        SingleEngine(run_config("single"), Ranks(local_world_size=local_ranks))
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     current = gpus(monkeypatch, 0)
     assert local_device(launched(monkeypatch, 3, 4)) == torch.device("cpu") and current == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -31,13 +30,8 @@ Runs = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def one() -> Iterator[Runs]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        yield [single()]
-        torch.set_num_threads(threads)
+def one() -> Runs:
+    return [single()]
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -37,14 +36,10 @@ from ..integration.conftest import VOCABULARY, Tiny, byte_tokenizer, task_rows, 
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One process with one thread, as the ranks have, whatever tests before this one left."""
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process, whatever tests before this one left."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +67,6 @@ def words(tiny: Tiny, folder: Path) -> tuple[str, str, str, str]:
 def one(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model with its adapter, pruned on one rank; the Gram matrices in ``grams.pt``."""
     folder = tmp_path_factory.mktemp("one")
-    torch.set_num_threads(1)
     torch.save(parts(*words(tiny, folder), ("wanda", "sparsegpt")), folder / "grams.pt")
     return folder
 

@@ -6,7 +6,7 @@ are read from checkpoints that hold them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,6 +45,19 @@ class FloatsCodec(Codec):
     def mxfp4(cls, *, transposed: bool = False) -> FloatsCodec:
         """Blocks of 32 values along the input, likewise."""
         return cls(4, E8M0, *((1, 32) if transposed else (32, 1)), compute=False)
+
+    def stacked(self, channels: int) -> FloatsCodec:
+        """Of several matrices of ``channels`` stored rows, one below another: the experts of a mixture. They are decoded.
+
+        Raises:
+            ValueError: a scale would run over their ends, or is one number for all of a matrix beside others.
+        """
+        if self.scale in (E4M3, E4M3_OVER):
+            raise ValueError(f"{self.name} has one scale more for each of them")
+        every = min(self.every or channels, channels)
+        if channels % every:
+            raise ValueError(f"scales are of {every} stored rows, and an expert has {channels}")
+        return replace(self, every=every, compute=False)
 
     @property
     def name(self) -> str:

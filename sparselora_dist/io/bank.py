@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..codecs import Codec
+from ..codecs import Codec, FloatsCodec, PlainCodec
 from ..layouts import DecoderLayer, Experts
 from ..method.channels import EXPERTS
-from .shard_files import TensorFiles, spaced, weight_key
+from .prequantized import PrequantizedError, StoredBank, is_quantised, stored_matrix
+from .prequantized.matrix import REMEDY
+from .shard_files import TensorFiles, digest, spaced, weight_key
 
 MATRICES = ("gate_up_proj", "down_proj")
 
@@ -33,24 +35,59 @@ class BankFiles:
         """Rows of ``gate_up_proj`` (E·2W) or ``down_proj`` (E·W), as they are stored here."""
         return self.layout.count * self._of_one(name)
 
+    def stored(self, name: str) -> StoredBank | None:
+        """The matrices that the files hold encoded, if they do.
+
+        Raises:
+            PrequantizedError: they do, in a form that is not read.
+        """
+        stack = self.files.stacks.get(f"{self.path}.{name}")
+        keys = [key for of_one in stack.keys for key in of_one] if stack else [self.key(name)]
+        found = {key: matrix for key in keys if (matrix := stored_matrix(self.files, key))}
+        if not found:
+            return None
+        if len(found) < len(keys) or stack is None or self.layout.transposed or self.layout.interleaved:
+            raise PrequantizedError(
+                f"{next(iter(found))} of {self.files.folder} is quantised: routed experts are read that are all quantised, "
+                f"a matrix each. {REMEDY}"
+            )
+        return StoredBank(list(found.values()), keys[0], transposed=name == "down_proj")
+
+    def codec(self, name: str, asked: Codec, dtype: torch.dtype) -> Codec:
+        """How a run that asks for the codec ``asked`` stores a matrix.
+
+        Raises:
+            PrequantizedError: see :meth:`StoredBank.codec`.
+        """
+        if found := self.stored(name):
+            return found.codec(asked)
+        # What a maker of small floats left as it was, stays so.
+        return PlainCodec(dtype) if isinstance(asked, FloatsCodec) and is_quantised(self.files) else asked
+
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """(stop - start, H), in the dtype of the files and memory of their own."""
-        each = self._of_one(name)
+        """(stop - start, H) in values: in the dtype of the files, or fp32 of encoded ones, and memory of their own."""
+        each, stored = self._of_one(name), self.stored(name)
         found = []
         for expert in range(start // each, -(-stop // each)):
-            of_one = self._one(name, expert)
+            of_one = self._one(name, expert, stored)
             found.append(of_one[max(start - expert * each, 0) : stop - expert * each])
         return torch.cat(found) if found else torch.empty(0, self.layout.hidden)
 
     def scored(self, name: str, codec: Codec, dtype: torch.dtype) -> Tensor:
         """Gate or up (``experts.gate_proj``) of all experts, (E·W, H), as ``codec`` stores the two."""
-        stored = codec.roundtrip(self.rows("gate_up_proj", 0, self.channels("gate_up_proj")).to(dtype))
-        both = stored.view(self.layout.count, 2, self.layout.width, self.layout.hidden)
+        rows = self.rows("gate_up_proj", 0, self.channels("gate_up_proj")).to(dtype)
+        if not self.stored("gate_up_proj"):
+            rows = self.codec("gate_up_proj", codec, dtype).roundtrip(rows)
+        both = rows.view(self.layout.count, 2, self.layout.width, self.layout.hidden)
         return both[:, EXPERTS.index(name)].flatten(0, 1)
 
-    def sample(self) -> Tensor:
-        """Evenly spaced values of every expert's gate and up, of the files that hold them."""
-        return torch.cat([spaced(self._one("gate_up_proj", e))[::8] for e in range(self.layout.count)])
+    def mark(self, name: str, codec: Codec, dtype: torch.dtype) -> str:
+        """A short name of what gate or up of every expert are as ``codec`` stores them: of evenly spaced values."""
+        if found := self.stored("gate_up_proj"):
+            return f"{name}:{found.mark()}"
+        sample = torch.cat([spaced(self._one("gate_up_proj", e))[::8] for e in range(self.layout.count)])
+        shape = self.layout.count * self.layout.width, self.layout.hidden
+        return f"{self.codec('gate_up_proj', codec, dtype).mark}{name}:{digest(sample.to(dtype), shape)}"
 
     def key(self, name: str) -> str:
         """Of the tensor in the files that is read first, for messages."""
@@ -60,10 +97,14 @@ class BankFiles:
     def _of_one(self, name: str) -> int:
         return self.layout.width * (2 if name == "gate_up_proj" else 1)
 
-    def _one(self, name: str, expert: int) -> Tensor:
+    def _one(self, name: str, expert: int, stored: StoredBank | None = None) -> Tensor:
         """The rows of one expert."""
         whole, one = f"{self.path}.{name}", slice(expert, expert + 1)
-        if stack := self.files.stacks.get(whole):
+        if stored:
+            count = len(stored.matrices) // self.layout.count
+            of_one = stored.matrices[expert * count : (expert + 1) * count]
+            own = torch.cat([matrix.rows(0, matrix.shape[0]) for matrix in of_one])[None]
+        elif stack := self.files.stacks.get(whole):
             own = stack.read(self.files, one)
         else:
             own = self.files.read(weight_key(self.files, whole), one)

@@ -169,7 +169,7 @@ class BaseWeights:
     def _named(self, model: Any) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
         """Of what the files must hold, the shapes; and what those of the decoder's matrices are."""
         layers = decoder_layers(model)
-        if self.codec is not None and any(layer.experts for layer in layers):
+        if self.codec is not None and not is_quantised(self.files) and any(layer.experts for layer in layers):
             asked = "--load-in-4bit" if isinstance(self.codec, NF4Codec) else "--format"
             raise UnsupportedModelError(
                 f"{self.folder}: {asked} of a mixture of experts: what storage in {self.codec.name} makes of its "

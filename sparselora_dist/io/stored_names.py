@@ -41,14 +41,14 @@ def find_names(model: Any, files: TensorFiles) -> None:
             parts.setdefault(name, {}).setdefault(pattern, []).append(key)
         elif name in state and name != key:
             files.renamed[name] = key
-    plain = {key for key, info in files.tensors.items() if info.dtype in FLOATS}
+    whole = {key for key, info in files.tensors.items() if info.dtype in (*FLOATS, "F8_E4M3")}
     for name, found in parts.items():
         if name not in state:
             continue
-        if coded := [key for keys in found.values() for key in keys if key not in plain]:
+        if coded := [key for keys in found.values() for key in keys if key not in whole]:
             raise ValueError(
-                f"{files.folder} holds {name!r} quantised, as {coded[0]!r}: routed experts are read in bf16, fp16 or fp32. "
-                "Use the checkpoint that it was made from"
+                f"{files.folder} holds {name!r} quantised, as {coded[0]!r}: routed experts are read in bf16, fp16, "
+                "fp32 or fp8. Use the checkpoint that it was made from"
             )
         converter = converter_of[next(iter(found))]
         operations = [(type(one).__name__, getattr(one, "dim", None)) for one in converter.operations]

@@ -18,7 +18,7 @@ from ..sharding.placement import OtherRankError, Placement, Share
 from .bank import MATRICES, BankFiles
 from .loftq import KeyedShift
 from .manifest import CorruptFileError
-from .prequantized import PrequantizedError, StoredMatrix, stored_codec, stored_matrix
+from .prequantized import StoredBank, stored_codec, stored_matrix
 from .shard_files import TensorFiles, weight_key
 
 _NO_SHIFT = KeyedShift()
@@ -81,24 +81,23 @@ class Stream:
         by_rows = family.__dict__.setdefault(BY_ROWS, {})
         like = torch.empty(0, dtype=self.dtype, device=self.placement.device)
         for name in MATRICES:
-            if stored_matrix(self.checkpoint, bank.key(name)):
-                raise PrequantizedError(
-                    f"{bank.key(name)} of {self.checkpoint.folder} is quantised: routed experts are read in bf16, fp16 or "
-                    "fp32. Use the checkpoint that it was made from"
-                )
+            found, codec = bank.stored(name), bank.codec(name, self.codec, self.dtype)
             self._check_there(f"{bank.path}.{name}", tuple(family._parameters[name].shape))
-            widths = self.codec.parts(experts.hidden)
-            kept = sum(part.bytes(bank.channels(name)) for part in widths.values()) // self.placement.size
+            channels, widths = bank.channels(name), codec.parts(experts.hidden)
+            kept = sum(part.bytes(channels) for part in widths.values()) // self.placement.size
 
             def fill(
-                bank: BankFiles = bank, family: Any = family, name: str = name, by_rows: dict[str, Any] = by_rows
+                name: str = name, found: StoredBank | None = found, codec: Codec = codec, channels: int = channels
             ) -> None:
                 def encode(start: int, stop: int, share: Share) -> dict[str, Tensor]:
-                    return self._encoded(self.codec, bank.key(name), bank.rows(name, start, stop), start, share)
+                    return self._encoded(codec, bank.key(name), bank.rows(name, start, stop), start, share)
 
-                parts = self._parts(bank.channels(name), self.codec, bank.layout.hidden, encode)
+                if found is None:
+                    parts = self._parts(channels, codec, experts.hidden, encode)
+                else:
+                    parts = self._as_they_are(found.part, codec, channels, experts.hidden) or {}
                 family._parameters[name] = placeholder(tuple(family._parameters[name].shape), like)
-                by_rows[name] = FrozenMatrix(self.codec, parts, bank.layout.hidden)
+                by_rows[name] = FrozenMatrix(codec, parts, experts.hidden)
                 by_rows[name].__dict__["placeholder"] = family._parameters[name]
 
             yield Job(kept, fill)
@@ -123,14 +122,18 @@ class Stream:
         return self.placement.parameter(rows, start, torch.Size((count, width)))
 
     def _as_they_are(
-        self, found: StoredMatrix, codec: Codec, channels: int, length: int, transposed: bool
+        self, read: Callable[[str, int, int, int], Tensor | None], codec: Codec, channels: int, length: int
     ) -> dict[str, nn.Parameter] | None:
-        """This rank's part of an encoded matrix, each part by its own rows; ``None`` where it must be encoded anew."""
+        """This rank's part of what is encoded, each part by its own rows; ``None`` where it must be encoded anew.
+
+        Args:
+            read: of a part's name, all its rows, and the first and last of those that are wanted.
+        """
         parts = {}
         for name, part in codec.parts(length).items():
             count = part.rows(channels)
             start, stop = self.placement.rows(count, [part.width])
-            rows = found.part(name, start, stop, transposed)
+            rows = read(name, count, start, stop)
             if rows is None:
                 return None
             parts[name] = self._keep(rows, start, count, part.width)
@@ -142,8 +145,13 @@ class Stream:
         def encode(start: int, stop: int, share: Share) -> dict[str, Tensor]:
             return self._encoded(codec, key, self._rows(key, start, stop, transposed), start, share)
 
-        found = stored_matrix(self.checkpoint, key)
-        parts = self._as_they_are(found, codec, channels, length, transposed) if found else None
+        parts = None
+        if found := stored_matrix(self.checkpoint, key):
+
+            def read(name: str, count: int, start: int, stop: int) -> Tensor | None:
+                return found.part(name, start, stop, transposed)
+
+            parts = self._as_they_are(read, codec, channels, length)
         if parts is None:
             parts = self._parts(channels, codec, length, encode)
         return FrozenLinear(

@@ -192,9 +192,7 @@ class CheckpointWeights:
 
     def mark(self, layer: int, name: str) -> str:
         if name in EXPERTS:
-            return f"{self.codec.mark}{name}:" + digest(
-                self._banks[layer].sample().to(self.dtype), self.shape(layer, name)
-            )
+            return self._banks[layer].mark(name, self.codec, self.dtype)
         key, rows = self._find(layer, name)
         if found := stored_matrix(self.checkpoint, key):
             mark = found.mark()

@@ -103,7 +103,7 @@ class _Layer:
         found = [
             p
             for name, channels in (("gate_up_proj", 2 * count * width), ("down_proj", count * width))
-            for p in builder.stored(f"{at}.{name}", builder.codec, (channels, hidden))
+            for p in builder.stored(f"{at}.{name}", builder.codec_of_bank(at, name, width), (channels, hidden))
         ]
         for name, p in _parameters(innermost(experts.outer)):
             if name not in ("gate_up_proj", "down_proj"):

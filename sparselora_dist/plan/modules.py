@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..codecs import Codec, PlainCodec
+from ..codecs import Codec, FloatsCodec, PlainCodec
 from ..config import ConfigError, RunConfig
 from ..method.channels import ATTENTION, FFN, SCORED, TRANSPOSED
 from .parts import Module, Parameter, Tree
@@ -120,6 +120,14 @@ class Builder:
         if self.stored_as is None:
             return self.codec
         return self.stored_as(f"model.{at}", name in TRANSPOSED) or PlainCodec(self.dtype)
+
+    def codec_of_bank(self, at: str, name: str, width: int) -> Codec:
+        """What stores the experts' ``gate_up_proj`` or ``down_proj`` at a place, of ``width`` neurons each."""
+        if self.stored_as is None:
+            return self.codec
+        down = name == "down_proj"
+        codec = self.stored_as(f"model.{at}.0.{'down_proj' if down else 'gate_proj'}", down)
+        return codec.stacked(width) if isinstance(codec, FloatsCodec) else codec or PlainCodec(self.dtype)
 
     def stored(self, at: str, codec: Codec, shape: tuple[int, int]) -> list[Parameter]:
         """The parameters of a frozen matrix (channels, row length)."""

@@ -195,7 +195,11 @@ def resident(tree: Tree, scheme: Scheme, optim: str | None = None) -> dict[str, 
 
 
 def resident_bytes(
-    shape: ModelShape, config: RunConfig, world_size: int, shard_size: int | None = None
+    shape: ModelShape,
+    config: RunConfig,
+    world_size: int,
+    shard_size: int | None = None,
+    stored: Stored | None = None,
 ) -> dict[str, int]:
     """Bytes that a rank holds between two optimizer steps of the run, by kind, before any weight is loaded.
 
@@ -204,11 +208,12 @@ def resident_bytes(
         config: the run; its ``engine``, ``quantization``, ``sparse_lora``, ``lora`` sections and ``train.optim`` are read.
         world_size: ranks in all.
         shard_size: ranks among which a parameter is cut up; None takes it from the run (all, or FSDP2's mesh).
+        stored: of a checkpoint that is quantised already, what stores each matrix.
 
     Returns:
         ``weights``, ``scales``, ``factors``, ``lora``, ``optimizer`` and their ``total``. Activations, gathered layers
         and logits are not in it.
     """
     scheme = configured_scheme(config, shape, world_size, shard_size)
-    held = resident(tree_of(shape, config, scheme), scheme, config.train.optim)
+    held = resident(tree_of(shape, config, scheme, stored=stored), scheme, config.train.optim)
     return held | {"total": sum(held.values())}

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from sparselora_dist.io.prequantized import planned as in_files
 from sparselora_dist.plan.shapes import from_hf_config
 from sparselora_dist.plan.storage import resident_bytes
 from support.agreement_workers import CASES, IN_CHUNKS, ON_FOUR, STEPS
 from support.compare import assert_close
+from support.experts_workers import FP8, STORAGES, moe_config, run
 from support.experts_workers import GROUPS as EXPERT_GROUPS
-from support.experts_workers import STORAGES, moe_config, run
+from support.small_floats import KINDS
 
 # fp32 sums in another order, STEPS steps of up to 1e-2 each.
 PARAMETERS = {"rtol": 1e-5, "atol": 1e-6}
@@ -21,6 +25,7 @@ _FACTORS = {f"estimator.{name}_{side}" for name in ("gate", "up") for side in "a
 STORED = {
     "float32": _FACTORS | {"gate_up_proj.rows", "down_proj.rows"},
     "nf4": _FACTORS | {f"{name}.{part}" for name in ("gate_up_proj", "down_proj") for part in ("codes", "scales")},
+    "fp8": _FACTORS | {f"{name}.{part}" for name in ("gate_up_proj", "down_proj") for part in ("rows", "scales")},
 }
 
 
@@ -113,8 +118,16 @@ def test_routed_experts(single: Any, sharded: Any, storage: str) -> None:
 
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("name", ["zero3", "fsdp2"])
-def test_bytes_of_experts_are_as_planned(request: pytest.FixtureRequest, name: str, storage: str) -> None:
-    planned = resident_bytes(from_hf_config(moe_config().to_dict(), "tiny"), run(name, storage), 2)
+def test_bytes_of_experts_are_as_planned(
+    request: pytest.FixtureRequest, name: str, storage: str, tmp_path: Path
+) -> None:
+    config, stored = run(name, storage), None
+    if storage == "fp8":
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": KINDS[FP8].settings}))
+        found = in_files(tmp_path, config.model, config.quantization)
+        assert found
+        stored = found[1]
+    planned = resident_bytes(from_hf_config(moe_config().to_dict(), "tiny"), config, 2, stored=stored)
     for kind in ("weights", "scales", "factors", "lora", "optimizer"):
         fullest = max(rank["experts"][storage]["bytes"][kind] for rank in request.getfixturevalue(name))
         assert (fullest == 0) == (planned[kind] == 0), kind

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from sparselora_dist.io.manifest import CorruptFileError
 from sparselora_dist.io.prequantized import PrequantizedError
-from support.every_type import tiny_model
 from support.small_floats import FILE, KINDS, copied, edit, stream, written
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -143,15 +142,3 @@ def test_files_that_are_not_whole(tmp_path: Path, kind: str, change: Any, error:
     with pytest.raises(error, match=says) as caught:
         stream(tmp_path, KINDS[kind].format)
     assert str(tmp_path) in str(caught.value)
-
-
-def test_routed_experts_are_refused(tmp_path: Path) -> None:
-    """Not read in silence as values without their scales."""
-    tiny_model("qwen3_moe").save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / FILE)
-    key = "model.layers.2.mlp.experts.3.up_proj.weight"
-    tensors |= {key: tensors[key].to(torch.float8_e4m3fn), f"{key}_scale_inv": torch.tensor(1.0)}
-    save_file(tensors, tmp_path / FILE, {"format": "pt"})
-    edit(tmp_path, lambda settings: {"quant_method": "fp8", "weight_block_size": None})
-    with pytest.raises(ValueError, match=rf"quantised, as '{key}': routed experts"):
-        stream(tmp_path, "fp8")

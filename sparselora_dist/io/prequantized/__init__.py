@@ -12,6 +12,7 @@ from ...codecs import Codec, PlainCodec, codec_of
 from ...config import ModelSection, QuantizationSection
 from ..shard_files import FLOATS, TensorFiles
 from . import bitsandbytes, compressed_tensors, fine_grained, modelopt, own
+from .bank import StoredBank
 from .family import Family, Planned, quantization_settings
 from .matrix import REMEDY, PrequantizedError, StoredMatrix
 
@@ -113,6 +114,7 @@ def _check(settings: dict[str, Any], codec: Codec, at: str) -> None:
 __all__ = [
     "READERS",
     "PrequantizedError",
+    "StoredBank",
     "StoredMatrix",
     "bitsandbytes",
     "check_quantization_config",

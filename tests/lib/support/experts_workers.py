@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +23,11 @@ from .models import ALL_LINEAR
 from .nf4_workers import adapted
 from .plan_workers import resident
 from .sharding_workers import held
+from .small_floats import encode_files
 
-STORAGES = ("float32", "nf4")
+STORAGES = ("float32", "nf4", "fp8")
+"""The last is read as it is from files that hold it, experts and all, in blocks of 32 by 32."""
+FP8 = "fine-grained powers"
 GROUPS = {0: {"ffn", "vo"}, 1: {"experts", "vo"}, 2: {"experts", "qk"}}
 LAYERS = {"ffn": {"0": 0.75}, "qk": {"2": 0.5}, "vo": {"0-1": 0.5}, "experts": {"1-2": 0.5}}
 EXPERTS, WIDTH, HIDDEN = 6, 64, 64
@@ -52,20 +56,22 @@ def run(name: str, storage: str, folder: str = "tiny") -> RunConfig:
     config = run_config(name, folder=folder)
     return replace(
         config,
-        quantization=QuantizationSection(load_in_4bit=storage == "nf4"),
+        quantization=QuantizationSection(format=None if storage == "float32" else storage),  # type: ignore[arg-type]
         lora=LoraSection(values={"r": 4, "lora_alpha": 8, "target_modules": ALL_LINEAR}),
         sparse_lora=SparseLoRAConfig.from_dict({"layers": LAYERS, "rank": 4}),
     )
 
 
 @cache
-def _folder() -> str:
+def _folder(encoded: bool) -> str:
     """Of the saved model, the same on all ranks: its files hold the experts one by one."""
     folder = [tempfile.mkdtemp()]
     if dist.is_initialized():
         dist.broadcast_object_list(folder, src=0)
     if not dist.is_initialized() or dist.get_rank() == 0:
         moe_base().save_pretrained(folder[0])
+        if encoded:
+            encode_files(Path(folder[0]), FP8)
     if dist.is_initialized():
         dist.barrier()
     return folder[0]
@@ -74,7 +80,7 @@ def _folder() -> str:
 def experts(name: str) -> dict[str, Any]:
     seen = {}
     for storage in STORAGES:
-        config = run(name, storage, _folder())
+        config = run(name, storage, _folder(storage == "fp8"))
         engine = make_engine(config)
         base = load_base(config.model, config.quantization, engine.placement())
         model = adapted(base.model, name, ALL_LINEAR)

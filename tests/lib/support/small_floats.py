@@ -153,8 +153,13 @@ def write_checkpoint(folder: Path, kind: str, left: tuple[str, ...] = (), **shap
     Returns:
         What the matrices mean, fp32, by key; also those that stay.
     """
-    own = KINDS[kind]
     save_base(folder, **shape or SHAPE)
+    return encode_files(folder, kind, left)
+
+
+def encode_files(folder: Path, kind: str, left: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """The same of a model that is there; its experts' matrices, one by one in the files, too."""
+    own = KINDS[kind]
     tensors, means = load_file(folder / FILE), {}
     for key in [key for key in tensors if key.split(".")[-2] in ALL_LINEAR]:
         means[key] = tensors[key]

@@ -1,0 +1,68 @@
+"""The experts of a layer in a quantised checkpoint: a matrix each, one below another in the bank that a run keeps."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...codecs import Codec, FloatsCodec
+from .matrix import REMEDY, PrequantizedError, StoredMatrix
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBank:
+    """Matrices of one shape, stored alike."""
+
+    matrices: Sequence[StoredMatrix]
+    """In the order of their rows."""
+    name: str
+    """What the files call the first, for messages."""
+    transposed: bool
+    """Whether a stored row is an input, as of down."""
+
+    @property
+    def channels(self) -> int:
+        """Stored rows of one of them."""
+        return self.matrices[0].shape[1 if self.transposed else 0]
+
+    def codec(self, asked: Codec) -> Codec:
+        """How a run that asks for the codec ``asked`` stores the bank.
+
+        Raises:
+            PrequantizedError: the run asks for something else, or experts are stored in a way that is not read.
+        """
+        first, *others = (matrix.codec(asked, self.transposed) for matrix in self.matrices)
+        why = "" if all(other == first for other in others) else "they are not stored alike"
+        if not why and isinstance(first, FloatsCodec):
+            try:
+                return first.stacked(self.channels)
+            except ValueError as error:
+                why = str(error)
+        raise PrequantizedError(
+            f"{self.name} and the other experts' are quantised: {why or 'routed experts are read in fp8 and unquantised'}. "
+            f"{REMEDY}"
+        )
+
+    def part(self, name: str, count: int, start: int, stop: int) -> Tensor:
+        """Rows ``start`` ... ``stop - 1`` of a part that has ``count`` rows in all."""
+        each = count // len(self.matrices)
+        found = []
+        for number in range(start // each, -(-stop // each)):
+            first = number * each
+            rows = self.matrices[number].part(name, max(start - first, 0), min(stop - first, each), self.transposed)
+            assert rows is not None, f"{self.name} has no {name}"
+            found.append(rows)
+        return torch.cat(found) if found else self._none(name)
+
+    def _none(self, name: str) -> Tensor:
+        rows = self.matrices[0].part(name, 0, 0, self.transposed)
+        assert rows is not None
+        return rows
+
+    def mark(self) -> str:
+        """What tells it from other banks."""
+        return hashlib.sha256("".join(matrix.mark() for matrix in self.matrices).encode()).hexdigest()[:32]

@@ -1,0 +1,157 @@
+"""Experts of checkpoints in fp8: codes and scales as the files hold them, shared by ranks, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import Qwen3MoeForCausalLM
+
+from sparselora_dist.config import ModelSection, QuantizationSection
+from sparselora_dist.io.load import load_base
+from sparselora_dist.io.merge import merge_adapter
+from sparselora_dist.layouts import BY_ROWS, decoder_layers
+from sparselora_dist.sharding.placement import Placement, RowShards, waiting_rows
+from support.experts_workers import moe_config
+from support.merging import load, make_adapter
+from support.small_floats import FILE, KINDS, encode_files
+
+EXPERTS, WIDTH, HIDDEN = 6, 96, 64
+READ = ("fp8 tensor", "fp8 channel", "mxfp8", "modelopt fp8", "modelopt fp8 block", "fine-grained", "autofp8", "fbgemm")
+CPU = torch.device("cpu")
+
+
+def write(folder: Path, kind: str, left: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """A mixture whose matrices are stored so; what they mean."""
+    torch.manual_seed(0)
+    config = moe_config()
+    config.moe_intermediate_size = WIDTH
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    return encode_files(folder, kind, left)
+
+
+def bank(folder: Path, kind: str, placement: Placement | None = None) -> dict[str, Any]:
+    """The matrices of the last layer's experts, and the base they are of."""
+    section = ModelSection(name_or_path=str(folder), dtype="float32")
+    base = load_base(section, QuantizationSection(format=KINDS[kind].format), placement or Placement(CPU))  # type: ignore[arg-type]
+    experts = decoder_layers(base.model)[2].experts
+    assert experts
+    return experts.module.__dict__[BY_ROWS] | {"base": base}
+
+
+def expected(means: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rows of channels, expert after expert."""
+    of = {
+        name: [means[f"model.layers.2.mlp.experts.{e}.{name}.weight"] for e in range(EXPERTS)]
+        for name in ("gate_proj", "up_proj", "down_proj")
+    }
+    return {
+        "gate_up_proj": torch.cat([m for pair in zip(of["gate_proj"], of["up_proj"]) for m in pair]),
+        "down_proj": torch.cat([matrix.t() for matrix in of["down_proj"]]),
+    }
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_they_are_what_the_files_mean(kind: str, tmp_path: Path) -> None:
+    """To the bit: all rows, rows of one expert and of several by number, and what the estimator is made of."""
+    rows = expected(write(tmp_path, kind))
+    found = bank(tmp_path, kind)
+    for name, wanted in rows.items():
+        matrix = found[name]
+        assert matrix.codec.name == "fp8" and matrix.parts[0].dtype == torch.uint8
+        assert torch.equal(matrix.rows_of(matrix.parts, torch.float32), wanted)
+        some = torch.tensor([0, 3, WIDTH - 1, WIDTH, 4 * WIDTH + 7, len(wanted) - 1])
+        assert torch.equal(matrix.stored.decode(some, torch.float32), wanted[some])
+    both = rows["gate_up_proj"].view(EXPERTS, 2, WIDTH, HIDDEN)
+    weights = found["base"].weights
+    for number, name in enumerate(("experts.gate_proj", "experts.up_proj")):
+        assert torch.equal(weights.get(2, name), both[:, number].flatten(0, 1))
+    marks = {weights.mark(layer, name) for layer in (1, 2) for name in ("experts.gate_proj", "experts.up_proj")}
+    assert len(marks) == 4
+
+
+@pytest.mark.parametrize("ranks", [2, 5])
+def test_ranks_share_codes_and_scales(ranks: int, tmp_path: Path) -> None:
+    write(tmp_path, "fine-grained")
+    whole = bank(tmp_path, "fine-grained")
+    shares = [bank(tmp_path, "fine-grained", RowShards(CPU, rank, ranks)) for rank in range(ranks)]
+    for name in ("gate_up_proj", "down_proj"):
+        for number, part in enumerate(whole[name].parts):
+            own = [waiting_rows(share[name].parts[number]) for share in shares]
+            assert torch.equal(torch.cat(own), part)  # type: ignore[arg-type]
+
+
+def test_experts_that_were_left_as_they_are(tmp_path: Path) -> None:
+    means = write(tmp_path, "fine-grained", left=("experts",))
+    found = bank(tmp_path, "fine-grained")
+    for name, wanted in expected(means).items():
+        assert found[name].codec.name == "plain" and torch.equal(found[name].parts[0], wanted)
+
+
+def test_a_merge_dequantises_them(tmp_path: Path) -> None:
+    means = write(tmp_path / "base", "fine-grained")
+    Qwen3MoeForCausalLM(load_config(tmp_path / "base")).save_pretrained(tmp_path / "plain")
+    make_adapter(tmp_path / "adapter", tmp_path / "plain", target_modules=["q_proj"])
+    merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", dtype="float32")
+    merged = load(tmp_path / "merged").state_dict()
+    for name, wanted in expected(means).items():
+        rows = merged[f"model.layers.2.mlp.experts.{name}"]
+        rows = rows.transpose(1, 2) if name == "down_proj" else rows
+        assert torch.equal(rows.reshape(wanted.shape), wanted)
+
+
+def load_config(folder: Path) -> Any:
+    config = moe_config()
+    config.moe_intermediate_size = WIDTH
+    return config
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (
+            "fp8 block",
+            r"down_proj.weight and the other experts' are quantised: scales are of 40 stored rows, and an expert has 96",
+        ),
+        (
+            "modelopt nvfp4",
+            r"holds 'model.layers.1.mlp.experts.\w+' quantised, .*read in bf16, fp16, fp32 or fp8",
+        ),
+    ],
+)
+def test_forms_that_are_not_read(kind: str, told: str, tmp_path: Path) -> None:
+    write(tmp_path, kind)
+    with pytest.raises(ValueError, match=told):
+        bank(tmp_path, kind)
+
+
+def test_some_of_them_quantised(tmp_path: Path) -> None:
+    write(tmp_path, "fine-grained", left=("layers.2.mlp.experts.3.up",))
+    with pytest.raises(ValueError, match="routed experts are read that are all quantised, a matrix each"):
+        bank(tmp_path, "fine-grained")
+
+
+def test_scales_that_are_missing(tmp_path: Path) -> None:
+    write(tmp_path, "fine-grained")
+    tensors = load_file(tmp_path / FILE)
+    del tensors["model.layers.2.mlp.experts.3.up_proj.weight_scale_inv"]
+    save_file(tensors, tmp_path / FILE, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"experts.3.up_proj.weight', but no .*its scales are missing"):
+        bank(tmp_path, "fine-grained")
+
+
+def test_another_format_than_the_runs(tmp_path: Path) -> None:
+    write(tmp_path, "fine-grained")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "fp8"
+    section = ModelSection(name_or_path=str(tmp_path), dtype="float32")
+    with pytest.raises(ValueError, match=r'is fp8: set quantization.format "fp8"'):
+        load_base(section, QuantizationSection(format="nf4"), Placement(CPU))

@@ -26,12 +26,16 @@ READ = ("fp8 tensor", "fp8 channel", "mxfp8", "modelopt fp8", "modelopt fp8 bloc
 CPU = torch.device("cpu")
 
 
-def write(folder: Path, kind: str, left: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """A mixture whose matrices are stored so; what they mean."""
+def mixture() -> Qwen3MoeForCausalLM:
     torch.manual_seed(0)
     config = moe_config()
     config.moe_intermediate_size = WIDTH
-    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    return Qwen3MoeForCausalLM(config)
+
+
+def write(folder: Path, kind: str, left: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """A mixture whose matrices are stored so; what they mean."""
+    mixture().save_pretrained(folder)
     return encode_files(folder, kind, left)
 
 
@@ -95,20 +99,16 @@ def test_experts_that_were_left_as_they_are(tmp_path: Path) -> None:
 
 def test_a_merge_dequantises_them(tmp_path: Path) -> None:
     means = write(tmp_path / "base", "fine-grained")
-    Qwen3MoeForCausalLM(load_config(tmp_path / "base")).save_pretrained(tmp_path / "plain")
+    mixture().save_pretrained(tmp_path / "plain")
     make_adapter(tmp_path / "adapter", tmp_path / "plain", target_modules=["q_proj"])
+    merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "said", dtype="float32", format="fp8")
     merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", dtype="float32")
+    assert (tmp_path / "said" / FILE).read_bytes() == (tmp_path / "merged" / FILE).read_bytes()
     merged = load(tmp_path / "merged").state_dict()
     for name, wanted in expected(means).items():
         rows = merged[f"model.layers.2.mlp.experts.{name}"]
         rows = rows.transpose(1, 2) if name == "down_proj" else rows
         assert torch.equal(rows.reshape(wanted.shape), wanted)
-
-
-def load_config(folder: Path) -> Any:
-    config = moe_config()
-    config.moe_intermediate_size = WIDTH
-    return config
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -50,13 +50,15 @@ class FloatsCodec(Codec):
         """Of several matrices of ``channels`` stored rows, one below another: the experts of a mixture. They are decoded.
 
         Raises:
-            ValueError: a scale would run over their ends, or is one number for all of a matrix beside others.
+            ValueError: 4-bit codes; a scale would run over their ends.
         """
-        if self.scale in (E4M3, E4M3_OVER):
-            raise ValueError(f"{self.name} has one scale more for each of them")
+        if self.bits == 4:
+            raise ValueError(f"routed experts are read in fp8, not in {self.name}")
         every = min(self.every or channels, channels)
         if channels % every:
-            raise ValueError(f"scales are of {every} stored rows, and an expert has {channels}")
+            raise ValueError(
+                f"a block of scales reaches over {every} neurons, which do not divide an expert's {channels}"
+            )
         return replace(self, every=every, compute=False)
 
     @property

@@ -12,7 +12,7 @@ from ..layouts import DecoderLayer, Experts
 from ..method.channels import EXPERTS
 from .prequantized import PrequantizedError, StoredBank, is_quantised, stored_matrix
 from .prequantized.matrix import REMEDY
-from .shard_files import TensorFiles, digest, spaced, weight_key
+from .shard_files import FLOATS, TensorFiles, digest, spaced, weight_key
 
 MATRICES = ("gate_up_proj", "down_proj")
 
@@ -43,15 +43,21 @@ class BankFiles:
         """
         stack = self.files.stacks.get(f"{self.path}.{name}")
         keys = [key for of_one in stack.keys for key in of_one] if stack else [self.key(name)]
-        found = {key: matrix for key in keys if (matrix := stored_matrix(self.files, key))}
-        if not found:
+        coded = [key for key in keys if self.files.tensors[key].dtype not in FLOATS]
+        if not coded:
             return None
-        if len(found) < len(keys) or stack is None or self.layout.transposed or self.layout.interleaved:
+        if stack is None or self.layout.transposed or self.layout.interleaved:
             raise PrequantizedError(
-                f"{next(iter(found))} of {self.files.folder} is quantised: routed experts are read that are all quantised, "
-                f"a matrix each. {REMEDY}"
+                f"{coded[0]} of {self.files.folder} is quantised: routed experts are read in fp8 where each has matrices of "
+                f"its own in the files, with gate and up apart. {REMEDY}"
             )
-        return StoredBank(list(found.values()), keys[0], transposed=name == "down_proj")
+        if plain := [key for key in keys if key not in coded]:
+            raise PrequantizedError(
+                f"{plain[0]} of {self.files.folder} is not quantised, and {coded[0]} is: routed experts of a layer are read "
+                f"if all are, or none. {REMEDY}"
+            )
+        found = [matrix for key in keys if (matrix := stored_matrix(self.files, key))]
+        return StoredBank(found, keys[0], transposed=name == "down_proj")
 
     def codec(self, name: str, asked: Codec, dtype: torch.dtype) -> Codec:
         """How a run that asks for the codec ``asked`` stores a matrix.

@@ -18,7 +18,8 @@ from ..sharding.placement import OtherRankError, Placement, Share
 from .bank import MATRICES, BankFiles
 from .loftq import KeyedShift
 from .manifest import CorruptFileError
-from .prequantized import StoredBank, stored_codec, stored_matrix
+from .prequantized import PrequantizedError, StoredBank, stored_codec, stored_matrix
+from .prequantized.matrix import REMEDY
 from .shard_files import TensorFiles, weight_key
 
 _NO_SHIFT = KeyedShift()
@@ -194,6 +195,7 @@ class Stream:
                 if module is head and name == "weight":
                     yield Job(0, lambda: self._tie(model))
                     continue
+                self._check_plain(f"{path}.{name}".lstrip("."))
                 self._check_there(f"{path}.{name}".lstrip("."), tuple(parameter.shape))
                 copied = whole(path) or whole(also.get(path, path))
                 kept = parameter.numel() * self.dtype.itemsize // (1 if copied else self.placement.size)
@@ -237,6 +239,14 @@ class Stream:
     @staticmethod
     def _tie(model: Any) -> None:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
+
+    def _check_plain(self, name: str) -> None:
+        stack = self.checkpoint.stacks.get(name)
+        if stack and (coded := stack.coded(self.checkpoint)):
+            raise PrequantizedError(
+                f"{coded[0]} of {self.checkpoint.folder} is quantised: experts that are not sparse here are read in bf16, "
+                f"fp16 or fp32. {REMEDY}"
+            )
 
     def _check_there(self, name: str, want: tuple[int, ...]) -> None:
         if name not in self.checkpoint.stacks:

@@ -126,8 +126,16 @@ class Builder:
         if self.stored_as is None:
             return self.codec
         down = name == "down_proj"
-        codec = self.stored_as(f"model.{at}.0.{'down_proj' if down else 'gate_proj'}", down)
-        return codec.stacked(width) if isinstance(codec, FloatsCodec) else codec or PlainCodec(self.dtype)
+        matrix = f"model.{at}.0.{'down_proj' if down else 'gate_proj'}"
+        codec = self.stored_as(matrix, down) if self.stored_as(f"model.{at}", down) else None
+        if not isinstance(codec, FloatsCodec):
+            return codec or PlainCodec(self.dtype)
+        try:
+            return codec.stacked(width)
+        except ValueError as error:
+            raise ValueError(
+                f"model.{at} is quantised: {error}. Plan with the checkpoint that it was made from, which a run needs too"
+            ) from error
 
     def stored(self, at: str, codec: Codec, shape: tuple[int, int]) -> list[Parameter]:
         """The parameters of a frozen matrix (channels, row length)."""

@@ -17,12 +17,14 @@ from sparselora_dist.codecs import NF4Codec, PlainCodec
 from sparselora_dist.config import ModelSection, QuantizationSection
 from sparselora_dist.io.load import LoadedBase, load_base
 from sparselora_dist.io.manifest import CorruptFileError
+from sparselora_dist.io.merge import merge_adapter
 from sparselora_dist.io.prequantized import PrequantizedError, stored_matrix
 from sparselora_dist.io.shard_files import TensorFiles
-from sparselora_dist.layouts import decoder_layers, matrix_name
+from sparselora_dist.layouts import UnsupportedModelError, decoder_layers, matrix_name
 from sparselora_dist.sharding.placement import Placement
 from support.compare import sqnr
-from support.merging import BLOCKS, logits, save_base
+from support.every_type import tiny_model
+from support.merging import BLOCKS, logits, make_adapter, save_base
 from support.models import ALL_LINEAR
 
 TURNED = ("o_proj", "down_proj")
@@ -251,3 +253,12 @@ def test_a_rank_without_rows_gets_none(checkpoint: Path) -> None:
     codes, scales = (found.part(name, found.shape[0], found.shape[0], transposed=False) for name in ("codes", "scales"))
     assert codes is not None and codes.shape == (0, found.shape[1] // 2)
     assert scales is not None and scales.shape[0] == 0
+
+
+def test_a_mixture_is_not_merged_into_as_training_stored_it(tmp_path: Path) -> None:
+    """Its experts are whole in the files, and a run encodes them when it loads them."""
+    tiny_model("qwen3_moe").save_pretrained(tmp_path / "plain")
+    quantized(tmp_path / "nf4", tmp_path / "plain")
+    make_adapter(tmp_path / "adapter", tmp_path / "plain", target_modules=["q_proj"])
+    with pytest.raises(UnsupportedModelError, match="--load-in-4bit of a mixture of experts"):
+        merge_adapter(tmp_path / "nf4", tmp_path / "adapter", tmp_path / "out", load_in_4bit=True)

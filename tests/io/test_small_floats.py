@@ -176,6 +176,7 @@ def test_a_scale_tells_one_model_from_another(tmp_path: Path) -> None:
         (modelopt, {"ignore": ["model.layers.0.*"]}, False),
         (fine_grained, {"modules_to_not_convert": ["lm_head", "q_proj"]}, True),
         (fine_grained, {"ignored_layers": ["model.layers.10"]}, False),
+        (fine_grained, {"modules_to_not_convert": ["model.layers.1.self_attn.q"]}, False),
     ],
 )
 def test_what_a_config_says_is_left(reader: Any, settings: dict[str, Any], left: bool) -> None:

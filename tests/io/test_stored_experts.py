@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,15 @@ from transformers import Qwen3MoeForCausalLM
 from sparselora_dist.config import ModelSection, QuantizationSection
 from sparselora_dist.io.load import load_base
 from sparselora_dist.io.merge import merge_adapter
+from sparselora_dist.io.prequantized import planned
 from sparselora_dist.layouts import BY_ROWS, decoder_layers
+from sparselora_dist.plan.shapes import from_hf_config
+from sparselora_dist.plan.storage import resident_bytes
 from sparselora_dist.sharding.placement import Placement, RowShards, waiting_rows
-from support.experts_workers import moe_config
+from support.every_type import tiny_model
+from support.experts_workers import moe_config, run
 from support.merging import load, make_adapter
-from support.small_floats import FILE, KINDS, encode_files
+from support.small_floats import FILE, KINDS, edit, encode_files
 
 EXPERTS, WIDTH, HIDDEN = 6, 96, 64
 READ = ("fp8 tensor", "fp8 channel", "mxfp8", "modelopt fp8", "modelopt fp8 block", "fine-grained", "autofp8", "fbgemm")
@@ -119,7 +124,7 @@ def test_a_merge_dequantises_them(tmp_path: Path) -> None:
     [
         (
             "fp8 block",
-            r"down_proj.weight and the other experts' are quantised: scales are of 40 stored rows, and an expert has 96",
+            r"down_proj.weight and the other experts' are quantised: a block of scales reaches over 40 neurons",
         ),
         (
             "modelopt nvfp4",
@@ -135,7 +140,7 @@ def test_forms_that_are_not_read(kind: str, told: str, tmp_path: Path) -> None:
 
 def test_some_of_them_quantised(tmp_path: Path) -> None:
     write(tmp_path, "fine-grained", left=("layers.2.mlp.experts.3.up",))
-    with pytest.raises(ValueError, match="routed experts are read that are all quantised, a matrix each"):
+    with pytest.raises(ValueError, match=r"experts.3.up_proj.weight of .* is not quantised, and .*: .*if all are"):
         bank(tmp_path, "fine-grained")
 
 
@@ -155,3 +160,53 @@ def test_another_format_than_the_runs(tmp_path: Path) -> None:
     section = ModelSection(name_or_path=str(tmp_path), dtype="float32")
     with pytest.raises(ValueError, match=r'is fp8: set quantization.format "fp8"'):
         load_base(section, QuantizationSection(format="nf4"), Placement(CPU))
+
+
+def test_experts_that_are_not_sparse_here(tmp_path: Path) -> None:
+    """Not read in silence as values without their scales."""
+    tiny_model("nemotron_h").save_pretrained(tmp_path)
+    encode_files(tmp_path, "modelopt fp8")
+    with pytest.raises(ValueError, match=r"experts.*_proj.weight of .* is quantised: experts that are not sparse here"):
+        load_base(
+            ModelSection(name_or_path=str(tmp_path), dtype="float32"), QuantizationSection(format="fp8"), Placement(CPU)
+        )
+
+
+def test_experts_in_one_tensor(tmp_path: Path) -> None:
+    tiny_model("gpt_oss").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / FILE)
+    key = next(name for name in tensors if name.endswith("experts.down_proj"))
+    save_file(tensors | {key: tensors[key].to(torch.float8_e4m3fn)}, tmp_path / FILE, {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": KINDS["autofp8"].settings}))
+    with pytest.raises(ValueError, match=rf"{key} of .* is quantised: routed experts are read in fp8 where each has"):
+        load_base(
+            ModelSection(name_or_path=str(tmp_path), dtype="float32"), QuantizationSection(format="fp8"), Placement(CPU)
+        )
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [("mxfp4", "routed experts are read in fp8, not in mxfp4"), ("fp8 block", "reaches over 40 neurons")],
+)
+def test_a_plan_refuses_what_a_run_does(kind: str, told: str, tmp_path: Path) -> None:
+    write(tmp_path, kind)
+    config = run("zero3", "fp8")
+    config = replace(config, quantization=QuantizationSection(format=KINDS[kind].format))  # type: ignore[arg-type]
+    found = planned(tmp_path, config.model, config.quantization)
+    assert found
+    shape = from_hf_config(json.loads((tmp_path / "config.json").read_text()), "tiny")
+    with pytest.raises(ValueError, match=rf"layers.1.mlp.experts is quantised: .*{told}"):
+        resident_bytes(shape, config, 2, stored=found[1])
+
+
+def test_a_plan_knows_experts_that_are_left(tmp_path: Path) -> None:
+    """By the name of the module of all of them."""
+    write(tmp_path, "fine-grained", left=("experts",))
+    edit(tmp_path, lambda settings: settings | {"modules_to_not_convert": ["mlp.experts"]})
+    config = run("zero3", "fp8")
+    found = planned(tmp_path, config.model, config.quantization)
+    assert found
+    shape = from_hf_config(json.loads((tmp_path / "config.json").read_text()), "tiny")
+    bytes_of = [resident_bytes(shape, config, 1, stored=stored)["weights"] for stored in (found[1], None)]
+    assert bytes_of[0] - bytes_of[1] == 2 * 3 * EXPERTS * WIDTH * HIDDEN * (4 - 1)

@@ -36,16 +36,13 @@ class StoredBank:
             PrequantizedError: the run asks for something else, or experts are stored in a way that is not read.
         """
         first, *others = (matrix.codec(asked, self.transposed) for matrix in self.matrices)
-        why = "" if all(other == first for other in others) else "they are not stored alike"
-        if not why and isinstance(first, FloatsCodec):
-            try:
-                return first.stacked(self.channels)
-            except ValueError as error:
-                why = str(error)
-        raise PrequantizedError(
-            f"{self.name} and the other experts' are quantised: {why or 'routed experts are read in fp8 and unquantised'}. "
-            f"{REMEDY}"
-        )
+        assert isinstance(first, FloatsCodec)
+        try:
+            if any(other != first for other in others):
+                raise ValueError("they are not stored alike")
+            return first.stacked(self.channels)
+        except ValueError as error:
+            raise PrequantizedError(f"{self.name} and the other experts' are quantised: {error}. {REMEDY}") from error
 
     def part(self, name: str, count: int, start: int, stop: int) -> Tensor:
         """Rows ``start`` ... ``stop - 1`` of a part that has ``count`` rows in all."""

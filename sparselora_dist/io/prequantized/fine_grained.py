@@ -26,9 +26,13 @@ def _scheme(settings: dict[str, Any], at: str) -> Scheme:
     return Scheme("fp8", (Grain(*block),), settings.get("scale_fmt") == "ue8m0")
 
 
+_END = r"(?:(?<=\.)|(?=\.|$))"
+"""Of a module's name: a router, ``mlp.gate``, is not ``mlp.gate_proj``."""
+
+
 def _left(settings: dict[str, Any], module: str) -> bool:
     patterns = settings.get("modules_to_not_convert") or settings.get("ignored_layers") or []
-    return any(re.match(pattern, module) or module.endswith(pattern) for pattern in patterns)
+    return any(re.match(f"(?:{pattern}){_END}", module) or module.endswith(pattern) for pattern in patterns)
 
 
 READER = Family(methods=("fp8", "fbgemm_fp8"), scheme=_scheme, scales=("_scale_inv", "_scale"), left=_left)

@@ -74,9 +74,10 @@ class BankFiles:
         """(stop - start, H) in values: in the dtype of the files, or fp32 of encoded ones, and memory of their own."""
         each, stored = self._of_one(name), self.stored(name)
         found = []
-        for expert in range(start // each, -(-stop // each)):
-            of_one = self._one(name, expert, stored)
-            found.append(of_one[max(start - expert * each, 0) : stop - expert * each])
+        with self.files.opened():
+            for expert in range(start // each, -(-stop // each)):
+                of_one = self._one(name, expert, stored)
+                found.append(of_one[max(start - expert * each, 0) : stop - expert * each])
         return torch.cat(found) if found else torch.empty(0, self.layout.hidden)
 
     def scored(self, name: str, codec: Codec, dtype: torch.dtype) -> Tensor:
@@ -89,9 +90,10 @@ class BankFiles:
 
     def mark(self, name: str, codec: Codec, dtype: torch.dtype) -> str:
         """A short name of what gate or up of every expert are as ``codec`` stores them: of evenly spaced values."""
-        if found := self.stored("gate_up_proj"):
-            return f"{name}:{found.mark()}"
-        sample = torch.cat([spaced(self._one("gate_up_proj", e))[::8] for e in range(self.layout.count)])
+        with self.files.opened():
+            if found := self.stored("gate_up_proj"):
+                return f"{name}:{found.mark()}"
+            sample = torch.cat([spaced(self._one("gate_up_proj", e))[::8] for e in range(self.layout.count)])
         shape = self.layout.count * self.layout.width, self.layout.hidden
         return f"{self.codec('gate_up_proj', codec, dtype).mark}{name}:{digest(sample.to(dtype), shape)}"
 

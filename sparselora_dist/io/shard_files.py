@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,7 @@ class TensorFiles:
 
     def __init__(self, folder: Path, files: list[str], sharded: bool = False) -> None:
         self.folder, self.sharded = folder, sharded
+        self._kept: tuple[ExitStack, dict[Path, Any]] | None = None
         self.renamed: dict[str, str] = {}
         self.stacks: dict[str, Stack] = {}
         self.tensors: dict[str, TensorInfo] = {}
@@ -160,11 +162,33 @@ class TensorFiles:
             raise CorruptFileError(f"{index} does not name {extra!r}, which {found.tensors[extra].file} holds")
         return found
 
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Files stay open, for many small tensors: to open one is to read what its header says of all its tensors. The
+        pages that are mapped meanwhile are given back at the end."""
+        if self._kept is not None:
+            yield
+            return
+        with ExitStack() as files:
+            self._kept = files, {}
+            try:
+                yield
+            finally:
+                self._kept = None
+
+    def _open(self, path: Path) -> AbstractContextManager[Any]:
+        if self._kept is None:  # Closing gives back the mapped pages; a slice is a view of them.
+            return safe_open(path, framework="pt")
+        files, handles = self._kept
+        if path not in handles:
+            handles[path] = files.enter_context(safe_open(path, framework="pt"))
+        return nullcontext(handles[path])
+
     def get(self, name: str) -> Tensor:
         """One tensor; the file is mapped for as long as the tensor lives."""
         path = self.folder / self.tensors[name].file
         try:
-            with safe_open(path, framework="pt") as file:
+            with self._open(path) as file:
                 return _bytes(file.get_tensor(name))
         except (SafetensorError, OSError) as error:
             raise CorruptFileError(f"cannot read {name!r} from {path}: {error}") from error
@@ -185,8 +209,7 @@ class TensorFiles:
     def _slice(self, name: str, take: Callable[[Any], Tensor]) -> Tensor:
         path = self.folder / self.tensors[name].file
         try:
-            # Opened for each tensor, because closing gives back the mapped pages; a slice is a view of them.
-            with safe_open(path, framework="pt") as file:
+            with self._open(path) as file:
                 return take(file.get_slice(name))
         except (SafetensorError, OSError) as error:
             raise CorruptFileError(f"cannot read {name!r} from {path}: {error}") from error

@@ -96,7 +96,8 @@ class Stream:
                 if found is None:
                     parts = self._parts(channels, codec, experts.hidden, encode)
                 else:
-                    parts = self._as_they_are(found.part, codec, channels, experts.hidden) or {}
+                    with self.checkpoint.opened():
+                        parts = self._as_they_are(found.part, codec, channels, experts.hidden) or {}
                 family._parameters[name] = placeholder(tuple(family._parameters[name].shape), like)
                 by_rows[name] = FrozenMatrix(codec, parts, experts.hidden)
                 by_rows[name].__dict__["placeholder"] = family._parameters[name]

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen3MoeForCausalLM
 
 from sparselora_dist.config import ModelSection, QuantizationSection
+from sparselora_dist.io import shard_files
 from sparselora_dist.io.load import load_base
 from sparselora_dist.io.merge import merge_adapter
 from sparselora_dist.io.prequantized import planned
@@ -93,6 +95,32 @@ def test_ranks_share_codes_and_scales(ranks: int, tmp_path: Path) -> None:
         for number, part in enumerate(whole[name].parts):
             own = [waiting_rows(share[name].parts[number]) for share in shares]
             assert torch.equal(torch.cat(own), part)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["fine-grained", None])
+def test_files_are_opened_once_for_all_experts(
+    kind: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To open one is to read its whole header, which has every expert of every layer."""
+    if kind:
+        write(tmp_path, kind)
+    else:
+        mixture().save_pretrained(tmp_path)
+    opened: list[str] = []
+
+    def counted(path: Any, **options: Any) -> Any:
+        opened.append(str(path))
+        return safe_open(path, **options)
+
+    section, form = ModelSection(name_or_path=str(tmp_path), dtype="float32"), KINDS[kind].format if kind else None
+    monkeypatch.setattr(shard_files, "safe_open", counted)
+    base = load_base(section, QuantizationSection(format=form), Placement(CPU))  # type: ignore[arg-type]
+    others = [name for name in base.weights.checkpoint.tensors if ".experts." not in name]
+    assert len(opened) <= 2 * len(others)
+    opened.clear()
+    base.weights.get(2, "experts.gate_proj")
+    base.weights.mark(2, "experts.gate_proj")
+    assert len(opened) == 2
 
 
 def test_experts_that_were_left_as_they_are(tmp_path: Path) -> None:

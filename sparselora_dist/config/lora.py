@@ -128,8 +128,8 @@ class LoraSection(Section):
         return self.values["loftq_config"]["loftq_iter"] if self.values.get("init_lora_weights") == LOFTQ else 0
 
     def check_bits(self, what: str, bits: int) -> None:
-        """Raises ConfigError where LoftQ's section says other bits than those of the codes."""
-        said = self.values.get("loftq_config", {}).get("loftq_bits", bits)
+        """Raises ConfigError where a section that starts by LoftQ says other bits than those of the codes."""
+        said = self.values["loftq_config"].get("loftq_bits", bits)
         if said != bits:
             raise ConfigError(
                 f"'{self.PATH}.loftq_config.loftq_bits' is {said}, but {what} in {bits} bits: leave the first out"
@@ -187,7 +187,7 @@ class LoraSection(Section):
             self.loftq_rounds
         ):  # Ours: PEFT would decompose a matrix that it takes for whole, and quantise it its own way.
             values["init_lora_weights"] = True
-            values.pop("loftq_config", None)
+            del values["loftq_config"]
         try:
             return peft.LoraConfig(**values)
         except (TypeError, ValueError) as error:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..codecs import Codec, FloatsCodec, PlainCodec
+from ..codecs import Codec, PlainCodec
 from ..layouts import DecoderLayer, Experts
 from ..method.channels import EXPERTS
-from .prequantized import PrequantizedError, StoredBank, is_quantised, stored_matrix
+from .prequantized import PrequantizedError, StoredBank, all_as_they_are, stored_matrix
 from .prequantized.matrix import REMEDY
-from .shard_files import FLOATS, TensorFiles, digest, spaced, weight_key
+from .shard_files import Stack, TensorFiles, digest, spaced, weight_key
 
 MATRICES = ("gate_up_proj", "down_proj")
 
@@ -42,38 +42,37 @@ class BankFiles:
             PrequantizedError: they do, in a form that is not read.
         """
         stack = self.files.stacks.get(f"{self.path}.{name}")
-        keys = [key for of_one in stack.keys for key in of_one] if stack else [self.key(name)]
-        coded = [key for key in keys if self.files.tensors[key].dtype not in FLOATS]
-        if not coded:
+        alone = stack or Stack(((self.key(name),),), ())  # All of them in one tensor.
+        if not (coded := alone.coded(self.files)):
             return None
         if stack is None or self.layout.transposed or self.layout.interleaved:
             raise PrequantizedError(
                 f"{coded[0]} of {self.files.folder} is quantised: routed experts are read in fp8 where each has matrices of "
                 f"its own in the files, with gate and up apart. {REMEDY}"
             )
-        if plain := [key for key in keys if key not in coded]:
+        keys = [key for of_one in stack.keys for key in of_one]
+        if len(coded) < len(keys):
+            plain = next(key for key in keys if key not in coded)
             raise PrequantizedError(
-                f"{plain[0]} of {self.files.folder} is not quantised, and {coded[0]} is: routed experts of a layer are read "
+                f"{plain} of {self.files.folder} is not quantised, and {coded[0]} is: routed experts of a layer are read "
                 f"if all are, or none. {REMEDY}"
             )
         found = [matrix for key in keys if (matrix := stored_matrix(self.files, key))]
         return StoredBank(found, keys[0], transposed=name == "down_proj")
 
-    def codec(self, name: str, asked: Codec, dtype: torch.dtype) -> Codec:
-        """How a run that asks for the codec ``asked`` stores a matrix.
+    def codec(self, stored: StoredBank | None, asked: Codec, dtype: torch.dtype) -> Codec:
+        """How a run that asks for the codec ``asked`` stores a matrix that is :meth:`stored` so.
 
         Raises:
             PrequantizedError: see :meth:`StoredBank.codec`.
         """
-        if found := self.stored(name):
-            return found.codec(asked)
-        # What a maker of small floats left as it was, stays so.
-        return PlainCodec(dtype) if isinstance(asked, FloatsCodec) and is_quantised(self.files) else asked
+        if stored:
+            return stored.codec(asked)
+        return PlainCodec(dtype) if all_as_they_are(self.files, asked) else asked
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """(stop - start, H) in values: in the dtype of the files, or fp32 of encoded ones, and memory of their own."""
-        each, stored = self._of_one(name), self.stored(name)
-        found = []
+    def rows(self, name: str, start: int, stop: int, stored: StoredBank | None = None) -> Tensor:
+        """(stop - start, H) in values: in the dtype of the files, or fp32 of ``stored`` ones, and memory of their own."""
+        each, found = self._of_one(name), []
         with self.files.opened():
             for expert in range(start // each, -(-stop // each)):
                 of_one = self._one(name, expert, stored)
@@ -82,9 +81,10 @@ class BankFiles:
 
     def scored(self, name: str, codec: Codec, dtype: torch.dtype) -> Tensor:
         """Gate or up (``experts.gate_proj``) of all experts, (E·W, H), as ``codec`` stores the two."""
-        rows = self.rows("gate_up_proj", 0, self.channels("gate_up_proj")).to(dtype)
-        if not self.stored("gate_up_proj"):
-            rows = self.codec("gate_up_proj", codec, dtype).roundtrip(rows)
+        stored = self.stored("gate_up_proj")
+        rows = self.rows("gate_up_proj", 0, self.channels("gate_up_proj"), stored).to(dtype)
+        if stored is None:
+            rows = self.codec(None, codec, dtype).roundtrip(rows)
         both = rows.view(self.layout.count, 2, self.layout.width, self.layout.hidden)
         return both[:, EXPERTS.index(name)].flatten(0, 1)
 
@@ -95,7 +95,7 @@ class BankFiles:
                 return f"{name}:{found.mark()}"
             sample = torch.cat([spaced(self._one("gate_up_proj", e))[::8] for e in range(self.layout.count)])
         shape = self.layout.count * self.layout.width, self.layout.hidden
-        return f"{self.codec('gate_up_proj', codec, dtype).mark}{name}:{digest(sample.to(dtype), shape)}"
+        return f"{self.codec(None, codec, dtype).mark}{name}:{digest(sample.to(dtype), shape)}"
 
     def key(self, name: str) -> str:
         """Of the tensor in the files that is read first, for messages."""

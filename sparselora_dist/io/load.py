@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ..codecs import Codec, codec_of
-from ..config.quantization import READ_ONLY, QuantizationSection
+from ..config.quantization import FOREIGN, READ_ONLY, QuantizationSection
 from ..config.run import ModelSection
 from ..layouts import check_known, check_text, decoder_layers
 from ..sharding.placement import Placement
@@ -153,8 +153,8 @@ def check_made(quantization: QuantizationSection, name: str) -> None:
     """Raises PrequantizedError for a format that must be in the files, of a checkpoint that holds plain weights."""
     if quantization.stored not in READ_ONLY:
         return
-    made_here = quantization.stored == "billm"
-    how = "'sparselora-dist quantize' makes such a checkpoint" if made_here else "name a checkpoint that is"
+    foreign = quantization.stored in FOREIGN
+    how = "name a checkpoint that is" if foreign else "'sparselora-dist quantize' makes such a checkpoint"
     raise PrequantizedError(
         f"'quantization.format' is \"{quantization.stored}\", which is read from a checkpoint that holds it, never made "
         f"when a model is loaded, and {name} is not quantised: {how}, or use a format that is made on load (docs/formats.md)"

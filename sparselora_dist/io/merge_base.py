@@ -12,13 +12,21 @@ from torch import Tensor
 
 from sparselora_kernels import EncodedWeight, nonzero
 
-from ..codecs import Codec, FloatsCodec, NF4Codec
+from ..codecs import Codec, NF4Codec
 from ..codecs.nf4_files import nonzero_of_codes
 from ..layouts import UnsupportedModelError, check_config, decoder_layers
 from ..method.channels import TRANSPOSED
 from .loftq import Shift
 from .manifest import CorruptFileError
-from .prequantized import READERS, PrequantizedError, StoredMatrix, bitsandbytes, is_quantised, stored_matrix
+from .prequantized import (
+    READERS,
+    PrequantizedError,
+    StoredMatrix,
+    all_as_they_are,
+    bitsandbytes,
+    is_quantised,
+    stored_matrix,
+)
 from .shard_files import FLOATS, PACKED, TensorFiles, TensorInfo, read_json, spaced
 from .stored_names import find_names
 
@@ -169,9 +177,8 @@ class BaseWeights:
     def _named(self, model: Any) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
         """Of what the files must hold, the shapes; and what those of the decoder's matrices are."""
         layers = decoder_layers(model)
-        # Small floats are read as they are, experts too; other experts are encoded when a run loads them.
-        read = isinstance(self.codec, FloatsCodec) and is_quantised(self.files)
-        if self.codec is not None and not read and any(layer.experts for layer in layers):
+        experts = any(layer.experts for layer in layers)
+        if self.codec is not None and experts and not all_as_they_are(self.files, self.codec):
             asked = "--load-in-4bit" if isinstance(self.codec, NF4Codec) else "--format"
             raise UnsupportedModelError(
                 f"{self.folder}: {asked} of a mixture of experts: what storage in {self.codec.name} makes of its "

@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .manifest import publish
+
 PRUNING_FILE = "pruning.json"
 """In the folder of a pruned model: how it was made."""
 
@@ -31,6 +33,13 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
+
+
+def publish_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """The same; the file appears when it is whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_tensors(tensors, temporary)
+    publish(temporary, path)
 
 
 def output_config(raw: dict[str, Any], dtype: str, untied: bool = False) -> dict[str, Any]:

@@ -91,9 +91,9 @@ class Stack:
     """Of each expert, its matrices in the order of their rows."""
     shape: tuple[int, ...]
 
-    def coded(self, files: TensorFiles) -> list[str]:
-        """Those that are quantised."""
-        return [key for keys in self.keys for key in keys if files.tensors[key].dtype not in FLOATS]
+    def coded(self, files: TensorFiles, experts: slice = slice(None)) -> list[str]:
+        """Those matrices that are quantised."""
+        return [key for keys in self.keys[experts] for key in keys if files.tensors[key].dtype not in FLOATS]
 
     def read(self, files: TensorFiles, experts: slice) -> Tensor:
         """(experts, rows, columns), in memory of its own.
@@ -101,7 +101,7 @@ class Stack:
         Raises:
             ValueError: they are quantised.
         """
-        if coded := self.coded(files):
+        if coded := self.coded(files, experts):
             raise ValueError(f"{coded[0]} of {files.folder} is quantised: it has no values")
         joined = [torch.cat([files.read(key) for key in keys]) for keys in self.keys[experts]]
         return torch.stack(joined) if joined else torch.empty((0, *self.shape[1:]))

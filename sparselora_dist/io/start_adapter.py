@@ -82,7 +82,8 @@ def completed(config: RunConfig) -> RunConfig:
             f"{described} says 'loftq': the adapter belongs to another base, the one that its run has stored, and over this "
             "run's it computes something else. Merge it and train on the result, or start from another adapter"
         )
-    _check_base(described, config)
+    if not beside:
+        _check_base(described, config)
     adapter = read_adapter_config(described, "started from", _ALSO)
     _check_zeros(described, config)
     plain = LoraConfig()

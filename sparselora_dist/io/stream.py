@@ -23,6 +23,9 @@ from .prequantized.matrix import REMEDY
 from .shard_files import TensorFiles, weight_key
 
 _NO_SHIFT = KeyedShift()
+Read = Callable[[str, int, int, int], "Tensor | None"]
+"""Of an encoded matrix, by a part's name, all its rows, and the first and last of those that are wanted: these; ``None``
+where the files hold nothing like it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,8 @@ class Stream:
         by_rows = family.__dict__.setdefault(BY_ROWS, {})
         like = torch.empty(0, dtype=self.dtype, device=self.placement.device)
         for name in MATRICES:
-            found, codec = bank.stored(name), bank.codec(name, self.codec, self.dtype)
+            found = bank.stored(name)
+            codec = bank.codec(found, self.codec, self.dtype)
             self._check_there(f"{bank.path}.{name}", tuple(family._parameters[name].shape))
             channels, widths = bank.channels(name), codec.parts(experts.hidden)
             kept = sum(part.bytes(channels) for part in widths.values()) // self.placement.size
@@ -93,11 +97,7 @@ class Stream:
                 def encode(start: int, stop: int, share: Share) -> dict[str, Tensor]:
                     return self._encoded(codec, bank.key(name), bank.rows(name, start, stop), start, share)
 
-                if found is None:
-                    parts = self._parts(channels, codec, experts.hidden, encode)
-                else:
-                    with self.checkpoint.opened():
-                        parts = self._as_they_are(found.part, codec, channels, experts.hidden) or {}
+                parts = self._parts(channels, codec, experts.hidden, encode, found.part if found else None)
                 family._parameters[name] = placeholder(tuple(family._parameters[name].shape), like)
                 by_rows[name] = FrozenMatrix(codec, parts, experts.hidden)
                 by_rows[name].__dict__["placeholder"] = family._parameters[name]
@@ -110,8 +110,17 @@ class Stream:
         codec: Codec,
         length: int,
         encode: Callable[[int, int, Share], dict[str, Tensor]],
+        read: Read | None = None,
     ) -> dict[str, nn.Parameter]:
-        """This rank's part of a matrix; ``encode`` gives rows ``[start, stop)`` of it."""
+        """This rank's part of a matrix: as ``read`` gives it, where the files hold it encoded, else encoded.
+
+        Args:
+            channels, codec, length: of the matrix.
+            encode: gives rows ``[start, stop)`` of it.
+            read: see :data:`Read`.
+        """
+        if read and (parts := self._as_they_are(read, codec, channels, length)) is not None:
+            return parts
         widths = codec.parts(length)
         row_widths = [part.width for part in widths.values()]
         start, stop = self.placement.rows(channels, row_widths)
@@ -123,22 +132,17 @@ class Stream:
         self.kept += rows.nbytes
         return self.placement.parameter(rows, start, torch.Size((count, width)))
 
-    def _as_they_are(
-        self, read: Callable[[str, int, int, int], Tensor | None], codec: Codec, channels: int, length: int
-    ) -> dict[str, nn.Parameter] | None:
-        """This rank's part of what is encoded, each part by its own rows; ``None`` where it must be encoded anew.
-
-        Args:
-            read: of a part's name, all its rows, and the first and last of those that are wanted.
-        """
+    def _as_they_are(self, read: Read, codec: Codec, channels: int, length: int) -> dict[str, nn.Parameter] | None:
+        """This rank's part of what is encoded, each part by its own rows; ``None`` where it must be encoded anew."""
         parts = {}
-        for name, part in codec.parts(length).items():
-            count = part.rows(channels)
-            start, stop = self.placement.rows(count, [part.width])
-            rows = read(name, count, start, stop)
-            if rows is None:
-                return None
-            parts[name] = self._keep(rows, start, count, part.width)
+        with self.checkpoint.opened():
+            for name, part in codec.parts(length).items():
+                count = part.rows(channels)
+                start, stop = self.placement.rows(count, [part.width])
+                rows = read(name, count, start, stop)
+                if rows is None:
+                    return None
+                parts[name] = self._keep(rows, start, count, part.width)
         return parts
 
     def _frozen(self, linear: nn.Linear, key: str, codec: Codec, transposed: bool) -> FrozenLinear:
@@ -147,15 +151,11 @@ class Stream:
         def encode(start: int, stop: int, share: Share) -> dict[str, Tensor]:
             return self._encoded(codec, key, self._rows(key, start, stop, transposed), start, share)
 
-        parts = None
-        if found := stored_matrix(self.checkpoint, key):
+        def read(name: str, count: int, start: int, stop: int) -> Tensor | None:
+            return found.part(name, start, stop, transposed) if found else None
 
-            def read(name: str, count: int, start: int, stop: int) -> Tensor | None:
-                return found.part(name, start, stop, transposed)
-
-            parts = self._as_they_are(read, codec, channels, length)
-        if parts is None:
-            parts = self._parts(channels, codec, length, encode)
+        found = stored_matrix(self.checkpoint, key)
+        parts = self._parts(channels, codec, length, encode, read if found else None)
         return FrozenLinear(
             linear.in_features, linear.out_features, linear.bias, codec, parts, transposed=transposed
         ).train(linear.training)

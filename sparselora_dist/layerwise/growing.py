@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..config import ConfigError
 from ..io.manifest import CorruptFileError, publish
-from ..io.model_folder import PRUNING_FILE, copy_companions, output_config, save_tensors, write_json
+from ..io.model_folder import PRUNING_FILE, copy_companions, output_config, publish_tensors, write_json
 from ..io.shard_files import INDEX_FILE, TensorFiles, read_header, read_json
 
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2}
@@ -88,7 +88,7 @@ class GrowingModel:
             figures: what is recorded of each of its matrices.
             error: how far its outputs are from the reference's, where there is one.
         """
-        self._save(self.file(number), tensors)
+        publish_tensors(tensors, self.folder / self.file(number))
         data = read_json(self.folder / self.record_file)
         data["layers"][str(number)] = {name: round(figure, 6) for name, figure in figures.items()}
         if error is not None:
@@ -98,11 +98,6 @@ class GrowingModel:
     def note(self, **more: Any) -> None:
         """Record what is known in the end."""
         self._write(read_json(self.folder / self.record_file) | more)
-
-    def _save(self, file: str, tensors: dict[str, Tensor]) -> None:
-        temporary = self.folder / f".{file}.tmp"
-        save_tensors(tensors, temporary)
-        publish(temporary, self.folder / file)
 
     def finish(self, raw_config: dict[str, Any], quantization: dict[str, Any] | None = None) -> None:
         """Write everything that is no layer's, and let the folder appear.
@@ -117,7 +112,9 @@ class GrowingModel:
         for number in range(self.layers):
             weight_map |= dict.fromkeys(read_header(self.folder / self.file(number)), self.file(number))
         rest = [name for name in self.files.tensors if name not in weight_map]
-        self._save(self.file(self.layers), {name: self._plain(name, getattr(torch, dtype)) for name in rest})
+        publish_tensors(
+            {name: self._plain(name, getattr(torch, dtype)) for name in rest}, self.folder / self.file(self.layers)
+        )
         weight_map |= dict.fromkeys(rest, self.file(self.layers))
         names = {name.rpartition(".")[0] if name not in self.files.tensors else name for name in weight_map}
         if missing := names ^ set(self.files.tensors):

@@ -64,11 +64,12 @@ def find_subject(target: str, config: str | None) -> Subject:
     settings = RunConfig.from_file(config or folder / "run.json")
     if run is None:
         settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, name_or_path=target))
-    settings = completed(settings) if config else settings
-    if run is None:
-        return Subject(config=settings, run=None, adapter=None)
-    adapter = run / "adapter"
-    return Subject(config=settings, run=run, adapter=adapter if (adapter / ADAPTER_FILE).is_file() else None)
+    if config:
+        settings = completed(settings)
+    adapter = run / "adapter" if run else None
+    return Subject(
+        config=settings, run=run, adapter=adapter if adapter and (adapter / ADAPTER_FILE).is_file() else None
+    )
 
 
 def check_ranks(ranks: Sequence[int] | None, own: int) -> list[int]:

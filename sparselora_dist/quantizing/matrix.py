@@ -104,17 +104,18 @@ def quantized(
     if adapted is None:
         parts = encode(weight)
         return Made(parts, output_error(weight.float(), values(parts), calibrated.products))
-    parts = {}
+    parts, found = {}, weight
 
     def stored(target: Tensor) -> Tensor:
-        nonlocal parts
+        nonlocal parts, found
         parts = encode(target.to(weight.dtype))
-        return values(parts)
+        found = values(parts)
+        return found
 
     best: Made | None = None
     for _, pair in alternate(weight, stored, adapted.rank, adapted.scaling, rounds, seed=adapted.seed, upper=upper):
-        found = with_adapter(values(parts), pair, adapted.scaling)
-        made = Made(parts, output_error(weight.float(), found, calibrated.products), pair)
+        together = with_adapter(found, pair, adapted.scaling)
+        made = Made(parts, output_error(weight.float(), together, calibrated.products), pair)
         # Without data it is what a run makes, the last; codes that inputs make up for need not come nearer every round.
         if best is None or calibrated.products is None or made.error < best.error:
             best = made

@@ -17,8 +17,8 @@ from ..config.files import load_file
 from ..io.adapter import ADAPTER_FILE
 from ..io.adapter_config import CONFIG_FILE, PREFIX
 from ..io.loftq import CODE_BITS, ROUNDS, START
-from ..io.manifest import CorruptFileError, publish, read_safetensors
-from ..io.model_folder import save_tensors, write_json
+from ..io.manifest import CorruptFileError, read_safetensors
+from ..io.model_folder import publish_tensors, write_json
 from ..io.shard_files import read_json
 from ..method.loftq import Pair
 
@@ -59,13 +59,15 @@ class GrowingAdapter:
     def _file(self, layer: int) -> Path:
         return self.folder / f"layer-{layer:05d}.safetensors"
 
+    @staticmethod
+    def _names(module: str) -> tuple[str, str]:
+        return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
+
     def add(self, layer: int, pairs: dict[str, Pair]) -> None:
         """Write a layer's pairs, by the module in the causal LM."""
         self.folder.mkdir(exist_ok=True)
-        named = {
-            f"{PREFIX}{module}.lora_{side}.weight": value for module, p in pairs.items() for side, value in zip("AB", p)
-        }
-        self._save({name: value.cpu().contiguous() for name, value in named.items()}, self._file(layer))
+        named = {name: side for module, pair in pairs.items() for name, side in zip(self._names(module), pair)}
+        publish_tensors({name: side.cpu().contiguous() for name, side in named.items()}, self._file(layer))
 
     def layer(self, layer: int, modules: list[str]) -> dict[str, Pair]:
         """What was written of a layer's adapted modules.
@@ -76,7 +78,7 @@ class GrowingAdapter:
         if not modules:
             return {}
         tensors = read_safetensors(self._file(layer))[0]
-        names = {module: [f"{PREFIX}{module}.lora_{side}.weight" for side in "AB"] for module in modules}
+        names = {module: self._names(module) for module in modules}
         if missing := [name for both in names.values() for name in both if name not in tensors]:
             raise CorruptFileError(
                 f"{self._file(layer)} lacks {missing[0]}: remove {self.folder.parent} and begin anew"
@@ -90,7 +92,7 @@ class GrowingAdapter:
             tensors: dict[str, Tensor] = {}
             for file in files:
                 tensors |= read_safetensors(file)[0]
-            self._save(tensors, self.folder / ADAPTER_FILE)
+            publish_tensors(tensors, self.folder / ADAPTER_FILE)
         config = lora.build()
         config.base_model_name_or_path, config.inference_mode = str(base), True
         config.save_pretrained(str(self.folder))
@@ -98,9 +100,3 @@ class GrowingAdapter:
         write_json(read_json(self.folder / CONFIG_FILE) | made, self.folder / CONFIG_FILE)
         for file in files:
             file.unlink()
-
-    @staticmethod
-    def _save(tensors: dict[str, Tensor], path: Path) -> None:
-        temporary = path.with_name(f".{path.name}.tmp")
-        save_tensors(tensors, temporary)
-        publish(temporary, path)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ...codecs import Codec, PlainCodec, codec_of
+from ...codecs import Codec, FloatsCodec, PlainCodec, codec_of
 from ...config import ModelSection, QuantizationSection
 from ..shard_files import FLOATS, TensorFiles
 from . import bitsandbytes, compressed_tensors, fine_grained, modelopt, own
@@ -61,6 +61,12 @@ def is_quantised(checkpoint: TensorFiles) -> bool:
         PrequantizedError: its config says that they are, in a form that is not.
     """
     return any(reader.is_quantised(checkpoint) for reader in READERS)
+
+
+def all_as_they_are(checkpoint: TensorFiles, asked: Codec) -> bool:
+    """Whether a run that asks for the codec ``asked`` encodes nothing of it: small floats are read, and what their maker
+    left as it was stays so, experts too."""
+    return isinstance(asked, FloatsCodec) and is_quantised(checkpoint)
 
 
 def check_quantization_config(config: Any, codec: Codec, name: str) -> None:
@@ -116,6 +122,7 @@ __all__ = [
     "PrequantizedError",
     "StoredBank",
     "StoredMatrix",
+    "all_as_they_are",
     "bitsandbytes",
     "check_quantization_config",
     "check_quantization_files",

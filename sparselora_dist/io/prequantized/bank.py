@@ -47,17 +47,15 @@ class StoredBank:
     def part(self, name: str, count: int, start: int, stop: int) -> Tensor:
         """Rows ``start`` ... ``stop - 1`` of a part that has ``count`` rows in all."""
         each = count // len(self.matrices)
-        found = []
-        for number in range(start // each, -(-stop // each)):
-            first = number * each
-            rows = self.matrices[number].part(name, max(start - first, 0), min(stop - first, each), self.transposed)
-            assert rows is not None, f"{self.name} has no {name}"
-            found.append(rows)
-        return torch.cat(found) if found else self._none(name)
+        found = [
+            self._of(number, name, max(start - number * each, 0), min(stop - number * each, each))
+            for number in range(start // each, -(-stop // each))
+        ]
+        return torch.cat(found or [self._of(0, name, 0, 0)])
 
-    def _none(self, name: str) -> Tensor:
-        rows = self.matrices[0].part(name, 0, 0, self.transposed)
-        assert rows is not None
+    def _of(self, number: int, name: str, start: int, stop: int) -> Tensor:
+        rows = self.matrices[number].part(name, start, stop, self.transposed)
+        assert rows is not None, f"{self.name} has no {name}"
         return rows
 
     def mark(self) -> str:

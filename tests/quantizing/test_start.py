@@ -24,7 +24,7 @@ from sparselora_dist.io.merge import merge_adapter
 from sparselora_dist.io.start_adapter import completed, read_start
 from sparselora_dist.layerwise.model_files import ModelFiles
 from sparselora_dist.layouts import decoder_layers
-from sparselora_dist.quantizing.quantize import Quantizing, quantize
+from sparselora_dist.quantizing.quantize import Quantizing, _Layers, quantize
 from sparselora_dist.quantizing.start import GrowingAdapter
 from sparselora_dist.sharding.placement import Placement
 from support.merging import edit_json, load
@@ -116,6 +116,25 @@ def test_without_data_it_is_what_a_run_makes_itself(dtype: str, model: Path, tmp
         for name in own.names:
             parts = (one.matrix(name).parts for one in (own, other))  # type: ignore[union-attr]
             assert all(torch.equal(*pair) for pair in zip(*parts)), name
+
+
+def test_later_layers_are_calibrated_on_codes_and_starts_together(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[int, torch.Tensor] = {}
+    inputs = _Layers._inputs
+
+    def recorded(self: _Layers, layer: Any, linears: Any) -> Any:
+        seen[layer.index] = torch.cat(self.hidden)
+        return inputs(self, layer, linears)
+
+    monkeypatch.setattr(_Layers, "_inputs", recorded)
+    quantize(asked_of(STARTED, model, tmp_path / "out"))
+    merge_adapter(tmp_path / "out", tmp_path / "out" / "loftq_init", tmp_path / "merged", dtype="float32")
+    ids = ModelFiles.open(str(model), CPU).sequences(str(DATA), 6, 48).sequences
+    with torch.no_grad():
+        hidden = load(tmp_path / "merged")(input_ids=ids, output_hidden_states=True).hidden_states
+    assert torch.allclose(seen[1], hidden[1], atol=1e-4)
 
 
 def test_stopped_while_the_adapter_is_put_together(
